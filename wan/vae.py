@@ -1,0 +1,454 @@
+"""The Wan2.1 video VAE: its files, its latents, and decoding a stream block by block.
+
+Owns a diffusers `AutoencoderKLWan` and what surrounds it: the official key names and sizes, the
+latent statistics, and the causal-convolution features that a stream carries from one latent frame
+to the next. With mu the mean of the encoder's distribution, and m, s the statistics per channel,
+
+    latent = (mu - m) / s,        mu = latent * s + m.
+
+Video is [B, F, 3, H, W] in [-1, 1], latents are [B, f, C, h, w]. The first latent frame is one
+video frame, every later one is `temporal_stride` video frames.
+
+Weights of any size load by the same code: sizes are read from tensor shapes. Inside, everything
+speaks the official key names; diffusers' names are translated at the border (`official_vae_key`).
+"""
+
+import inspect
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class WanVAE:
+    """A Wan2.1 VAE for inference: video to normalised latents and back, without gradient.
+
+    `model` is the diffusers module; code that trains a VAE uses it directly.
+    """
+
+    def __init__(self, model: AutoencoderKLWan) -> None:
+        self.model = model
+        self.latents_mean = torch.tensor(model.config["latents_mean"])  # [C]
+        self.latents_std = torch.tensor(model.config["latents_std"])  # [C]
+
+    @classmethod
+    def from_official(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Load `Wan2.1_VAE.pth`, a `.safetensors` file, or a diffusers folder `vae/`.
+
+        Key names may be the official ones or diffusers'. The statistics of the latents are the
+        official ones, unless a folder's `config.json` states its own.
+
+        Raises:
+            UserError: the file does not exist or does not hold a Wan2.1 VAE.
+        """
+        weights = official_vae_weights(read_weights(path))
+        config = vae_config_from_shapes({key: value.shape for key, value in weights.items()}, path)
+        config |= _recorded_statistics(Path(path))
+        with torch.device("meta"):
+            model = AutoencoderKLWan(**config)
+        names = {key: official_vae_key(key, config["num_res_blocks"]) for key in model.state_dict()}
+        assign_weights(model, names, weights, path, device=device, dtype=dtype)
+        return cls(model.eval().requires_grad_(False))
+
+    @classmethod
+    def random(
+        cls,
+        base_dim: int = 96,
+        z_dim: int = 16,
+        dim_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        temporal_downsample: Sequence[bool] = (False, True, True),
+        seed: int = 0,
+    ) -> Self:
+        """Make an untrained VAE whose weights depend on `seed` alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoencoderKLWan(
+                base_dim=base_dim,
+                z_dim=z_dim,
+                dim_mult=list(dim_mult),
+                num_res_blocks=num_res_blocks,
+                temperal_downsample=list(temporal_downsample),
+                **_derived_config(z_dim, temporal_downsample),
+            )
+        return cls(model.eval())
+
+    @property
+    def latent_channels(self) -> int:
+        """C, the number of channels of a latent frame."""
+        return self.model.config["z_dim"]
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent pixel along height and along width."""
+        return self.model.config["scale_factor_spatial"]
+
+    @property
+    def temporal_stride(self) -> int:
+        """Video frames per latent frame, except for the first, which is one video frame."""
+        return self.model.config["scale_factor_temporal"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, of encoded latents and of decoded video."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where results appear."""
+        return self.model.device
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights."""
+        nn.Module.to(self.model, device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Encode video [B, F, 3, H, W] in [-1, 1] to normalised latents [B, f, C, h, w].
+
+        F = 1 + temporal_stride * (f - 1); H and W are multiples of `spatial_stride`.
+
+        Raises:
+            ValueError: F, H or W is another number.
+        """
+        frames, height, width = video.shape[1], *video.shape[-2:]
+        if (
+            frames % self.temporal_stride != 1
+            or height % self.spatial_stride
+            or (width % self.spatial_stride)
+        ):
+            raise ValueError(
+                f"the VAE encodes 1 + {self.temporal_stride}k frames with sides divisible by "
+                f"{self.spatial_stride}, got {frames} frames of {height}x{width}"
+            )
+        x = rearrange(video.to(self.device, self.dtype), "b f c h w -> b c f h w")
+        features = _empty_features(self.model.encoder)
+        moments = [  # [B, 2C, 1, h, w] each
+            self.model.quant_conv(self.model.encoder(clip, feat_cache=features, feat_idx=[0]))
+            for clip in _clips(x, self.temporal_stride)
+        ]
+        mu = rearrange(torch.cat(moments, dim=2).chunk(2, dim=1)[0], "b c f h w -> b f c h w")
+        mean, std = self.statistics()
+        return ((mu.float() - mean) / std).to(self.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, f, C, h, w] to video [B, 1 + temporal_stride * (f - 1), 3, H, W].
+
+        The video is clamped to [-1, 1].
+        """
+        stream = self.streaming_decoder()
+        video = stream.decode(latents)
+        stream.close()
+        return video
+
+    def streaming_decoder(self) -> "StreamingDecoder":
+        """Start a new stream; any number of them may be open at once."""
+        return StreamingDecoder(self)
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the key names of `Wan2.1_VAE.pth`."""
+        return official_vae_weights(self.model.state_dict())
+
+    def save_official(self, path: str | Path) -> None:
+        """Write the weights as `Wan2.1_VAE.pth` holds them."""
+        save_weights(self.official_state_dict(), path)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, float32 [C, 1, 1] each."""
+        mean, std = self.latents_mean.to(self.device), self.latents_std.to(self.device)
+        return mean.view(-1, 1, 1), std.view(-1, 1, 1)
+
+
+class StreamingDecoder:
+    """Decodes one stream of latents, any number of latent frames at a time.
+
+    The result does not depend on how the stream is cut: every latent frame goes through the decoder
+    on its own, and the causal convolutions find their past in `features`, the last two inputs of
+    each. So the state has a constant size, whatever the length of the stream.
+    """
+
+    def __init__(self, vae: WanVAE) -> None:
+        self._vae: WanVAE | None = vae
+        self._features = _empty_features(vae.model.decoder)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the next latent frames [B, f, C, h, w] to video [B, n, 3, H, W] in [-1, 1].
+
+        The first latent frame of the stream gives 1 video frame, each later `temporal_stride`.
+
+        Raises:
+            ValueError: no frame, or frames of another shape than the stream's.
+            RuntimeError: the stream is closed.
+        """
+        vae = self._open()
+        self._check(latents)
+        mean, std = vae.statistics()
+        mu = latents.to(vae.device).float() * std + mean
+        frames = [self._decode_frame(vae.model, m) for m in mu.to(vae.dtype).unbind(1)]
+        return torch.cat(frames, dim=1).clamp(-1, 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as a flat dict of tensors: `features.{i}`, the past of convolution i.
+
+        An empty tensor stands for diffusers' mark of a convolution that has seen one frame and
+        must take zeros for its past; a convolution without a past is left out.
+        """
+        self._open()
+        return {
+            f"features.{i}": torch.empty(0) if isinstance(feature, str) else feature.clone()
+            for i, feature in enumerate(self._features)
+            if feature is not None
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from where `state_dict` was taken, on the device of this decoder's VAE."""
+        vae = self._open()
+        features = _empty_features(vae.model.decoder)
+        for key, value in state.items():
+            feature = value.to(vae.device, copy=True) if value.numel() else _ZEROS_BEFORE
+            features[int(key.removeprefix("features."))] = feature
+        self._features = features
+
+    def close(self) -> None:
+        """Free the state; decoding afterwards is an error."""
+        self._vae, self._features = None, []
+
+    def _decode_frame(self, model: AutoencoderKLWan, mu: Tensor) -> Tensor:
+        """Decode one latent frame [B, C, h, w] to [B, n, 3, H, W]; `_features` moves on."""
+        first = self._features[0] is None
+        x = model.post_quant_conv(mu.unsqueeze(2))  # [B, C, 1, h, w]
+        x = model.decoder(x, feat_cache=self._features, feat_idx=[0], first_chunk=first)
+        return rearrange(x, "b c n h w -> b n c h w")
+
+    def _open(self) -> WanVAE:
+        if self._vae is None:
+            raise RuntimeError("this decoder is closed; start another with vae.streaming_decoder()")
+        return self._vae
+
+    def _check(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] == 0:
+            raise ValueError(f"expected latents [B, f, C, h, w], f > 0, got {list(latents.shape)}")
+        past = self._features[0]  # the first convolution's input: [B, C, 1 or 2, h, w]
+        if past is not None and past[:, :, 0].shape != latents[:, 0].shape:
+            raise ValueError(
+                f"this stream has latent frames {list(past[:, :, 0].shape)}, "
+                f"got {list(latents[:, 0].shape)}"
+            )
+
+
+_ZEROS_BEFORE = "Rep"  # diffusers' mark in the features of a temporal upsampling convolution
+
+
+def _empty_features(module: nn.Module) -> list[Any]:
+    """One place per causal convolution: None, a tensor [B, C, 1 or 2, h, w], or a mark."""
+    return [None] * sum(isinstance(m, WanCausalConv3d) for m in module.modules())
+
+
+def _clips(x: Tensor, stride: int) -> Iterator[Tensor]:
+    """Cut [B, C, 1 + stride * k, H, W] into the first frame and k clips of `stride` frames."""
+    yield x[:, :, :1]
+    yield from x[:, :, 1:].split(stride, dim=2) if x.shape[2] > 1 else ()
+
+
+# --- key names and sizes -----------------------------------------------------------------------
+
+_TOP_LEVEL = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
+_ENDS = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2"}
+_RESIDUAL = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
+
+
+def official_vae_key(key: str, num_res_blocks: int) -> str:
+    """Translate diffusers' name of a VAE parameter to the official one.
+
+    The official network numbers all layers of a side in one row: per stage of the decoder,
+    `num_res_blocks + 1` residual blocks and one upsampling.
+    """
+    side, *path, parameter = key.split(".")
+    if side in _TOP_LEVEL:
+        return f"{_TOP_LEVEL[side]}.{parameter}"
+    match path:
+        case [end] if end in _ENDS:
+            return f"{side}.{_ENDS[end]}.{parameter}"
+        case ["down_blocks", index, *rest]:
+            place = ["downsamples", index, *rest]
+        case ["mid_block", "attentions", _, *rest]:
+            place = ["middle", "1", *rest]
+        case ["mid_block", "resnets", index, *rest]:
+            place = ["middle", str(2 * int(index)), *rest]
+        case ["up_blocks", stage, "resnets", index, *rest]:
+            place = ["upsamples", str(int(stage) * (num_res_blocks + 2) + int(index)), *rest]
+        case ["up_blocks", stage, "upsamplers", _, *rest]:
+            place = ["upsamples", str((int(stage) + 1) * (num_res_blocks + 2) - 1), *rest]
+        case _:
+            return key
+    return ".".join([side, *place[:-1], _RESIDUAL.get(place[-1], place[-1]), parameter])
+
+
+def official_vae_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename diffusers' keys to the official ones; official keys stay as they are."""
+    places = [re.match(r"decoder\.up_blocks\.\d+\.resnets\.(\d+)\.", key) for key in weights]
+    num_res_blocks = max((int(place[1]) for place in places if place), default=None)
+    if num_res_blocks is None:
+        return dict(weights)
+    return {official_vae_key(key, num_res_blocks): value for key, value in weights.items()}
+
+
+def vae_config_from_shapes(shapes: Shapes, source: str | Path = "the file") -> dict[str, Any]:
+    """Arguments of `AutoencoderKLWan` from the shapes of official weights.
+
+    Raises:
+        UserError: the shapes are not those of a Wan2.1 VAE (`source` is named in the message).
+    """
+    layers = {int(m[1]) for key in shapes if (m := re.match(r"encoder\.downsamples\.(\d+)\.", key))}
+    last = max(layers, default=-1)
+    row = "encoder.downsamples"
+    samplers = [i for i in sorted(layers) if f"{row}.{i}.resample.1.weight" in shapes]
+    stage_ends = [i - 1 for i in samplers] + [last]  # the last residual block of each stage
+    try:
+        base_dim = shapes["encoder.conv1.weight"][0]
+        dim_mult = [shapes[f"{row}.{i}.residual.6.weight"][0] // base_dim for i in stage_ends]
+        z_dim = shapes["conv2.weight"][0]
+        config = {
+            "base_dim": base_dim,
+            "decoder_base_dim": shapes["decoder.head.0.gamma"][0] // dim_mult[0],
+            "z_dim": z_dim,
+            "dim_mult": dim_mult,
+            "num_res_blocks": stage_ends[0] + 1,
+            "in_channels": shapes["encoder.conv1.weight"][1],
+            "out_channels": shapes["decoder.head.2.weight"][0],
+        }
+    except KeyError as error:
+        raise UserError(f"{source} is not a Wan2.1 VAE: it has no key {error}.") from None
+    temporal = [f"{row}.{i}.time_conv.weight" in shapes for i in samplers]
+    return config | {"temperal_downsample": temporal} | _derived_config(z_dim, temporal)
+
+
+def _derived_config(z_dim: int, temporal_downsample: Sequence[bool]) -> dict[str, Any]:
+    """Strides, and neutral statistics where the official ones have another number of channels."""
+    config: dict[str, Any] = {
+        "scale_factor_temporal": 2 ** sum(temporal_downsample),
+        "scale_factor_spatial": 2 ** len(temporal_downsample),
+    }
+    official_mean = inspect.signature(AutoencoderKLWan).parameters["latents_mean"].default
+    if z_dim != len(official_mean):
+        config |= {"latents_mean": [0.0] * z_dim, "latents_std": [1.0] * z_dim}
+    return config
+
+
+def _recorded_statistics(path: Path) -> dict[str, list[float]]:
+    """The latent statistics that a diffusers folder states; nothing for a file."""
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        return {}
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    return {key: config[key] for key in ("latents_mean", "latents_std") if key in config}
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a `.pth`, a `.safetensors`, or a folder of (sharded) `.safetensors`.
+
+    Nothing but tensors is unpickled, and a `.pth` is mapped, not copied, into memory.
+
+    Raises:
+        UserError: there is no such file, or it holds no tensors.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the path of the downloaded weights.")
+    if path.is_dir():
+        return {k: v for shard in _shards(path) for k, v in read_weights(shard).items()}
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        mapped = zipfile.is_zipfile(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it ends early"
+        raise UserError(f"{path} cannot be read as weights ({reason}): fetch it again.") from None
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(f"{path} does not hold one network's tensors: give another file.")
+    return weights
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files of a folder that together are one network: those of its index, or the only one."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"{folder} should hold one .safetensors file or an index of several.")
+    return files
+
+
+def assign_weights(
+    model: nn.Module,
+    names: Mapping[str, str],
+    weights: Mapping[str, Tensor],
+    source: str | Path,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Put `weights` in the place of the parameters of `model`, copied only if they must change.
+
+    `names` maps every name in the model's state to its key in `weights`; tied parameters share one.
+
+    Raises:
+        UserError: keys or shapes differ; the message names `source` and the first that do.
+    """
+    expected = dict.fromkeys(names.values())
+    missing = [key for key in expected if key not in weights]
+    unexpected = [key for key in weights if key not in expected]
+    for kind, keys in (("has no", missing), ("has the unexpected", unexpected)):
+        if keys:
+            some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise UserError(f"{source} is not the right file: it {kind} {some}.")
+    own = model.state_dict()
+    for name, key in names.items():
+        if weights[key].shape != own[name].shape:
+            shapes = f"{list(weights[key].shape)} instead of {list(own[name].shape)}"
+            raise UserError(f"{source} is not the right file: {key} has shape {shapes}.")
+    cast = {key: weights[key].to(device=device, dtype=dtype) for key in expected}
+    model.load_state_dict({name: cast[key] for name, key in names.items()}, assign=True)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a `.pth` under a temporary name, then rename it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    torch.save({key: value.detach().cpu() for key, value in weights.items()}, part)
+    part.replace(path)
