@@ -1,0 +1,457 @@
+"""The shapes world: captioned clips of one or two moving shapes, drawn on demand.
+
+A clip is a pure function of (seed, index, split), so the data set needs no files and has no end.
+The world is a square of 64 units; at the default size a unit is a pixel. A shape keeps its
+velocity for ever and is reflected by the walls, so its position at any time is known in closed
+form: that is the truth which `utils.shape_meter` holds generated videos against.
+"""
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.errors import UserError
+
+Array = NDArray[np.floating]
+Split = Literal["train", "heldout"]
+RGB = tuple[int, int, int]
+
+WORLD = 64.0
+"""Side of the world, in units."""
+
+FPS = 16
+
+RUN_UP_SECONDS = 0.75
+"""No shape meets a wall before this time, so the direction in a caption can be seen."""
+
+COLOURS: dict[str, RGB] = {
+    "red": (220, 30, 40),
+    "orange": (250, 135, 15),
+    "yellow": (255, 235, 60),
+    "green": (35, 165, 65),
+    "cyan": (50, 210, 225),
+    "blue": (35, 85, 240),
+    "purple": (140, 45, 215),
+    "pink": (255, 105, 190),
+}
+
+BACKGROUNDS: dict[str, tuple[RGB, RGB]] = {
+    "black": ((16, 16, 20), (16, 16, 20)),
+    "gray": ((128, 128, 128), (128, 128, 128)),
+    "white": ((240, 240, 240), (240, 240, 240)),
+    "navy": ((14, 22, 84), (14, 22, 84)),
+    "maroon": ((88, 14, 32), (88, 14, 32)),
+    "black to gray": ((16, 16, 20), (128, 128, 128)),
+    "gray to white": ((128, 128, 128), (240, 240, 240)),
+    "navy to maroon": ((14, 22, 84), (88, 14, 32)),
+}
+"""Colour at the top and at the bottom edge; linear in between."""
+
+SIZES = {"small": 7.0, "large": 11.0}
+"""Radius in units. Shapes of one size have one area, pi * radius^2, whatever their kind."""
+
+SPEEDS = {"slow": 12.0, "fast": 30.0}
+"""Units per second. In a latent frame of Wan (4 frames, cells of 8 pixels) a slow shape moves 3
+pixels and a fast one 7.5, just under a cell."""
+
+_HALF = math.sqrt(0.5)
+DIRECTIONS: dict[str, tuple[float, float]] = {
+    "right": (1.0, 0.0),
+    "lower right": (_HALF, _HALF),
+    "down": (0.0, 1.0),
+    "lower left": (-_HALF, _HALF),
+    "left": (-1.0, 0.0),
+    "upper left": (-_HALF, -_HALF),
+    "up": (0.0, -1.0),
+    "upper right": (_HALF, -_HALF),
+}
+"""Unit vectors (x to the right, y downwards), clockwise in steps of 45 degrees."""
+
+
+@dataclass(frozen=True)
+class ShapeAttributes:
+    """What a caption says of a shape; every field is a key of the table of its name."""
+
+    kind: str
+    colour: str
+    size: str
+    speed: str
+    direction: str
+
+    @property
+    def radius(self) -> float:
+        """Radius of the disc of equal area, in units."""
+        return SIZES[self.size]
+
+    @property
+    def velocity(self) -> tuple[float, float]:
+        """Initial velocity (x, y) in units per second."""
+        x, y = DIRECTIONS[self.direction]
+        return x * SPEEDS[self.speed], y * SPEEDS[self.speed]
+
+    @property
+    def bounds(self) -> tuple[Array, Array]:
+        """Least and greatest centre (x, y), in units, with the whole shape inside the world."""
+        side, up, down = (self.radius * extent for extent in KINDS[self.kind].extents)
+        return np.array([side, up]), np.array([WORLD - side, WORLD - down])
+
+
+@dataclass(frozen=True)
+class Shape(ShapeAttributes):
+    """A shape and where its centroid (x, y) is at time 0, in units."""
+
+    position: tuple[float, float]
+
+    def positions(self, num_frames: int, *, fps: float = FPS, start: int = 0) -> Array:
+        """Centroids [num_frames, 2] in units, of frame `start` and those after it."""
+        seconds = (start + np.arange(num_frames)[:, None]) / fps
+        return reflect(np.array(self.position) + np.array(self.velocity) * seconds, *self.bounds)
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """All that a caption says: the background, and one or two shapes, the front one first."""
+
+    background: str
+    shapes: tuple[ShapeAttributes, ...]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A clip before it is drawn; `shapes` from front to back."""
+
+    background: str
+    shapes: tuple[Shape, ...]
+    caption: str
+
+    @property
+    def attributes(self) -> Attributes:
+        """The scene without positions: what `parse_caption` recovers from its caption."""
+        names = ShapeAttributes.__dataclass_fields__
+        bare = (ShapeAttributes(**{n: getattr(shape, n) for n in names}) for shape in self.shapes)
+        return Attributes(self.background, tuple(bare))
+
+
+class Clip(NamedTuple):
+    """Frames uint8 [F, H, W, 3] and what they show."""
+
+    frames: NDArray[np.uint8]
+    caption: str
+
+
+class ShapesDataset:
+    """Unlimited clips by index: `dataset[i]` is `Clip(frames, caption)`; iterating never ends."""
+
+    def __init__(
+        self, num_frames: int = 81, *, seed: int = 0, split: Split = "train", size: int = 64
+    ) -> None:
+        self.num_frames, self.seed, self.split, self.size = num_frames, seed, split, size
+
+    def __getitem__(self, index: int) -> Clip:
+        scene = sample_scene(self.seed, index, split=self.split)
+        return Clip(render(scene, self.num_frames, size=self.size), scene.caption)
+
+    def __iter__(self) -> Iterator[Clip]:
+        return (self[index] for index in count())
+
+
+# Sampling
+
+
+def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
+    """Scene `index` of the data set `seed`: one shape or, as often, two of different colours.
+
+    Of two shapes the smaller is in front, so none is ever hidden by a larger one. In "train" no
+    shape is held out (see `is_held_out`), in "heldout" all are.
+
+    Raises:
+        UserError: if the split is unknown.
+    """
+    if split not in get_args(Split):
+        raise UserError(f"Unknown split {split!r}: use one of {', '.join(get_args(Split))}.")
+    rng = random.Random(f"shapes/{seed}/{index}/{split}")
+    while True:
+        background = _pick(rng, BACKGROUNDS)
+        shapes = sorted(
+            (_sample_shape(rng) for _ in range(1 + int(rng.random() * 2))), key=lambda s: s.radius
+        )
+        different = len({shape.colour for shape in shapes}) == len(shapes)
+        held_out = [is_held_out(shape, background) for shape in shapes]
+        if different and all(held is (split == "heldout") for held in held_out):
+            break
+    scene = Scene(background, tuple(shapes), "")
+    text = caption(scene.attributes, int(rng.random() * len(PHRASINGS)))
+    return Scene(background, scene.shapes, text)
+
+
+def is_held_out(shape: ShapeAttributes, background: str) -> bool:
+    """Whether a shape of this colour and kind never occurs on this background in training.
+
+    A Latin rule: each pair of colour and kind misses exactly one background, and each pair of
+    kind and background exactly one colour.
+    """
+    tables = ((COLOURS, shape.colour), (KINDS, shape.kind), (BACKGROUNDS, background))
+    colour, kind, behind = (list(table).index(name) for table, name in tables)
+    return (colour + 3 * kind + behind) % len(BACKGROUNDS) == 0
+
+
+def _pick(rng: random.Random, table: Mapping[str, object]) -> str:
+    return list(table)[int(rng.random() * len(table))]
+
+
+def _sample_shape(rng: random.Random) -> Shape:
+    tables: dict[str, Mapping[str, object]] = {"kind": KINDS, "colour": COLOURS, "size": SIZES}
+    tables |= {"speed": SPEEDS, "direction": DIRECTIONS}
+    names = {field: _pick(rng, table) for field, table in tables.items()}
+    low, high = ShapeAttributes(**names).bounds
+    run_up = np.array(ShapeAttributes(**names).velocity) * RUN_UP_SECONDS
+    low, high = low - np.minimum(run_up, 0), high - np.maximum(run_up, 0)
+    x, y = low + (high - low) * np.array([rng.random(), rng.random()])
+    return Shape(**names, position=(float(x), float(y)))
+
+
+# Drawing
+
+
+class Kind(NamedTuple):
+    """The geometry of a kind at radius 1, where the area is pi and the centroid is (0, 0)."""
+
+    distance: Callable[[Array, Array, float], Array]
+    """(x, y, radius) -> signed distance to the outline, negative inside (exact at edges)."""
+    extents: tuple[float, float, float]
+    """How far it reaches sideways, up and down."""
+
+
+def reflect(position: Array, low: Array, high: Array) -> Array:
+    """Positions of free motion, folded into [low, high] as by perfectly elastic walls."""
+    room = high - low
+    return low + room - np.abs((position - low) % (2 * room) - room)
+
+
+def render(
+    scene: Scene, num_frames: int, size: int = 64, fps: float = FPS, start: int = 0
+) -> NDArray[np.uint8]:
+    """Draw frames `start` to `start + num_frames - 1` as uint8 [num_frames, size, size, 3].
+
+    Raises:
+        UserError: if the number of frames or the size is below 1.
+    """
+    if num_frames < 1 or size < 1:
+        raise UserError(f"num_frames and size must be 1 or more, not {num_frames} and {size}.")
+    frames = np.empty((num_frames, size, size, 3), np.uint8)
+    background = background_rows(scene.background, size).T[:, :, None]  # [3, H, 1]
+    tracks = [shape.positions(num_frames, fps=fps, start=start) for shape in scene.shapes]
+    for first in range(0, num_frames, 16):  # a chunk stays in the processor's cache
+        part = slice(first, first + 16)
+        canvas = np.broadcast_to(background, (len(frames[part]), 3, size, size)).copy()
+        for shape, track in reversed(list(zip(scene.shapes, tracks, strict=True))):
+            alpha = coverage(shape.kind, shape.radius, track[part], size)[:, None]
+            colour = np.array(COLOURS[shape.colour], np.float32)[:, None, None]
+            canvas += alpha * (colour - canvas)
+        frames[part] = (canvas + 0.5).transpose(0, 2, 3, 1)
+    return frames
+
+
+def background_rows(name: str, size: int) -> Array:
+    """Colours [size, 3] of the rows of a background."""
+    top, bottom = np.array(BACKGROUNDS[name], np.float32)
+    down = ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None]
+    return top + (bottom - top) * down
+
+
+def coverage(kind: str, radius: float, centres: Array, size: int) -> Array:
+    """Share of each pixel [F, size, size] that a shape covers, at centres [F, 2] in units."""
+    scale = size / WORLD
+    pixels = np.arange(size, dtype=np.float32) + 0.5
+    local = pixels - (centres * scale).astype(np.float32)[:, :, None]  # [F, 2, size]
+    x, y = local[:, 0, None, :], local[:, 1, :, None]
+    return np.clip(0.5 - KINDS[kind].distance(x, y, radius * scale), 0, 1)
+
+
+def _circle(x: Array, y: Array, radius: float) -> Array:
+    return np.sqrt(x * x + y * y) - np.float32(radius)
+
+
+_SQUARE = math.sqrt(math.pi) / 2  # half its side
+
+
+def _square(x: Array, y: Array, radius: float) -> Array:
+    return np.maximum(abs(x), abs(y)) - np.float32(_SQUARE * radius)
+
+
+_TRIANGLE = math.sqrt(4 * math.pi / math.sqrt(27))  # centre to corner
+
+
+def _triangle(x: Array, y: Array, radius: float) -> Array:
+    half = np.float32(_TRIANGLE * radius / 2)
+    return np.maximum(y, np.float32(math.sqrt(3) / 2) * abs(x) - y / 2) - half
+
+
+_WAIST = 0.5  # of a star: inner radius / outer radius
+_STAR = math.sqrt(math.pi / (5 * _WAIST * math.sin(math.pi / 5)))  # centre to point
+
+
+def _star(x: Array, y: Array, radius: float) -> Array:
+    """Mirror the plane on to one tenth of the star, where the outline is one straight edge."""
+    x, y = abs(x), -y
+    for degrees in (-18, 54):
+        normal_x, normal_y = _unit(degrees + 90)
+        below = 2 * np.minimum(normal_x * x + normal_y * y, 0)
+        x, y = x - below * normal_x, y - below * normal_y
+    x = abs(x)
+    inner_x, inner_y = (_WAIST * part for part in _unit(54))
+    length = math.hypot(inner_x, 1 - inner_y)
+    normal_x, normal_y = np.float32((1 - inner_y) / length), np.float32(inner_x / length)
+    return normal_x * x + normal_y * (y - np.float32(_STAR * radius))
+
+
+def _unit(degrees: float) -> tuple[np.float32, np.float32]:
+    angle = math.radians(degrees)
+    return np.float32(math.cos(angle)), np.float32(math.sin(angle))
+
+
+KINDS: dict[str, Kind] = {
+    "circle": Kind(_circle, (1, 1, 1)),
+    "square": Kind(_square, (_SQUARE, _SQUARE, _SQUARE)),
+    "triangle": Kind(_triangle, (_TRIANGLE * math.sqrt(3) / 2, _TRIANGLE, _TRIANGLE / 2)),
+    "star": Kind(_star, (_STAR * math.cos(math.pi / 10), _STAR, _STAR * math.cos(math.pi / 5))),
+}
+
+
+# Captions
+
+
+class Phrasing(NamedTuple):
+    """One way to say a scene: of a shape, of a scene with one shape, of a scene with two."""
+
+    shape: str
+    one: str
+    two: str
+
+
+PHRASINGS = (
+    Phrasing(
+        "a {size} {colour} {kind} drifts {adverb} {direction}",
+        "{front} over {background}",
+        "{front} and, behind it, {back} over {background}",
+    ),
+    Phrasing(
+        "a {size} {colour} {kind} moving {adverb} {direction}",
+        "on {background}, {front}",
+        "on {background}, {front} in front of {back}",
+    ),
+    Phrasing(
+        "a {speed} {size} {colour} {kind} that heads {direction}",
+        "{front}, with {background} behind it",
+        "{front} in front of {back}, with {background} behind them",
+    ),
+    Phrasing(
+        "a {size} {colour} {kind} glides {direction} at a {speed} pace",
+        "{background}: {front}",
+        "{background}: {front} and further back {back}",
+    ),
+    Phrasing(
+        "{direction}, {adverb}, goes a {size} {kind} painted {colour}",
+        "{front}; all on {background}",
+        "{front}; behind it, {back}; all on {background}",
+    ),
+)
+
+_ADVERBS = {"slow": "slowly", "fast": "quickly"}
+_TOWARDS = {"up": "upwards", "down": "downwards"}
+
+
+def caption(attributes: Attributes, phrasing: int) -> str:
+    """Say the attributes in one of `PHRASINGS`; `parse_caption` is the inverse."""
+    words = PHRASINGS[phrasing]
+    said = [
+        words.shape.format(
+            size=shape.size,
+            colour=shape.colour,
+            kind=shape.kind,
+            speed=shape.speed,
+            adverb=_ADVERBS[shape.speed],
+            direction=_direction_words(shape.direction),
+        )
+        for shape in attributes.shapes
+    ]
+    places = dict(zip(("front", "back"), said, strict=False))
+    text = words.one if len(said) == 1 else words.two
+    text = text.format(background=_background_words(attributes.background), **places)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def parse_caption(text: str) -> Attributes:
+    """Recover the attributes from a caption in any phrasing; case and spacing do not matter.
+
+    Raises:
+        UserError: if the text is no caption of this world.
+    """
+    plain = " ".join(text.lower().split()).rstrip(".")
+    for pattern in _patterns():
+        if match := pattern.fullmatch(plain):
+            return _attributes_from(match.groupdict())
+    example = caption(sample_scene(0, 0).attributes, 0)
+    raise UserError(f'No caption of the shapes world: "{text}". Write it like this: "{example}"')
+
+
+def _direction_words(name: str) -> str:
+    return _TOWARDS.get(name, f"to the {name}")
+
+
+def _background_words(name: str) -> str:
+    return f"a gradient from {name}" if " to " in name else f"a {name} background"
+
+
+@cache
+def _patterns() -> tuple[re.Pattern[str], ...]:
+    """A pattern per phrasing and number of shapes, made from the sentence that `caption` fills."""
+    return tuple(
+        re.compile(
+            sentence.format(
+                front=_with_choices(words.shape, "_0"),
+                back=_with_choices(words.shape, "_1"),
+                background=_choice("background", map(_background_words, BACKGROUNDS)),
+            )
+        )
+        for words in PHRASINGS
+        for sentence in (words.one, words.two)
+    )
+
+
+def _with_choices(sentence: str, suffix: str) -> str:
+    return sentence.format(
+        size=_choice(f"size{suffix}", SIZES),
+        colour=_choice(f"colour{suffix}", COLOURS),
+        kind=_choice(f"kind{suffix}", KINDS),
+        speed=_choice(f"speed{suffix}", SPEEDS),
+        adverb=_choice(f"speed{suffix}", _ADVERBS.values()),
+        direction=_choice(f"direction{suffix}", map(_direction_words, DIRECTIONS)),
+    )
+
+
+def _choice(name: str, words: Iterable[str]) -> str:
+    longest_first = sorted(words, key=len, reverse=True)
+    return f"(?P<{name}>{'|'.join(map(re.escape, longest_first))})"
+
+
+def _attributes_from(found: dict[str, str]) -> Attributes:
+    names = {_ADVERBS[name]: name for name in SPEEDS}
+    names |= {_direction_words(name): name for name in DIRECTIONS}
+    names |= {_background_words(name): name for name in BACKGROUNDS}
+    said = {key: names.get(word, word) for key, word in found.items()}
+    fields = ShapeAttributes.__dataclass_fields__
+    shapes = (
+        ShapeAttributes(**{field: said[f"{field}_{i}"] for field in fields})
+        for i in range(2)
+        if f"kind_{i}" in said
+    )
+    return Attributes(said["background"], tuple(shapes))
