@@ -1,0 +1,114 @@
+"""Scaled dot-product attention for self- and cross-attention: one function, several kernels.
+
+The kernel is chosen by compute capability, dtype and what is installed, never by a device's name.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from utils.errors import UserError
+
+Backend = Literal["auto", "flash3", "cudnn", "flash2", "sdpa"]
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """Softmax attention: q `[B, Lq, heads, head_dim]`, k and v `[B, Lk, heads, head_dim]` -> q.
+
+    `mask` is boolean, broadcastable to `[B, heads, Lq, Lk]`, True where a query sees a key; it is
+    served by SDPA whatever the backend.
+    """
+    if mask is not None:
+        return _sdpa(q, k, v, mask)
+    if backend == "auto":
+        backend = best_backend(q.device, q.dtype)
+    return _KERNELS[backend](q, k, v)
+
+
+@lru_cache
+def best_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The fastest kernel this device can run for this dtype."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] == 9 and _installed("flash_attn_interface"):
+        return "flash3"
+    if capability >= (8, 0) and torch.backends.cudnn.is_available():
+        return "cudnn"
+    if capability >= (8, 0) and _installed("flash_attn"):
+        return "flash2"
+    return "sdpa"
+
+
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return `backend` if it can run here, else raise UserError saying why."""
+    if backend not in get_args(Backend):
+        raise UserError(
+            f"attention_backend={backend} is unknown; choose one of {', '.join(get_args(Backend))}"
+        )
+    if backend in ("auto", "sdpa"):
+        return backend  # type: ignore[return-value]
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        raise UserError(
+            f"attention_backend={backend} needs a CUDA device and bf16 or fp16, not {device.type} "
+            f"with {str(dtype).removeprefix('torch.')}; use attention_backend=auto"
+        )
+    package = {"flash3": "flash_attn_interface", "flash2": "flash_attn"}.get(backend)
+    if package and not _installed(package):
+        raise UserError(
+            f"attention_backend={backend} needs the package {package}; "
+            "install it or use attention_backend=auto"
+        )
+    if backend == "flash3" and torch.cuda.get_device_capability(device)[0] != 9:
+        raise UserError("attention_backend=flash3 needs compute capability 9.x; use auto")
+    return backend  # type: ignore[return-value]
+
+
+@lru_cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return _sdpa(q, k, v)
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v)
+    return out[0] if isinstance(out, tuple) else out  # early releases return (out, lse)
+
+
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "flash3": _flash3,
+    "cudnn": _cudnn,
+    "flash2": _flash2,
+    "sdpa": _sdpa,
+}

@@ -1,0 +1,162 @@
+"""Attention contexts: what the queries of a forward pass see, and at which positions.
+
+The network hands every layer's q, k and v (after norm, before RoPE) to `attend` and knows nothing
+else. Token tensors are `[B, frames * tokens_per_frame, heads, head_dim]`.
+"""
+
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from wan.attention import Backend, attention
+from wan.kv_cache import KVCache, View
+from wan.rope import Rotation, apply_rope, rotation
+
+
+class AttentionContext(Protocol):
+    """The one verb between the network and what it attends to."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention output of one layer, shaped like `q`."""
+        ...
+
+
+class FullContext:
+    """Every token sees every token (teacher, critic)."""
+
+    def __init__(
+        self,
+        frames: int,
+        grid: tuple[int, int],
+        head_dim: int,
+        device: torch.device,
+        backend: Backend = "auto",
+    ) -> None:
+        self.turn = rotation(tuple(range(frames)), grid, head_dim, device)
+        self.backend: Backend = backend
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionContext`."""
+        return attention(
+            apply_rope(q, self.turn), apply_rope(k, self.turn), v, backend=self.backend
+        )
+
+
+def frame_mask(
+    frames: int,
+    block: int,
+    *,
+    local_frames: int | None = None,
+    independent_first_frame: bool = False,
+    teacher_forcing: bool = False,
+) -> Tensor:
+    """Which frame (row) sees which (column), `[F, F]` bool; the mask of parallel training.
+
+    Block-causal: a frame sees up to the end of its own block, and with `local_frames` no further
+    back than that many frames before that end. With `teacher_forcing` it is `[2F, 2F]`: clean
+    frames first, block-causal among themselves; a noisy frame sees its own noisy block and the
+    clean blocks before it.
+    """
+    index = torch.arange(frames)
+    shift = block - 1 if independent_first_frame else 0
+    block_of = (index + shift) // block
+    block_end = ((block_of + 1) * block - shift).clamp(max=frames)
+    causal = index[None] < block_end[:, None]
+    if local_frames is not None:
+        causal &= index[None] >= block_end[:, None] - local_frames
+    if not teacher_forcing:
+        return causal
+    own = block_of[:, None] == block_of[None]
+    nothing = torch.zeros_like(own)
+    return torch.cat([torch.cat([causal, nothing], 1), torch.cat([causal & ~own, own], 1)])
+
+
+class MaskedContext:
+    """Attention under a frame mask (parallel training of the student).
+
+    `mask` is `[F, F]` bool (see `frame_mask`), `positions` the temporal position of each frame.
+    FlexAttention on a GPU; the same mask, dense, elsewhere (eager FlexAttention has no backward).
+    """
+
+    def __init__(
+        self,
+        mask: Tensor,
+        positions: tuple[int, ...],
+        grid: tuple[int, int],
+        head_dim: int,
+        device: torch.device,
+    ) -> None:
+        self.turn = rotation(positions, grid, head_dim, device)
+        tokens = grid[0] * grid[1]
+        self.dense: Tensor | None = None
+        self.sparse: BlockMask | None = None
+        if device.type == "cuda":
+            self.sparse = _block_mask(mask.to(device), tokens)
+        else:
+            self.dense = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionContext`."""
+        q, k = apply_rope(q, self.turn), apply_rope(k, self.turn)
+        if self.sparse is None:
+            return attention(q, k, v, mask=self.dense)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
+        return _compiled_flex()(q, k, v, block_mask=self.sparse).transpose(1, 2)
+
+
+def _block_mask(mask: Tensor, tokens: int) -> BlockMask:
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask[query // tokens, key // tokens]
+
+    length = mask.shape[0] * tokens
+    return create_block_mask(sees, None, None, length, length, device=str(mask.device))
+
+
+@lru_cache
+def _compiled_flex() -> object:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class CachedContext:
+    """The queries see frames of the cache, then themselves (rollouts).
+
+    With `write=True` this is a clean pass: each layer's own keys and values are stored as well,
+    after the past was read; the caller commits. Otherwise the cache is only read.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        view: View,
+        grid: tuple[int, int],
+        head_dim: int,
+        *,
+        write: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        self.cache = cache
+        self.backend: Backend = backend
+        self.past = cache.slots(view.frames) if view.frames else None
+        self.key_turn = rotation(view.positions, grid, head_dim, cache.device)
+        past_tokens = len(view.frames) * grid[0] * grid[1]
+        self.query_turn = Rotation(*(table[past_tokens:] for table in self.key_turn))
+        queries = len(view.positions) - len(view.frames)
+        self.destination = cache.next_slots(queries) if write else None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionContext`."""
+        keys, values = k, v
+        if self.past is not None:
+            past_k, past_v = self.cache.read(layer, self.past)
+            keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
+        if self.destination is not None:
+            self.cache.write(layer, self.destination, k, v)
+        return attention(
+            apply_rope(q, self.query_turn),
+            apply_rope(keys, self.key_turn),
+            values,
+            backend=self.backend,
+        )

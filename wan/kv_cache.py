@@ -1,0 +1,197 @@
+"""What a pass may look back at (`ContextPolicy`) and where it is kept (`KVCache`).
+
+The policy is the only place that knows distances: which finished frames a pass sees and at which
+temporal positions. The cache is storage alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class View(NamedTuple):
+    """What one pass sees: `frames` of the past, then the queries themselves.
+
+    `positions` are temporal positions for RoPE of all keys in that order, counted from the oldest
+    frame in view; the last ones belong to the queries.
+    """
+
+    frames: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ContextPolicy:
+    """Which finished frames a pass attends to.
+
+    `sink_frames`: the first frames of the video, kept for ever.
+    `max_frames`: frames in one attention, the pass's own frames included.
+    `sink_position`: `contiguous` puts the sink right before the oldest recent frame;
+        `original` leaves it at its true distance.
+    `clean_pass_sees_sink`: False is the rule of the released Rolling Forcing weights: a clean pass
+        sees the newest frames only, the sink among them while it is that recent.
+    """
+
+    sink_frames: int
+    max_frames: int
+    sink_position: Literal["contiguous", "original"] = "contiguous"
+    clean_pass_sees_sink: bool = True
+
+    def view(self, finished: int, queries: int, *, clean_pass: bool = False) -> View:
+        """The view of a pass over frames `finished ... finished + queries - 1`."""
+        keeps_sink = self.clean_pass_sees_sink or not clean_pass
+        sink = min(self.sink_frames, finished) if keeps_sink else 0
+        room = max(0, self.max_frames - queries - (self.sink_frames if keeps_sink else 0))
+        oldest_recent = max(sink, finished - room)
+        frames = (*range(sink), *range(oldest_recent, finished))
+        if self.sink_position == "original":
+            first = frames[0] if frames else finished
+            return View(frames, tuple(f - first for f in (*frames, *_span(finished, queries))))
+        return View(frames, tuple(range(len(frames) + queries)))
+
+    def reads(self, first: int, frames: int) -> bool:
+        """Whether any later pass looks back at frames `first ... first + frames - 1`."""
+        return first < self.sink_frames or self.recent_capacity(frames) > 0
+
+    def recent_capacity(self, block_frames: int) -> int:
+        """Most non-sink frames that any pass over at least `block_frames` frames looks back at."""
+        pinned = self.sink_frames if self.clean_pass_sees_sink else 0
+        return max(0, self.max_frames - block_frames - pinned)
+
+
+def _span(start: int, length: int) -> range:
+    return range(start, start + length)
+
+
+class KVCache:
+    """Keys, values and clean latents of finished frames, of all layers.
+
+    Contract:
+
+    - Frame-granular. The first `sink_frames` frames have slots of their own and are never
+      evicted; the newest `recent_frames` later ones live in a ring. `holds(frame)` tells whether a
+      frame is still there; `slots(frames)` raises if one is not.
+    - Keys are stored after their norm and **before** RoPE. Positions are given at retrieval, so
+      nothing here depends on how long the video is.
+    - `read` copies out and changes nothing. A pass reads the past, and may be recomputed as long
+      as the frames it read are held.
+    - Up to `recent_frames` frames are written at once.
+    - `write` is called once per layer by the clean pass of the frames `finished ... finished+n-1`,
+      each layer after its `read`; no gradient goes in. `commit` then makes them the past, with
+      their clean latents. Until `commit` the cache still means what it meant, except that frames
+      about to be evicted may already be overwritten.
+    - Slots are Python ints in, one small index tensor per pass out; nothing synchronises with the
+      device.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        tokens_per_frame: int,
+        latent: tuple[int, int, int],
+        sink_frames: int,
+        recent_frames: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        slots = sink_frames + recent_frames
+        shape = (num_layers, batch, slots, tokens_per_frame, num_heads, head_dim)
+        self.sink_frames = sink_frames
+        self.recent_frames = recent_frames
+        self.finished = 0
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._latents = torch.zeros((batch, slots, *latent), dtype=torch.float32, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lives."""
+        return self._keys.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of everything stored."""
+        return sum(t.nbytes for t in (self._keys, self._values, self._latents))
+
+    def holds(self, frame: int) -> bool:
+        """Whether a finished frame is still stored."""
+        pinned = frame < self.sink_frames
+        return 0 <= frame < self.finished and (
+            pinned or frame >= self.finished - self.recent_frames
+        )
+
+    def slots(self, frames: tuple[int, ...]) -> Tensor:
+        """Index tensor of stored frames, for `read`; raises KeyError for one that is gone."""
+        gone = [frame for frame in frames if not self.holds(frame)]
+        if gone:
+            raise KeyError(f"frames {gone} are not in the cache ({self.finished} finished)")
+        return self._index([self._slot(frame) for frame in frames])
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (before RoPE) and values of the frames in `slots`: `[B, n * tokens, H, D]` each."""
+        return (
+            self._keys[layer].index_select(1, slots).flatten(1, 2),
+            self._values[layer].index_select(1, slots).flatten(1, 2),
+        )
+
+    def next_slots(self, frames: int) -> Tensor:
+        """Index tensor of the slots that the next `frames` finished frames go to, for `write`."""
+        if frames > self.recent_frames:
+            raise ValueError(
+                f"{frames} frames at once do not fit a ring of {self.recent_frames} frames"
+            )
+        return self._index([self._slot(frame) for frame in _span(self.finished, frames)])
+
+    @torch.no_grad()
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store one layer of a clean pass: k (before RoPE) and v `[B, n * tokens, H, D]`."""
+        tokens = self._keys.shape[3]
+        self._keys[layer].index_copy_(1, slots, k.unflatten(1, (-1, tokens)))
+        self._values[layer].index_copy_(1, slots, v.unflatten(1, (-1, tokens)))
+
+    @torch.no_grad()
+    def commit(self, latents: Tensor) -> None:
+        """The frames just written are finished: `latents` `[B, n, C, h, w]` are what they hold."""
+        slots = self.next_slots(latents.shape[1])
+        self._latents.index_copy_(1, slots, latents.to(self._latents.dtype))
+        self.finished += latents.shape[1]
+
+    def latents(self, frames: tuple[int, ...]) -> Tensor:
+        """Clean latents of stored frames: `[B, n, C, h, w]`, float32."""
+        return self._latents.index_select(1, self.slots(frames))
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything, for `load_state_dict` on a cache of the same sizes."""
+        return {
+            "finished": self.finished,
+            "keys": self._keys.clone(),
+            "values": self._values.clone(),
+            "latents": self._latents.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; raises ValueError if it comes from a cache of another size."""
+        if state["keys"].shape != self._keys.shape:
+            raise ValueError(
+                f"this state is of a cache of {tuple(state['keys'].shape)}, "
+                f"not {tuple(self._keys.shape)}"
+            )
+        self.finished = state["finished"]
+        self._keys.copy_(state["keys"])
+        self._values.copy_(state["values"])
+        self._latents.copy_(state["latents"])
+
+    def _slot(self, frame: int) -> int:
+        if frame < self.sink_frames:
+            return frame
+        return self.sink_frames + (frame - self.sink_frames) % self.recent_frames
+
+    def _index(self, slots: list[int]) -> Tensor:
+        return torch.tensor(slots, dtype=torch.int64).to(self.device, non_blocking=True)
