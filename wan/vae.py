@@ -133,11 +133,8 @@ class WanVAE:
             ValueError: F, H or W is another number.
         """
         frames, height, width = video.shape[1], *video.shape[-2:]
-        if (
-            frames % self.temporal_stride != 1
-            or height % self.spatial_stride
-            or (width % self.spatial_stride)
-        ):
+        fills_space = height % self.spatial_stride == width % self.spatial_stride == 0
+        if frames < 1 or (frames - 1) % self.temporal_stride or not fills_space:
             raise ValueError(
                 f"the VAE encodes 1 + {self.temporal_stride}k frames with sides divisible by "
                 f"{self.spatial_stride}, got {frames} frames of {height}x{width}"
