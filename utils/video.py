@@ -141,8 +141,8 @@ class VideoWriter:
 
         source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {self.fps} -i -"
         colour = (
-            "-vf scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"
-            " -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv"
+            "-vf scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,"
+            "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
         )
         codec = f"-an -c:v libx264 -crf {self.crf} -pix_fmt yuv420p -movflags +faststart -f mp4"
         options = f"-y -loglevel error {source} {colour} {codec}".split()

@@ -1,6 +1,9 @@
+import subprocess
+
 import numpy as np
 import pytest
 import torch
+from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
 from utils.errors import UserError
@@ -58,6 +61,10 @@ def test_colour_matrix_is_tagged_so_that_pure_colours_survive(tmp_path):
     with VideoWriter(tmp_path / "red.mp4") as writer:
         writer.write(red)
     assert (read_video(tmp_path / "red.mp4").float() - red.float()).abs().max() < 8
+    show = [get_ffmpeg_exe(), "-i", str(tmp_path / "red.mp4")]
+    header = subprocess.run(show, capture_output=True, text=True, check=False).stderr
+    assert "h264" in header
+    assert "yuv420p(tv, bt709, " in header  # matrix, primaries and transfer alike
 
 
 def test_file_has_a_temporary_name_until_it_is_closed(tmp_path):
@@ -215,11 +222,11 @@ def test_fit_keeps_the_aspect_and_the_centre():
 
 
 def test_fit_is_antialiased_and_exact_where_nothing_changes():
-    stripes = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    stripes = torch.zeros(1, 48, 48, 3, dtype=torch.uint8)
     stripes[:, :, ::2] = 255
     small = fit_frames(stripes, 16, 16)[:, 2:-2, 2:-2].float()
-    assert (small - 127.5).abs().max() < 10
-    assert torch.equal(fit_frames(stripes.numpy(), 64, 64), stripes)
+    assert (small - 127.5).abs().max() < 30  # one pixel in three would be 0 or 255
+    assert torch.equal(fit_frames(stripes.numpy(), 48, 48), stripes)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (48, 32), (31, 97), (480, 832)])
