@@ -44,6 +44,17 @@ def frames_first(x):
     return x.transpose(1, 2)  # [B, C, F, h, w] <-> [B, F, C, h, w]
 
 
+def recorded_clips(case):
+    """The recorded videos `video{F}` as [B, F, 3, H, W]; their latents are `latents{F}`."""
+    clips = {n: frames_first(x) for n, x in case.tensors.items() if re.fullmatch(r"video\d+", n)}
+    assert clips
+    return clips
+
+
+def assert_close(ours, recorded):
+    torch.testing.assert_close(ours, recorded, atol=TOLERANCE, rtol=0)
+
+
 def some_latents(vae, frames=7, seed=0, batch=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, frames, vae.latent_channels, 2, 3, generator=generator)
@@ -74,41 +85,35 @@ def test_statistics_are_the_recorded_ones(case, golden_vae):
 
 @pytest.mark.golden
 def test_encode_gives_recorded_latents(case, golden_vae):
-    clips = [name for name in case.tensors if re.fullmatch(r"video\d+", name)]
-    assert clips
-    for name in clips:
-        latents = golden_vae.encode(frames_first(case.tensors[name]))
+    for name, video in recorded_clips(case).items():
         expected = frames_first(case.tensors[name.replace("video", "latents")])
-        torch.testing.assert_close(latents, expected, atol=TOLERANCE, rtol=0)
+        assert_close(golden_vae.encode(video), expected)
 
 
 @pytest.mark.golden
 def test_encode_of_one_frame_and_of_a_batch_gives_recorded_latents(case, golden_vae):
-    video = frames_first(case.tensors["video9"])
-    one = golden_vae.encode(video[:, :1])
-    torch.testing.assert_close(one, frames_first(case.tensors["latents1"]), atol=TOLERANCE, rtol=0)
-    both = golden_vae.encode(torch.cat([video, -video]))
-    torch.testing.assert_close(both, case.tensors["wrapper_latents"], atol=TOLERANCE, rtol=0)
+    video = min(recorded_clips(case).values(), key=lambda clip: clip.shape[1])
+    assert_close(golden_vae.encode(video[:, :1]), frames_first(case.tensors["latents1"]))
+    batch = torch.cat([video, -video])
+    assert_close(golden_vae.encode(batch), case.tensors["wrapper_latents"])
 
 
 @pytest.mark.golden
 def test_decode_gives_recorded_video(case, golden_vae):
-    for latents, video in (("z", "decoded"), ("latents17", "decoded_latents17")):
-        expected = frames_first(case.tensors[video]).clamp(-1, 1)
-        decoded = golden_vae.decode(frames_first(case.tensors[latents]))
-        torch.testing.assert_close(decoded, expected, atol=TOLERANCE, rtol=0)
+    for name in (name for name in case.tensors if name.startswith("decoded")):
+        latents = case.tensors["z" if name == "decoded" else name.removeprefix("decoded_")]
+        expected = frames_first(case.tensors[name]).clamp(-1, 1)
+        assert_close(golden_vae.decode(frames_first(latents)), expected)
     expected = case.tensors["wrapper_pixels"]
-    k = (expected.shape[1] - 1) // golden_vae.temporal_stride + 1
-    decoded = golden_vae.decode(frames_first(case.tensors["z"])[:, :k])
-    torch.testing.assert_close(decoded, expected, atol=TOLERANCE, rtol=0)
+    count = (expected.shape[1] - 1) // golden_vae.temporal_stride + 1
+    assert_close(golden_vae.decode(frames_first(case.tensors["z"])[:, :count]), expected)
 
 
 @pytest.mark.golden
 def test_stream_gives_recorded_video(case, golden_vae):
     latents = frames_first(case.tensors["z"])
     expected = frames_first(case.tensors["decoded"]).clamp(-1, 1)
-    video = decode_in_chunks(golden_vae, latents, 3)
-    torch.testing.assert_close(video, expected, atol=TOLERANCE, rtol=0)
+    assert_close(decode_in_chunks(golden_vae, latents, 3), expected)
 
 
 @pytest.mark.golden
@@ -182,7 +187,7 @@ def test_decode_equals_diffusers_decode(vae):
     mean, std = vae.statistics()
     with torch.no_grad():
         expected = vae.model.decode(frames_first(latents * std + mean)).sample
-    torch.testing.assert_close(vae.decode(latents), frames_first(expected), atol=TOLERANCE, rtol=0)
+    assert_close(vae.decode(latents), frames_first(expected))
 
 
 @pytest.mark.parametrize("chunks", [[1] * 7, [7], [3, 3, 1], [1, 2, 4], [2, 5]])
@@ -305,9 +310,12 @@ def test_missing_file_is_named(tmp_path):
         WanVAE.from_official(tmp_path / "nowhere.pth")
 
 
-def test_truncated_file_is_a_user_error(vae_file, tmp_path):
-    for name in ("cut.pth", "cut.safetensors"):
-        (tmp_path / name).write_bytes(vae_file.read_bytes()[:2000])
+@pytest.mark.parametrize("name", ["vae.pth", "vae.safetensors"])
+def test_broken_file_is_a_user_error(vae_file, tmp_path, name):
+    """A file cut short, a page in place of the file, a pointer of git-lfs, nothing at all."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    for content in (vae_file.read_bytes()[:2000], b"<html></html>", pointer, b""):
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="fetch it again"):
             WanVAE.from_official(tmp_path / name)
 
