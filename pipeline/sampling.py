@@ -60,13 +60,27 @@ class OdeStep:
     Multi-step solvers carry history, so a block's solver lives from its first level to its last.
     """
 
-    def __init__(
-        self, sampler: Sampler, num_steps: int, shift: float, device: torch.device
-    ) -> None:
-        self._template = make_scheduler(sampler, shift)
-        self._template.set_timesteps(num_steps, device=device)
+    def __init__(self, template: Any) -> None:
+        """`template`: a diffusers scheduler whose timesteps are set."""
+        self._template = template
         self._solvers: dict[int, Any] = {}
-        self.timesteps = self._template.timesteps.to("cpu", torch.float32)
+        self.timesteps = template.timesteps.to("cpu", torch.float32)
+
+    @classmethod
+    def with_steps(
+        cls, sampler: Sampler, num_steps: int, shift: float, device: torch.device
+    ) -> "OdeStep":
+        """A named solver with `num_steps` steps spread by the timestep shift."""
+        scheduler = make_scheduler(sampler, shift)
+        scheduler.set_timesteps(num_steps, device=device)
+        return cls(scheduler)
+
+    @classmethod
+    def at(cls, timesteps: Tensor, device: torch.device) -> "OdeStep":
+        """Euler steps between given timesteps `[T]`, and from the last one to 0."""
+        scheduler = make_scheduler("euler", shift=1.0)
+        scheduler.set_timesteps(sigmas=(timesteps / NUM_TIMESTEPS).tolist(), device=device)
+        return cls(scheduler)
 
     def advance(self, block: int, level: int, noisy: Tensor, flow: Tensor, *, last: bool) -> Tensor:
         """See `StepRule`."""

@@ -4,6 +4,7 @@ The network hands every layer's q, k and v (after norm, before RoPE) to `attend`
 else. Token tensors are `[B, frames * tokens_per_frame, heads, head_dim]`.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol
 
@@ -116,7 +117,7 @@ def _block_mask(mask: Tensor, tokens: int) -> BlockMask:
 
 
 @lru_cache
-def _compiled_flex() -> object:
+def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 

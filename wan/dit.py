@@ -6,7 +6,7 @@ nothing of caches, masks or absolute time: an attention context decides what que
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -240,7 +240,7 @@ class WanDiT(nn.Module):
             raise ValueError(f"text of {embeddings.shape[1]} tokens exceeds {self.config.text_len}")
         padded = F.pad(embeddings, (0, 0, 0, missing)).to(self.dtype)
         text = self.text_embedding(padded)  # [B, text_len, dim]
-        pairs = [block.encode_text(text) for block in self.blocks]
+        pairs = [cast(Block, block).encode_text(text) for block in self.blocks]
         return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
     def full_context(self, latents: Tensor) -> FullContext:

@@ -1,0 +1,173 @@
+"""From a configuration to its parts: files, device, dtype, policy, step rule."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.sampling import BlockNoise, OdeStep, Renoise, StepRule
+from pipeline.schedule import BlockLayout, Schedule
+from utils.config import ROOT, Config
+from utils.errors import UserError
+from wan.checkpoints import load_dit_config, memory_estimate
+from wan.dit import DiTConfig
+from wan.flow import denoising_timesteps
+from wan.geometry import VideoShape
+from wan.kv_cache import ContextPolicy, KVCache
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+VAE_FILE = "Wan2.1_VAE.pth"
+TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+TOKENIZER_FOLDER = Path("google") / "umt5-xxl"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the parts of a model folder are, in the official or the diffusers layout."""
+
+    folder: Path
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+
+    @classmethod
+    def find(cls, config: Config, name: str) -> "ModelFiles":
+        """The folder `name` below `model_root` (from here or from the project's root)."""
+        places = [base / config.model_root / name for base in (Path(), ROOT)]
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            raise UserError(
+                f"the model folder {places[0]} does not exist; fetch it with "
+                "`python scripts/download.py` (see `--list`), or set model_root=…"
+            )
+        if (folder / "transformer").is_dir():
+            return cls(folder, folder / "vae", folder / "text_encoder", folder / "tokenizer")
+        return cls(folder, folder / VAE_FILE, folder / TEXT_ENCODER_FILE, folder / TOKENIZER_FOLDER)
+
+    def require(self, *paths: Path) -> None:
+        """Raise UserError for the first of these that is missing."""
+        for path in paths:
+            if not path.exists():
+                raise UserError(
+                    f"{path} is missing; fetch the model again with `python scripts/download.py`"
+                )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one; UserError if the device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device '{name}' is unknown; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name} was asked for but there is no GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} does not exist: there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def video_shape(config: Config, dit: DiTConfig) -> VideoShape:
+    """Geometry of this configuration's videos."""
+    return VideoShape(config.height, config.width, channels=dit.in_dim, patch_size=dit.patch_size)
+
+
+def block_layout(config: Config) -> BlockLayout:
+    """How latent frames fall into blocks."""
+    return BlockLayout(config.num_frame_per_block, config.independent_first_frame)
+
+
+def context_policy(config: Config) -> ContextPolicy:
+    """What a pass may look back at."""
+    return ContextPolicy(
+        config.model_kwargs.sink_size,
+        config.attention_frames,
+        config.sink_position,
+        config.clean_pass_sees_sink,
+    )
+
+
+def step_rule(config: Config, noise: BlockNoise, device: torch.device) -> StepRule:
+    """How blocks move between levels: `step_rule`, by default what the weights are made for."""
+    steps, shift = config.denoising_step_list, config.generator_shift
+    if steps is None:
+        ode = OdeStep.with_steps(
+            config.sampler, config.sampling_steps, config.generator_shift, device
+        )
+        return Renoise(ode.timesteps, noise) if config.step_rule == "renoise" else ode
+    timesteps = denoising_timesteps(steps, shift, warp=config.warp_denoising_step)
+    if config.step_rule == "ode":
+        return OdeStep.at(timesteps, device)
+    return Renoise(timesteps, noise)
+
+
+def new_cache(
+    config: Config,
+    dit: DiTConfig,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    recent_frames: int | None = None,
+) -> KVCache:
+    """An empty cache for `batch` videos; `recent_frames` defaults to what the policy reads."""
+    policy, block = context_policy(config), config.num_frame_per_block
+    shape = video_shape(config, dit)
+    if config.schedule == "full":
+        sink, recent = 0, 0
+    else:
+        sink = policy.sink_frames
+        recent = max(recent_frames or 0, policy.recent_capacity(block), block)
+    return KVCache(
+        num_layers=dit.num_layers,
+        num_heads=dit.num_heads,
+        head_dim=dit.head_dim,
+        tokens_per_frame=shape.tokens_per_frame,
+        latent=shape.latent,
+        sink_frames=sink,
+        recent_frames=recent,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def new_schedule(config: Config, num_blocks: int | None, first_block: int = 0) -> Schedule:
+    """The configured sequence of windows; UserError where it cannot be unbounded."""
+    kind = config.schedule or "block"
+    if kind == "full" and num_blocks is None:
+        raise UserError("a bidirectional model needs a number of frames: it cannot stream for ever")
+    if kind == "full" and first_block:
+        raise UserError("a bidirectional model cannot continue an image or a video")
+    return Schedule(kind, config.num_levels, num_blocks, first_block)
+
+
+def memory_report(config: Config, files: ModelFiles, dtype: torch.dtype, batch: int = 1) -> str:
+    """One line: what will be in memory, estimated from sizes alone, before anything is loaded."""
+    dit = load_dit_config(files.folder)
+    cache = new_cache(config, dit, batch=batch, dtype=dtype, device=torch.device("meta"))
+    parts = {
+        "transformer": memory_estimate(dit, dtype),
+        "cache": cache.num_bytes,
+        "VAE": _file_bytes(files.vae),
+        "text encoder": 0 if config.text_embeddings else _file_bytes(files.text_encoder),
+    }
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return f"memory needed: about {sum(parts.values()) / GIB:.2f} GiB ({listed}) and activations"
+
+
+def _file_bytes(path: Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return path.stat().st_size if path.is_file() else 0

@@ -1,0 +1,74 @@
+"""Prefixes: an image or a video that a generated video continues."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.schedule import BlockLayout
+from utils.errors import UserError
+from utils.video import fit_frames, read_image, read_video, to_float
+from wan.geometry import VideoShape
+from wan.vae import WanVAE
+
+logger = logging.getLogger(__name__)
+
+Frames = Tensor | str | Path
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Clean latents that a video starts with: `[1, F, C, h, w]`, a whole number of blocks."""
+
+    latents: Tensor
+
+    def blocks(self, layout: BlockLayout) -> list[Tensor]:
+        """One tensor per block."""
+        count = layout.blocks_for(self.latents.shape[1])
+        return list(self.latents.split([layout.frames(b) for b in range(count)], dim=1))
+
+
+def prefix_frames(blocks: int, layout: BlockLayout, shape: VideoShape) -> int:
+    """Video frames that exactly fill the first `blocks` blocks."""
+    return shape.video_frames(layout.start(blocks))
+
+
+def image_clip(image: Frames, layout: BlockLayout, shape: VideoShape) -> Tensor:
+    """An image as a still clip of one block: uint8 `[n, H, W, 3]`.
+
+    One frame if the model's first frame is a block of its own.
+    """
+    pixels = read_image(image) if isinstance(image, str | Path) else image
+    if pixels.ndim == 4:
+        pixels = pixels[0]
+    still = fit_frames(pixels[None], shape.height, shape.width)
+    return still.expand(prefix_frames(1, layout, shape), -1, -1, -1)
+
+
+def video_clip(video: Frames, layout: BlockLayout, shape: VideoShape) -> Tensor:
+    """The last frames of a video that fill whole blocks: uint8 `[n, H, W, 3]`.
+
+    What is cut off in front is said in one line; UserError if not even one block is filled.
+    """
+    frames = read_video(video) if isinstance(video, str | Path) else video
+    blocks = 0
+    while prefix_frames(blocks + 1, layout, shape) <= len(frames):
+        blocks += 1
+    if blocks == 0:
+        raise UserError(
+            f"the video to continue has {len(frames)} frames; at least "
+            f"{prefix_frames(1, layout, shape)} are needed"
+        )
+    kept = prefix_frames(blocks, layout, shape)
+    if kept < len(frames):
+        logger.info("continuing the last %d of %d frames (whole blocks)", kept, len(frames))
+    return fit_frames(frames[-kept:], shape.height, shape.width)
+
+
+def encode_prefix(clip: Tensor, vae: WanVAE) -> Prefix:
+    """Latents of a clip uint8 `[n, H, W, 3]`, float32."""
+    with torch.no_grad():
+        video = to_float(clip)[None].to(vae.device, vae.dtype)  # [1, n, 3, H, W]
+        return Prefix(vae.encode(video).float())

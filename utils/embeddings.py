@@ -1,0 +1,72 @@
+"""Text embeddings stored on disk, so that the text encoder need not be loaded.
+
+A store is a folder of `*.safetensors` shards; a tensor's name is `embedding_key(prompt)`, its value
+the embedding without padding, `[tokens, dim]`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from utils.errors import UserError
+
+
+def embedding_key(prompt: str) -> str:
+    """Name of a prompt's embedding: 32 hex digits of the SHA-256 of the stripped text."""
+    return hashlib.sha256(prompt.strip().encode("utf-8")).hexdigest()[:32]
+
+
+def trim(embedding: Tensor) -> Tensor:
+    """Drop the zero rows at the end of `[tokens, dim]` (at least one row stays)."""
+    rows = (embedding != 0).any(dim=1).nonzero()
+    return embedding[: int(rows.max()) + 1 if len(rows) else 1]
+
+
+def pad_batch(embeddings: Sequence[Tensor]) -> Tensor:
+    """Stack `[tokens_i, dim]` into `[B, max tokens, dim]`, zeros behind the shorter ones."""
+    return pad_sequence(list(embeddings), batch_first=True)
+
+
+def write_shard(path: Path, embeddings: Mapping[str, Tensor]) -> None:
+    """Write one shard of `{prompt: [tokens, dim]}`, under a temporary name until it is whole."""
+    tensors = {embedding_key(prompt): trim(e).contiguous() for prompt, e in embeddings.items()}
+    partial = path.with_suffix(".part")
+    save_file(tensors, partial)
+    partial.rename(path)
+
+
+class EmbeddingStore:
+    """Read access to a folder of shards; only the embeddings asked for are read."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        shards = sorted(self.folder.glob("*.safetensors"))
+        if not shards:
+            raise UserError(f"{folder} holds no *.safetensors of text embeddings; check the path")
+        self._shard_of: dict[str, Path] = {}
+        for shard in shards:
+            try:
+                with safe_open(shard, framework="pt") as file:
+                    self._shard_of.update(dict.fromkeys(file.keys(), shard))
+            except SafetensorError as error:
+                raise UserError(f"{shard} is not a readable safetensors file") from error
+
+    def __contains__(self, prompt: str) -> bool:
+        return embedding_key(prompt) in self._shard_of
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def __getitem__(self, prompt: str) -> Tensor:
+        """Embedding `[tokens, dim]` of a prompt, float32; UserError if it is not stored."""
+        key = embedding_key(prompt)
+        if key not in self._shard_of:
+            raise UserError(f"{self.folder} has no embedding of the prompt '{prompt[:60]}'")
+        with safe_open(self._shard_of[key], framework="pt") as file:
+            return file.get_tensor(key).to(torch.float32)
