@@ -23,7 +23,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AutoencoderKLWan,
+    WanCausalConv3d,
+    WanRMS_norm,
+)
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -37,11 +41,12 @@ Shapes = Mapping[str, Sequence[int]]
 class WanVAE:
     """A Wan2.1 VAE for inference: video to normalised latents and back, without gradient.
 
-    `model` is the diffusers module; code that trains a VAE uses it directly.
+    `model` is the diffusers module, with layers that are faster on a CPU; code that trains a VAE
+    uses it directly.
     """
 
     def __init__(self, model: AutoencoderKLWan) -> None:
-        self.model = model
+        self.model = _with_cpu_kernels(model)
         self.latents_mean = torch.tensor(model.config["latents_mean"])  # [C]
         self.latents_std = torch.tensor(model.config["latents_std"])  # [C]
 
@@ -253,6 +258,44 @@ class StreamingDecoder:
                 f"this stream has latent frames {list(past[:, :, 0].shape)}, "
                 f"got {list(latents[:, 0].shape)}"
             )
+
+
+class _CausalConv3d(WanCausalConv3d):
+    """The same convolution by oneDNN on a CPU.
+
+    PyTorch's own choice for inputs of this many elements and one video is a loop without blocking,
+    several times slower.
+    """
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return super()._conv_forward(x, weight, bias)
+        return torch.ops.aten.mkldnn_convolution(
+            x, weight, bias, self.padding, self.stride, self.dilation, self.groups
+        )
+
+
+class _ChannelNorm(WanRMS_norm):
+    """The same norm on a CPU without `vector_norm`, whose loop over channels is not vectorised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x / |x| * sqrt(C) * gamma` over axis 1, fp32 inside: `[B, C, ...]` -> like x."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        wide = x.float()
+        length = wide.square().sum(1, keepdim=True).sqrt().clamp_min(_SMALLEST_LENGTH)
+        return (wide * (self.scale / length)).to(x.dtype) * self.gamma
+
+
+_SMALLEST_LENGTH = 1e-12  # as in `torch.nn.functional.normalize`
+_CPU_KERNELS: dict[type, type] = {WanCausalConv3d: _CausalConv3d, WanRMS_norm: _ChannelNorm}
+
+
+def _with_cpu_kernels(model: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Exchange the classes of `model`'s layers in place; weights and names stay."""
+    for module in model.modules():
+        module.__class__ = _CPU_KERNELS.get(type(module), type(module))
+    return model
 
 
 _ZEROS_BEFORE = "Rep"  # diffusers' mark in the features of a temporal upsampling convolution
