@@ -1,0 +1,341 @@
+import json
+from dataclasses import asdict
+from functools import cache
+
+import numpy as np
+import pytest
+
+from utils.errors import UserError
+from utils.shape_meter import measure, observe, report, survival
+from utils.shapes import COLOURS, KINDS, Attributes, Scene, Shape, caption, render, sample_scene
+from utils.video_meter import to_json
+
+FPS, NUM_FRAMES, HALF = 16, 96, 48  # six seconds: drift compares its halves
+
+
+def shape(look, motion, x, y):
+    size, colour, kind = look.split()
+    speed, direction = motion.split(maxsplit=1)
+    return Shape(kind, colour, size, speed, direction, position=(x, y))
+
+
+# Colours that can be shifted by 24 levels without clipping; shapes that come to overlap.
+SCENES = (
+    Scene("navy", (shape("large green circle", "slow right", 16.0, 30.0),), ""),
+    Scene("gray", (shape("small blue star", "fast upper left", 42.0, 44.0),), ""),
+    Scene(
+        "maroon",
+        (
+            shape("small green triangle", "fast down", 22.0, 20.0),
+            shape("large cyan square", "slow right", 20.0, 40.0),
+        ),
+        "",
+    ),
+)
+
+
+def sums(frames, scene):
+    """All that the report says of one video, as one flat dictionary."""
+    result = report(measure(frames, scene.attributes))
+    seconds = {key: np.nanmean(np.array(v, float)) for key, v in result.per_second.items()}
+    drift = {f"drift_{key}": value for key, value in asdict(result.drift).items()}
+    flat = {**seconds, **drift, **asdict(result.accuracy)}
+    flat |= {"motion": result.motion, "speed_ratio": result.speed_ratio}
+    flat |= {"survived": result.survived_seconds}
+    flat["background_flicker"] = result.background_flicker.ratio
+    flat["brightness_flicker"] = result.brightness_flicker.ratio
+    return flat
+
+
+def mean_sums(corrupt):
+    rng = np.random.default_rng(0)
+    all_sums = [sums(corrupt(render(s, NUM_FRAMES), rng), s) for s in SCENES]
+    return {key: np.mean([one[key] for one in all_sums]) for key in all_sums[0]}
+
+
+@cache
+def clean():
+    return mean_sums(lambda frames, rng: frames)
+
+
+# How far a measure may stray from its clean value under a corruption that is not its business.
+STEADY = {
+    **dict.fromkeys(("background_error", "colour_error"), 2.5),
+    **dict.fromkeys(("drift_background_error", "drift_colour_error"), 0.3),
+    **dict.fromkeys(
+        ("background_right", "colour_right", "kind_right", "size_right", "right"), 0.01
+    ),
+    **dict.fromkeys(("background", "count", "colour", "kind", "size", "direction", "speed"), 0.0),
+    **dict.fromkeys(("area_ratio", "drift_area_ratio", "sharpness", "drift_sharpness"), 0.02),
+    **dict.fromkeys(("artefacts", "drift_artefacts"), 0.002),
+    **dict.fromkeys(("motion", "speed_ratio"), 0.03),
+    **dict.fromkeys(("background_flicker", "brightness_flicker"), 0.1),
+    "survived": 0,
+}
+
+
+def blur(frames, rng, sigma=1.2):
+    taps = np.exp(-(np.arange(-4, 5, dtype=np.float32) ** 2) / (2 * sigma**2))
+    out = np.pad(frames.astype(np.float32), ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
+    taps /= taps.sum()
+    height, width = frames.shape[1:3]
+    out = sum(w * out[:, i : i + height] for i, w in enumerate(taps))
+    out = sum(w * out[:, :, i : i + width] for i, w in enumerate(taps))
+    return (out + 0.5).astype(np.uint8)
+
+
+def noise(frames, rng, sigma=8):
+    return np.clip(frames + rng.normal(0, sigma, frames.shape) + 0.5, 0, 255).astype(np.uint8)
+
+
+def hue_shift(frames, rng):
+    """Red up, blue down, in step, from 0 to 24 levels: 24 * sqrt(2) = 34 at the end."""
+    rise = np.linspace(0, 24, len(frames))[:, None, None, None] * np.array([1, 0, -1])
+    dither = rng.random(frames.shape)  # or the steps of rounding would fall on the boundaries
+    return np.clip(frames + rise + dither, 0, 255).astype(np.uint8)
+
+
+def freeze(frames, rng):
+    return np.repeat(frames[:1], len(frames), 0)
+
+
+def freeze_halfway(frames, rng):
+    return np.concatenate([frames[:HALF], np.repeat(frames[HALF : HALF + 1], HALF, 0)])
+
+
+def slow_down(frames, rng):
+    return frames[np.arange(len(frames)) // 2]
+
+
+def shuffle(frames, rng):
+    return rng.permutation(frames)
+
+
+def vanish(frames, rng):
+    """From halfway on, background alone (the pixelwise median over time and then over a row)."""
+    empty = np.median(frames[:, :, [0, 1, -1]], axis=(0, 2)).astype(np.uint8)
+    out = frames.copy()
+    out[HALF:] = empty[:, None]
+    return out
+
+
+def speckle(frames, rng):
+    """Pure magenta on 5 % of the pixels, in the second half."""
+    out = frames.copy()
+    out[HALF:][rng.random((HALF, *frames.shape[1:3])) < 0.05] = (255, 0, 255)
+    return out
+
+
+def flash(frames, rng):
+    """Every other block is 3 levels brighter."""
+    block = (np.arange(len(frames)) - 9) // 12 + 1
+    return frames + (3 * (block % 2))[:, None, None, None].astype(np.uint8)
+
+
+# What each corruption must do to which measure: (value, error bar). All others must stay.
+CORRUPTIONS = {
+    blur: {
+        "sharpness": (0.25, 0.02),
+        "colour_error": (7, 3),
+        "drift_colour_error": (0, 0.8),  # a shape half hidden has less flat inside
+    },
+    noise: {},
+    hue_shift: {
+        "background_error": (17, 1.5),
+        "colour_error": (17, 1.5),
+        "drift_background_error": (17, 1.5),
+        "drift_colour_error": (17, 1.5),
+    },
+    freeze: {"motion": (0, 0.01), "speed_ratio": (0, 0.01), "direction": (0, 0), "speed": (0, 0)},
+    freeze_halfway: {"motion": (0.5, 0.06), "speed_ratio": (0.5, 0.5)},
+    slow_down: {"motion": (0.47, 0.06), "speed_ratio": (0.5, 0.02), "speed": (0, 0)},
+    shuffle: {
+        "motion": (0, 0.05),
+        "speed_ratio": (3, 1.5),
+        "direction": (0.5, 0.5),
+        "speed": (0.1, 0.1),
+        "brightness_flicker": (1, 0.2),
+    },
+    vanish: {
+        "survived": (3, 0),
+        "colour_right": (0.5, 0.01),
+        "kind_right": (0.5, 0.02),
+        "size_right": (0.5, 0.02),
+        "right": (0.5, 0.02),
+        "motion": (0.5, 0.06),
+        "sharpness": (0.24, 0.03),
+        "drift_sharpness": (-0.48, 0.06),
+    },
+    speckle: {
+        "artefacts": (0.025, 0.005),
+        "drift_artefacts": (0.05, 0.01),
+        "area_ratio": (0.975, 0.01),  # an artefact is no part of the shape
+        "drift_area_ratio": (-0.05, 0.01),
+        "brightness_flicker": (0.9, 0.2),
+    },
+    flash: {
+        "background_flicker": (7, 0.5),
+        "brightness_flicker": (6, 1),
+        "background_error": (2.6, 0.3),  # half of the frames, by 3 * sqrt(3)
+        "colour_error": (2.6, 0.3),
+    },
+}
+
+
+@pytest.mark.parametrize("corrupt", CORRUPTIONS, ids=lambda c: c.__name__)
+def test_a_corruption_moves_what_it_should_and_nothing_else(corrupt):
+    expected = {name: (clean()[name], STEADY[name]) for name in clean()} | CORRUPTIONS[corrupt]
+    found = mean_sums(corrupt)
+    wrong = {
+        name: f"{found[name]:.3f}, not {value:.3f} +- {bar}"
+        for name, (value, bar) in expected.items()
+        if abs(found[name] - value) > bar + 1e-9
+    }
+    assert not wrong
+
+
+def test_a_true_clip_measures_as_true():
+    truth = clean()
+    for name in ("background", "count", "colour", "kind", "size", "direction", "speed"):
+        assert truth[name] == 1
+    assert truth["survived"] == 6
+    assert truth["motion"] > 0.95
+    assert truth["speed_ratio"] == pytest.approx(1, abs=0.02)
+    assert truth["area_ratio"] == pytest.approx(1, abs=0.02)
+    assert truth["sharpness"] == pytest.approx(0.48, abs=0.03)
+    assert truth["artefacts"] < 1e-4
+    assert max(truth["background_error"], truth["colour_error"]) < 0.5
+    assert truth["background_flicker"] == pytest.approx(1, abs=0.05)
+
+
+# Against the truth
+
+
+def compare(scene, num_frames):
+    """Errors of the meter on a clip of the world: rates of right answers, and distances."""
+    measures = measure(render(scene, num_frames), scene.caption)
+    accuracy = asdict(report(measures).accuracy)
+    position, velocity, kind = [], [], []
+    for true, track in zip(scene.shapes, measures.seen.shapes, strict=True):
+        truth = true.positions(num_frames)
+        position.append(np.abs(track.position - truth).max(1))
+        velocity.append(np.abs(track.velocity - np.gradient(truth, 1 / FPS, axis=0)).max(1))
+        kind.append(track.kind == list(KINDS).index(true.kind))
+    seen = measures.seen
+    return accuracy, np.concatenate(position), np.concatenate(velocity), np.concatenate(kind), seen
+
+
+def check_against_truth(scenes, num_frames):
+    accuracies, position, velocity, kind, seen = zip(
+        *(compare(scene, num_frames) for scene in scenes), strict=True
+    )
+    for name in accuracies[0]:
+        assert np.mean([accuracy[name] for accuracy in accuracies]) >= 0.99, name
+    position, velocity = np.concatenate(position), np.concatenate(velocity)
+    assert np.isnan(position).mean() < 0.002  # a shape wholly behind another
+    assert np.nanquantile(position, [0.5, 0.99]).tolist() < [0.1, 0.25]
+    assert np.nanmax(position) < 1.5
+    assert np.nanquantile(velocity, [0.5, 0.99]).tolist() < [0.6, 3.0]
+    assert np.concatenate(kind).mean() > 0.995
+    assert np.mean(np.concatenate([s.artefacts for s in seen])) < 1e-4
+
+
+def test_the_meter_reads_true_clips():
+    check_against_truth([sample_scene(5, index) for index in range(64)], 25)
+
+
+@pytest.mark.slow
+def test_the_meter_reads_true_clips_for_a_minute():
+    check_against_truth([sample_scene(6, index, split="heldout") for index in range(16)], 961)
+
+
+def test_the_meter_reads_blurred_and_noisy_clips():
+    """About what a small VAE leaves: still the right kind, colour, size and place."""
+    rng = np.random.default_rng(1)
+    for scene in (sample_scene(7, index) for index in range(12)):
+        frames = noise(blur(render(scene, 25), rng, sigma=1.0), rng, sigma=5)
+        measures = measure(frames, scene.caption)
+        accuracy = report(measures).accuracy
+        assert min(asdict(accuracy).values()) == 1, scene.caption
+        for true, track in zip(scene.shapes, measures.seen.shapes, strict=True):
+            assert np.nanmedian(np.abs(track.position - true.positions(25))) < 0.3
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_lengths_are_in_units_at_every_size(size):
+    scene = SCENES[0]
+    track = observe(render(scene, 9, size=size)).shapes[0]
+    np.testing.assert_allclose(track.position, scene.shapes[0].positions(9), atol=0.3)
+    np.testing.assert_allclose(track.area, np.pi * 11**2, rtol=0.04)
+
+
+# Without a prompt, and with a wrong one
+
+
+def test_a_video_is_read_without_its_prompt():
+    seen = observe(render(SCENES[2], 9))
+    found = {(list(COLOURS)[s.colour[0]], list(KINDS)[s.kind[0]]) for s in seen.shapes}
+    assert found == {("cyan", "square"), ("green", "triangle")}
+    assert (seen.count == 2).all()
+
+
+def test_another_prompt_is_told_in_what_it_differs():
+    frames = render(SCENES[0], 33)
+    (true,) = SCENES[0].attributes.shapes
+    other = {"kind": "star", "colour": "red", "size": "small", "speed": "fast", "direction": "up"}
+    for field, value in other.items():
+        prompt = Attributes("navy", (type(true)(**{**asdict(true), field: value}),))
+        wrong = [
+            k for k, right in asdict(report(measure(frames, prompt)).accuracy).items() if not right
+        ]
+        assert wrong == [field]
+    accuracy = report(measure(frames, Attributes("maroon", (true,)))).accuracy
+    assert [k for k, right in asdict(accuracy).items() if not right] == ["background"]
+    one_of_two = Attributes("maroon", SCENES[2].attributes.shapes[:1])
+    accuracy = report(measure(render(SCENES[2], 33), one_of_two)).accuracy
+    assert [k for k, right in asdict(accuracy).items() if not right] == ["count"]
+
+
+def test_a_shape_that_turns_into_another_survives_until_then():
+    square = Scene("navy", (shape("large green square", "slow right", 16.0, 30.0),), "")
+    frames = np.concatenate([render(SCENES[0], 40), render(square, 56, start=40)])
+    result = report(measure(frames, SCENES[0].attributes))
+    assert result.survived_seconds == 2  # 40 frames: two seconds and a half
+    assert result.accuracy.kind == 0
+    assert result.accuracy.colour == 1
+
+
+def test_survival_is_the_share_of_videos_still_right():
+    whole, gone = (
+        report(measure(f, SCENES[0].attributes))
+        for f in (render(SCENES[0], 96), vanish(render(SCENES[0], 96), None))
+    )
+    assert survival([whole, gone]) == [1, 1, 1, 0.5, 0.5, 0.5]
+    with pytest.raises(UserError, match="at least one"):
+        survival([])
+
+
+# Whatever a network draws
+
+
+@pytest.mark.parametrize("level", [0, 255, None], ids=["black", "white", "noise"])
+def test_any_video_can_be_measured(level):
+    rng = np.random.default_rng(0)
+    frames = np.full((20, 64, 64, 3), level or 0, np.uint8)
+    if level is None:
+        frames = rng.integers(0, 256, frames.shape).astype(np.uint8)
+    result = report(measure(frames, caption(SCENES[2].attributes, 0)))
+    assert result.accuracy.direction == 0
+    assert result.motion < 0.1
+    assert result.survived_seconds == 0
+    json.dumps(to_json(result), allow_nan=False)
+    observe(frames)
+
+
+def test_what_is_no_square_video_is_refused():
+    with pytest.raises(UserError, match="square"):
+        observe(np.zeros((4, 32, 64, 3), np.uint8))
+    with pytest.raises(UserError, match="uint8"):
+        observe(np.zeros((4, 64, 64, 3)))
+    with pytest.raises(UserError, match="shapes world"):
+        measure(np.zeros((4, 64, 64, 3), np.uint8), "a dog")

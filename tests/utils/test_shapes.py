@@ -1,0 +1,251 @@
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from utils.errors import UserError
+from utils.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    KINDS,
+    PHRASINGS,
+    RUN_UP_SECONDS,
+    SIZES,
+    SPEEDS,
+    WORLD,
+    Attributes,
+    Scene,
+    Shape,
+    ShapeAttributes,
+    ShapesDataset,
+    background_rows,
+    caption,
+    coverage,
+    is_held_out,
+    parse_caption,
+    render,
+    sample_scene,
+)
+
+EVERY_SHAPE = [
+    Shape(kind, "red", size, speed, direction, position=(30.0, 32.0))
+    for kind, size, speed, direction in itertools.product(KINDS, SIZES, SPEEDS, DIRECTIONS)
+]
+
+
+def scenes(count, split="train", seed=3):
+    return [sample_scene(seed, index, split=split) for index in range(count)]
+
+
+# The data set
+
+
+def test_a_clip_is_a_function_of_seed_index_and_split():
+    clip, again = (ShapesDataset(5, seed=1)[7] for _ in range(2))
+    assert clip.caption == again.caption
+    assert np.array_equal(clip.frames, again.frames)
+    others = [ShapesDataset(5, seed=2)[7], ShapesDataset(5, seed=1)[8]]
+    others += [ShapesDataset(5, seed=1, split="heldout")[7]]
+    assert all(not np.array_equal(clip.frames, other.frames) for other in others)
+
+
+def test_scenes_stay_what_they_were_in_earlier_versions():
+    assert sample_scene(0, 0).caption == (
+        "On a maroon background, a large purple circle moving slowly to the lower left."
+    )
+
+
+def test_the_data_set_iterates_in_the_order_of_its_index():
+    dataset = ShapesDataset(2)
+    for index, clip in enumerate(itertools.islice(dataset, 3)):
+        assert np.array_equal(clip.frames, dataset[index].frames)
+
+
+def test_held_out_looks_never_occur_in_training():
+    def looks(split):
+        drawn = scenes(1500, split)
+        return {(s.colour, s.kind, scene.background) for scene in drawn for s in scene.shapes}
+
+    train, heldout = looks("train"), looks("heldout")
+    assert not train & heldout
+    assert len(heldout) == 32
+    assert len(train) == 8 * 4 * 8 - 32
+
+
+def test_every_pair_of_values_is_seen_in_training():
+    """What is held out are combinations; any two of colour, kind, background are seen together."""
+    train = {
+        look
+        for look in itertools.product(COLOURS, KINDS, BACKGROUNDS)
+        if not is_held_out(ShapeAttributes(look[1], look[0], "small", "slow", "up"), look[2])
+    }
+    for first, second in itertools.combinations(range(3), 2):
+        tables = [(COLOURS, KINDS, BACKGROUNDS)[axis] for axis in (first, second)]
+        assert {(look[first], look[second]) for look in train} == set(itertools.product(*tables))
+
+
+def test_scenes_cover_every_attribute_and_keep_the_rules():
+    drawn = scenes(600)
+    shapes = [shape for scene in drawn for shape in scene.shapes]
+    tables = {"kind": KINDS, "colour": COLOURS, "size": SIZES, "speed": SPEEDS}
+    for field, table in {**tables, "direction": DIRECTIONS}.items():
+        assert {getattr(shape, field) for shape in shapes} == set(table)
+    assert {scene.background for scene in drawn} == set(BACKGROUNDS)
+    assert 0.4 < np.mean([len(scene.shapes) == 2 for scene in drawn]) < 0.6
+    for scene in drawn:
+        assert len({shape.colour for shape in scene.shapes}) == len(scene.shapes)
+        radii = [shape.radius for shape in scene.shapes]
+        assert radii == sorted(radii)  # the smaller in front
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(UserError, match="train, heldout"):
+        sample_scene(0, 0, split="test")
+
+
+# Motion
+
+
+@pytest.mark.parametrize(
+    "shape", EVERY_SHAPE[::7], ids=lambda s: f"{s.kind}-{s.speed}-{s.direction}"
+)
+def test_position_is_that_of_a_simulation_in_small_steps(shape):
+    steps, fps = 64, 16
+    position, velocity = np.array(shape.position), np.array(shape.velocity)
+    low, high = shape.bounds
+    simulated = []
+    for step in range(20 * fps * steps):
+        if step % steps == 0:
+            simulated.append(position.copy())
+        position = position + velocity / (fps * steps)
+        velocity = np.where(position < low, abs(velocity), velocity)
+        velocity = np.where(position > high, -abs(velocity), velocity)
+    error = np.abs(shape.positions(20 * fps) - simulated).max()
+    assert error < 2 * 20 * SPEEDS["fast"] / (fps * steps)  # one overshoot per bounce, 20 at most
+
+
+def test_the_direction_of_the_caption_lasts_for_the_run_up():
+    for scene in scenes(300):
+        for shape in scene.shapes:
+            frames = int(RUN_UP_SECONDS * 16) + 1
+            straight = np.array(shape.position) + np.outer(
+                np.arange(frames) / 16, np.array(shape.velocity)
+            )
+            np.testing.assert_allclose(shape.positions(frames), straight, atol=1e-9)
+
+
+def test_a_long_clip_continues_a_short_one():
+    scene = sample_scene(0, 1)
+    np.testing.assert_array_equal(render(scene, 40)[25:], render(scene, 15, start=25))
+
+
+# Drawing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_shape_has_its_area_everywhere_so_it_is_always_inside(kind, size):
+    shape = Shape(kind, "red", size, "fast", "lower right", position=(30.0, 30.0))
+    cover = coverage(kind, shape.radius, shape.positions(200), 64)
+    expected = np.pi * shape.radius**2
+    np.testing.assert_allclose(cover.sum((1, 2)), expected, rtol=0.015)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_extents_of_a_kind_are_those_of_its_drawing(kind):
+    rows = coverage(kind, 20.0, np.array([[32.0, 32.0]]), 256)[0] > 0.5
+    height, width = (np.flatnonzero(rows.any(axis)) / 4 for axis in (1, 0))
+    side, up, down = (20 * extent for extent in KINDS[kind].extents)
+    assert [32 - width[0], 32 - height[0]] == pytest.approx([side, up], abs=0.8)
+    assert [width[-1] - 32, height[-1] - 32] == pytest.approx([side, down], abs=0.8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_position_is_the_centroid(kind):
+    centres = np.random.default_rng(0).uniform(24, 40, (50, 2))
+    cover = coverage(kind, 9.0, centres, 64)
+    axis = np.arange(64) + 0.5
+    total = cover.sum((1, 2))
+    found = (
+        np.stack([(cover.sum(1) * axis).sum(1), (cover.sum(2) * axis).sum(1)], 1) / total[:, None]
+    )
+    np.testing.assert_allclose(found, centres, atol=0.05)
+
+
+def test_pixels_are_the_colours_of_the_tables_where_nothing_mixes():
+    front = Shape("square", "red", "small", "slow", "right", position=(32.0, 32.0))
+    behind = replace(front, kind="circle", colour="blue", size="large")
+    frame = render(Scene("navy to maroon", (front, behind), ""), 1)[0]
+    assert tuple(frame[32, 32]) == COLOURS["red"]
+    assert tuple(frame[32, 41]) == COLOURS["blue"]
+    expected = np.floor(background_rows("navy to maroon", 64) + 0.5)
+    np.testing.assert_array_equal(frame[:, 0], expected)
+
+
+@pytest.mark.parametrize("size", [32, 48, 128])
+def test_other_sizes_show_the_same_scene(size):
+    scene = sample_scene(0, 3)
+    frames = render(scene, 9, size=size)
+    assert frames.shape == (9, size, size, 3)
+    assert frames.mean((1, 2)) == pytest.approx(render(scene, 9).mean((1, 2)), abs=1.5)
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(UserError, match="1 or more"):
+        render(sample_scene(0, 0), 0)
+
+
+def test_the_colours_are_far_apart():
+    """Even a half-covered pixel is not mistaken for another colour: mixes keep 60 grey levels."""
+    palette = {name: np.array(rgb, float) for name, rgb in COLOURS.items()}
+    for first, second in itertools.combinations(palette.values(), 2):
+        assert np.linalg.norm(first - second) > 100
+    for name, row in itertools.product(BACKGROUNDS, range(0, 64, 4)):
+        behind = background_rows(name, 64)[row]
+        for first, second in itertools.permutations(palette.values(), 2):
+            assert np.linalg.norm(first - behind) > 95
+            mixes = behind + np.linspace(0, 1, 21)[:, None] * (second - behind)
+            assert np.linalg.norm(first - mixes, axis=1).min() > 60
+
+
+# Captions
+
+
+@pytest.mark.parametrize("phrasing", range(len(PHRASINGS)))
+def test_a_caption_says_every_attribute(phrasing):
+    for scene in scenes(300) + scenes(100, "heldout"):
+        text = caption(scene.attributes, phrasing)
+        assert parse_caption(text) == scene.attributes
+        assert parse_caption(f"  {text.upper()[:-1]} ") == scene.attributes
+
+
+def test_scenes_are_captioned_in_every_phrasing():
+    used = {
+        phrasing
+        for scene in scenes(100)
+        for phrasing in range(len(PHRASINGS))
+        if caption(scene.attributes, phrasing) == scene.caption
+    }
+    assert used == set(range(len(PHRASINGS)))
+
+
+def test_a_caption_reads_as_promised():
+    shape = ShapeAttributes("circle", "red", "small", "slow", "upper left")
+    assert caption(Attributes("navy", (shape,)), 0) == (
+        "A small red circle drifts slowly to the upper left over a navy background."
+    )
+
+
+def test_a_foreign_caption_is_refused_with_an_example():
+    with pytest.raises(UserError, match="Write it like this"):
+        parse_caption("a cat on a beach")
+
+
+def test_every_shape_has_room_for_its_run_up_in_every_direction():
+    for shape in EVERY_SHAPE:
+        low, high = shape.bounds
+        assert (high - low > np.abs(shape.velocity) * RUN_UP_SECONDS).all()
+        assert (low > 0).all()
+        assert (high < WORLD).all()

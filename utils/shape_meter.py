@@ -1,0 +1,698 @@
+"""The truth meter of the shapes world: what a video shows, and how far that is from its prompt.
+
+`observe` reads a video without knowing its prompt; `measure` compares with the prompt frame by
+frame; `report` sums a video up; `survival` sums up many. Lengths are in units of the world (pixels
+at size 64), colours in grey levels (0 to 255), distances between colours Euclidean in RGB.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cache
+from itertools import combinations, permutations
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils import video_meter
+from utils.errors import UserError
+from utils.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    FPS,
+    KINDS,
+    RUN_UP_SECONDS,
+    SIZES,
+    SPEEDS,
+    WORLD,
+    Attributes,
+    ShapeAttributes,
+    coverage,
+    parse_caption,
+    reflect,
+)
+from utils.video_meter import Array, Flicker, Frames, drift, flicker, mean, per_second
+
+Bools = NDArray[np.bool_]
+Indices = NDArray[np.integer]
+
+PALETTE = np.array(list(COLOURS.values()), np.float32)
+EDGES = np.array(list(BACKGROUNDS.values()), np.float32)  # [backgrounds, top and bottom, 3]
+
+ACCURACY_SECONDS = 5.0
+MOTION_SECONDS = 0.5
+
+_CHUNK = 32  # frames read at a time
+_SLOTS = 3  # shapes looked for in a frame: one more than a prompt may ask for
+_MIN_CORE = 12 / WORLD**2  # a shape has at least this share of the pixels in its flat inside
+_SAME = 60.0  # colours closer than this are one colour: under half the gap of the palette
+_ARTEFACT = 40.0  # colours further than this from any mix of what is seen are unexplained
+_OCCLUDED = 0.95  # below this visible share an area says nothing
+
+
+@dataclass(frozen=True)
+class ShapeTrack:
+    """One shape through the frames.
+
+    present [F]; colour and kind [F], indices into `COLOURS` and `KINDS`, -1 when absent; rgb
+    [F, 3]; area [F] in square units, NaN while partly hidden; radius [F] of the outline that fits
+    best, hidden part included; position [F, 2] of the centroid and velocity [F, 2] per second, NaN
+    when absent; visible [F], the share not hidden.
+    """
+
+    present: Bools
+    colour: Indices
+    kind: Indices
+    rgb: Array
+    area: Array
+    radius: Array
+    position: Array
+    velocity: Array
+    visible: Array
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a video shows; all but `fps` and `shapes` are per frame [F].
+
+    background: index into `BACKGROUNDS`; edges [F, 2, 3]: its colours at the top and the bottom;
+    count: number of shapes; artefacts: share of pixels that are neither background nor shape nor a
+    mix of two; sharpness: inverse width of the outlines (see docs/shapes.md); brightness: mean
+    grey level; change [F - 1]: mean absolute difference of background to the frame before.
+    """
+
+    fps: float
+    background: Indices
+    edges: Array
+    count: Indices
+    artefacts: Array
+    sharpness: Array
+    brightness: Array
+    change: Array
+    shapes: tuple[ShapeTrack, ...]
+
+
+@dataclass(frozen=True)
+class ShapeMeasures:
+    """One shape against its prompt, per frame [F] (1 or 0 for right or wrong).
+
+    An absent shape has nothing right and no motion. A measure without a value is NaN: kind and size
+    while under half of the shape is visible, the area while part of it is hidden.
+    """
+
+    colour_right: Array
+    kind_right: Array
+    size_right: Array
+    colour_error: Array
+    area_ratio: Array
+    speed_ratio: Array
+    motion: Array
+
+
+@dataclass(frozen=True)
+class Measures:
+    """A video against its prompt, per frame; the sums of `report` are made from these."""
+
+    prompt: Attributes
+    seen: Observation
+    background_right: Array
+    background_error: Array
+    shapes: tuple[ShapeMeasures, ...]
+
+    @property
+    def right(self) -> Array:
+        """1 where every shape has its colour and kind [F]; NaN where a kind cannot be judged."""
+        return np.min([s.colour_right * s.kind_right for s in self.shapes], axis=0)
+
+
+@dataclass(frozen=True)
+class PromptAccuracy:
+    """Over the first five seconds, 1 for right and 0 for wrong; the mean over two shapes."""
+
+    background: float
+    count: float
+    colour: float
+    kind: float
+    size: float
+    direction: float
+    speed: float
+
+
+@dataclass(frozen=True)
+class ShapesDrift:
+    """Last five seconds minus first five (`video_meter.drift`) of the measure of each name."""
+
+    background_error: float
+    colour_error: float
+    area_ratio: float
+    artefacts: float
+    sharpness: float
+
+
+@dataclass(frozen=True)
+class ShapesReport:
+    """One video summed up. `survived_seconds`: whole seconds from the start with shapes right."""
+
+    seconds: float
+    accuracy: PromptAccuracy
+    drift: ShapesDrift
+    motion: float
+    speed_ratio: float
+    background_flicker: Flicker
+    brightness_flicker: Flicker
+    survived_seconds: int
+    per_second: dict[str, list[float]]
+
+
+def report(measures: Measures, *, first: int = 9, block: int = 12) -> ShapesReport:
+    """Sum a video up; `first` and `block` are the frames in its first and later blocks."""
+    seen = measures.seen
+    return ShapesReport(
+        seconds=len(seen.count) / seen.fps,
+        accuracy=prompt_accuracy(measures),
+        drift=shapes_drift(measures),
+        motion=float(mean(_over_shapes(measures, "motion"))),
+        speed_ratio=float(np.mean([_median(s.speed_ratio) for s in measures.shapes])),
+        background_flicker=flicker(seen.change, first, block),
+        brightness_flicker=flicker(np.abs(np.diff(seen.brightness)), first, block),
+        survived_seconds=survived_seconds(measures),
+        per_second={name: c.tolist() for name, c in second_curves(measures).items()},
+    )
+
+
+def prompt_accuracy(measures: Measures) -> PromptAccuracy:
+    """Judge what the caption says over the first five seconds.
+
+    Background, count, colour, kind and size are right if they are so in most frames; speed if the
+    median speed is nearer, in ratio, to the right one than to the other; direction if the straight
+    line through the run-up (0.75 s) points within 22.5 degrees of it, at 3 units per second at
+    least.
+    """
+    span = round(ACCURACY_SECONDS * measures.seen.fps)
+    pairs = list(zip(measures.prompt.shapes, measures.shapes, strict=True))
+    tracks = measures.seen.shapes
+    count_right = (measures.seen.count == len(pairs)).astype(float)
+    return PromptAccuracy(
+        background=_mostly(measures.background_right[:span]),
+        count=_mostly(count_right[:span]),
+        colour=_average(_mostly(s.colour_right[:span]) for _, s in pairs),
+        kind=_average(_mostly(s.kind_right[:span]) for _, s in pairs),
+        size=_average(_mostly(s.size_right[:span]) for _, s in pairs),
+        direction=_average(
+            _direction_right(shape, track, measures.seen.fps)
+            for (shape, _), track in zip(pairs, tracks, strict=True)
+        ),
+        speed=_average(float(_is_near(_median(s.speed_ratio[:span]), SPEEDS)) for _, s in pairs),
+    )
+
+
+def shapes_drift(measures: Measures) -> ShapesDrift:
+    """Drift of each measure; of a measure of shapes, the mean over the shapes."""
+    fps = measures.seen.fps
+    curves = {
+        "background_error": measures.background_error,
+        "colour_error": _over_shapes(measures, "colour_error"),
+        "area_ratio": _over_shapes(measures, "area_ratio"),
+        "artefacts": measures.seen.artefacts,
+        "sharpness": measures.seen.sharpness,
+    }
+    return ShapesDrift(**{name: float(drift(values, fps)) for name, values in curves.items()})
+
+
+def survived_seconds(measures: Measures) -> int:
+    """Whole seconds before the first one in which a shape is wrong in half of the frames."""
+    whole = int(len(measures.right) / measures.seen.fps)
+    wrong = per_second((measures.right == 0).astype(float), measures.seen.fps)[:whole] >= 0.5
+    return int(np.argmax(wrong)) if wrong.any() else whole
+
+
+def survival(reports: list[ShapesReport]) -> list[float]:
+    """Share of the videos still right after 1, 2, ... seconds, up to the shortest video.
+
+    Raises:
+        UserError: if there is no report.
+    """
+    if not reports:
+        raise UserError("Survival needs the report of at least one video.")
+    seconds = np.arange(1, int(min(r.seconds for r in reports)) + 1)
+    lasted = np.array([r.survived_seconds for r in reports])
+    return (lasted[:, None] >= seconds).mean(0).tolist()
+
+
+def second_curves(measures: Measures) -> dict[str, Array]:
+    """Mean in each second of every measure."""
+    names = [field.name for field in fields(ShapeMeasures)]
+    curves = {name: _over_shapes(measures, name) for name in names}
+    curves |= {name: getattr(measures, name) for name in ("background_right", "background_error")}
+    curves |= {name: getattr(measures.seen, name) for name in ("artefacts", "sharpness")}
+    curves["right"] = measures.right
+    return {name: per_second(values, measures.seen.fps) for name, values in curves.items()}
+
+
+# Against the prompt
+
+
+def measure(frames: Frames, prompt: Attributes | str, *, fps: float = FPS) -> Measures:
+    """Compare a video uint8 [F, S, S, 3] with the attributes, or the caption, that it should show.
+
+    Raises:
+        UserError: if the frames are no square video, or the caption is none of this world.
+    """
+    prompt = parse_caption(prompt) if isinstance(prompt, str) else prompt
+    expected = PALETTE[[_index(COLOURS, shape.colour) for shape in prompt.shapes]]
+    seen = observe(frames, fps=fps, colours=expected)
+    background = _index(BACKGROUNDS, prompt.background)
+    pairs = zip(prompt.shapes, seen.shapes, strict=True)
+    return Measures(
+        prompt=prompt,
+        seen=seen,
+        background_right=(seen.background == background).astype(float),
+        background_error=_distance(seen.edges, EDGES[background]).mean(1),
+        shapes=tuple(_measure_shape(track, shape, fps) for shape, track in pairs),
+    )
+
+
+def _measure_shape(track: ShapeTrack, shape: ShapeAttributes, fps: float) -> ShapeMeasures:
+    colour = _index(COLOURS, shape.colour)
+    kind_right = track.kind == _index(KINDS, shape.kind)
+    size_right = track.present & _is_near(track.radius / shape.radius, SIZES)
+    unclear = track.present & (track.visible < 0.5)
+    return ShapeMeasures(
+        colour_right=(track.colour == colour).astype(float),
+        kind_right=np.where(unclear, np.nan, kind_right),
+        size_right=np.where(unclear, np.nan, size_right),
+        colour_error=_distance(track.rgb, PALETTE[colour]),
+        area_ratio=track.area / (np.pi * shape.radius**2),
+        speed_ratio=_speed(track.position, fps) / SPEEDS[shape.speed],
+        motion=_motion(track.position, shape, fps),
+    )
+
+
+def _speed(position: Array, fps: float) -> Array:
+    """Distance moved in the quarter second around each frame, per second [F]; NaN at the ends."""
+    half = max(1, round(fps / 8))
+    speed = np.full(len(position), np.nan)
+    if len(position) > 2 * half:
+        moved = _distance(position[2 * half :], position[: -2 * half])
+        speed[half:-half] = moved * fps / (2 * half)
+    return speed
+
+
+def _motion(position: Array, shape: ShapeAttributes, fps: float) -> Array:
+    """How well each half second follows the law of the world [F], from 0 (as a still shape) to 1.
+
+    From each position the law (the prompt's speed along each axis, reflection at the walls) says
+    the next half second, up to the signs of the velocity, where the better is taken. The motion
+    is 1 - rms(seen - law) / rms(start - law), at least 0; 0 where the shape is absent; NaN for the
+    last half second.
+    """
+    steps = round(MOTION_SECONDS * fps)
+    motion = np.full(len(position), np.nan)
+    if len(position) <= steps:
+        return motion
+    ahead = np.stack([position[k : len(position) - steps + k] for k in range(1, steps + 1)], 1)
+    start = position[: len(ahead), None]  # [F - steps, 1, 2]
+    seconds = np.arange(1, steps + 1)[:, None] / fps
+    velocity = np.abs(shape.velocity)
+    missed, covered = [], []
+    for sign in (1, -1):
+        law = reflect(start + sign * velocity * seconds, *shape.bounds)
+        missed.append(((ahead - law) ** 2).sum(1))
+        covered.append(((start - law) ** 2).sum(1))
+    better = np.argmin(missed, axis=0)[None]  # [1, F - steps, 2]
+    error, still = (np.take_along_axis(np.array(v), better, 0)[0].sum(1) for v in (missed, covered))
+    skill = 1 - np.sqrt(error / np.maximum(still, 1e-6))
+    motion[: len(ahead)] = np.where(np.isnan(skill), 0, np.maximum(skill, 0))
+    return motion
+
+
+def _direction_right(shape: ShapeAttributes, track: ShapeTrack, fps: float) -> float:
+    position = track.position[: round(RUN_UP_SECONDS * fps)]
+    time = np.arange(len(position))[~np.isnan(position[:, 0])]
+    if len(time) < 4:
+        return 0.0
+    time_off = (time - time.mean()) / fps
+    velocity = time_off @ position[time] / (time_off @ time_off)
+    along = velocity @ np.array(DIRECTIONS[shape.direction])
+    speed = np.linalg.norm(velocity)
+    return float(speed >= min(SPEEDS.values()) / 4 and along >= speed * np.cos(np.pi / 8))
+
+
+def _over_shapes(measures: Measures, name: str) -> Array:
+    return mean(np.array([getattr(shape, name) for shape in measures.shapes], float))
+
+
+def _is_near(ratio: Any, table: dict[str, float]) -> Any:
+    """Whether seen / expected is within half the step, in ratio, between the table's two values."""
+    step = max(table.values()) / min(table.values())
+    return (ratio < step**0.5) & (ratio > step**-0.5)
+
+
+def _mostly(right: Array) -> float:
+    return float(mean(right) > 0.5)
+
+
+def _average(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _median(values: Array) -> float:
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if len(known) else float("nan")
+
+
+def _index(table: dict, name: str) -> int:
+    return list(table).index(name)
+
+
+def _distance(a: Array, b: Array) -> Array:
+    return np.sqrt(_dot(a - b, a - b))
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return np.einsum(
+        "...c,...c->...", a, b
+    )  # several times faster than a sum over so short an axis
+
+
+# Reading frames
+
+
+class _Reading(NamedTuple):
+    """What a chunk of frames shows; K slots for the shapes that are followed."""
+
+    edges: Array  # [F, 2, 3]
+    num_shapes: Indices  # [F]
+    artefacts: Array  # [F]
+    sharpness: Array  # [F]
+    clear: Bools  # [F, S, S], pixels of background alone
+    present: Bools  # [F, K]
+    rgb: Array  # [F, K, 3]
+    kind: Indices  # [F, K]
+    area: Array  # [F, K]
+    radius: Array  # [F, K]
+    position: Array  # [F, K, 2]
+    visible: Array  # [F, K]
+
+
+def observe(frames: Frames, *, fps: float = FPS, colours: Array | None = None) -> Observation:
+    """Read a video uint8 [F, S, S, 3].
+
+    Shapes are told apart by colour: each of `colours` [K, 3] follows the shape nearest to it.
+    Without them, the shapes of the fullest of the first 16 frames are followed, one at least.
+
+    Raises:
+        UserError: if the frames are no square video of two frames or more.
+    """
+    video_meter.check_frames(frames)
+    if frames.shape[1] != frames.shape[2]:
+        raise UserError(f"The shapes world is square, not {frames.shape[2]} x {frames.shape[1]}.")
+    followed = _fullest(frames[:16]) if colours is None else np.asarray(colours, np.float32)
+    chunks = [_read(frames[i : i + _CHUNK], followed) for i in range(0, len(frames), _CHUNK)]
+    seen = _Reading(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
+    differences = _distance(seen.edges[:, None], EDGES).mean(2)  # [F, backgrounds]
+    return Observation(
+        fps=fps,
+        background=differences.argmin(1),
+        edges=seen.edges,
+        count=seen.num_shapes,
+        artefacts=seen.artefacts,
+        sharpness=seen.sharpness,
+        brightness=np.array([frame.mean() for frame in frames]),
+        change=_background_change(frames, seen.clear),
+        shapes=tuple(_track(seen, slot, fps) for slot in range(len(followed))),
+    )
+
+
+def _track(seen: _Reading, slot: int, fps: float) -> ShapeTrack:
+    present, rgb, position = seen.present[:, slot], seen.rgb[:, slot], seen.position[:, slot]
+    nearest = _distance(rgb[:, None], PALETTE).argmin(1)
+    return ShapeTrack(
+        present=present,
+        colour=np.where(present, nearest, -1),
+        kind=np.where(present, seen.kind[:, slot], -1),
+        rgb=rgb,
+        area=seen.area[:, slot],
+        radius=seen.radius[:, slot],
+        position=position,
+        velocity=np.gradient(position, 1 / fps, axis=0),
+        visible=seen.visible[:, slot],
+    )
+
+
+def _background_change(frames: Frames, clear: Bools) -> Array:
+    changes = []
+    for before, after, shared in zip(frames, frames[1:], clear[1:] & clear[:-1], strict=False):
+        moved = np.abs(after[shared].astype(np.int16) - before[shared])
+        changes.append(moved.mean() if moved.size else np.nan)
+    return np.array(changes)
+
+
+def _fullest(frames: Frames) -> Array:
+    """Colours [1 or 2, 3] of the shapes in the frame with most of them; black if there is none."""
+    pixels = frames.astype(np.float32)
+    rgb, present = _find_shapes(pixels, _rows(_fit_background(pixels), frames.shape[1]))
+    best = present.sum(1).argmax()
+    return np.nan_to_num(rgb[best, : max(1, min(2, present[best].sum()))])
+
+
+def _read(frames: Frames, followed: Array) -> _Reading:
+    pixels = frames.astype(np.float32)
+    edges = _fit_background(pixels)
+    base = _rows(edges, frames.shape[1])
+    rgb, present = _find_shapes(pixels, base)
+    order = _match(rgb, present, followed)
+    rgb = np.take_along_axis(rgb, order[:, :, None], 1)
+    present = np.take_along_axis(present, order, 1)
+    cover, unexplained = _unmix(pixels, base, rgb, present)
+    keep = len(followed)
+    firm = np.clip((cover - 0.5) / 0.7 + 0.5, 0, 1)  # below 0.15 is noise, above 0.85 is all
+    return _Reading(
+        edges=edges,
+        num_shapes=present.sum(1),
+        artefacts=unexplained.mean((1, 2)),
+        sharpness=_sharpness(cover.sum(1)),
+        clear=(firm == 0).all(1) & ~unexplained,
+        present=present[:, :keep],
+        rgb=rgb[:, :keep],
+        **_fit_outlines(firm[:, :keep], present[:, :keep])._asdict(),
+    )
+
+
+def _fit_background(pixels: Array) -> Array:
+    """Colours [F, 2, 3] at the top and the bottom, linear in between, shapes being outliers.
+
+    Starts from the likeliest known background; then least squares, weighting each pixel at colour
+    distance d from the last fit by 1 / (1 + (d / 25)^2)^2.
+    """
+    thin = pixels[:, ::2, ::2]
+    size = pixels.shape[1]
+    down = ((np.arange(size, dtype=np.float32) + 0.5) / size)[::2]
+    basis = np.stack([1 - down, down], 1)  # [S/2, 2]
+    known = np.einsum("hk,bkc->bhc", basis, EDGES)[:, :, None]  # [backgrounds, S/2, 1, 3]
+    likeness = [(25 / (25 + _distance(thin, rows))).mean((1, 2)) for rows in known]
+    edges = EDGES[np.argmax(likeness, axis=0)]
+    for _ in range(4):
+        fitted = np.einsum("hk,fkc->fhc", basis, edges)[:, :, None]
+        weight = 1 / (1 + _dot(thin - fitted, thin - fitted) / 25**2) ** 2  # [F, S/2, S/2]
+        normal = np.einsum("fh,hi,hj->fij", weight.sum(2), basis, basis)
+        target = np.einsum("fhc,hi->fic", (weight[..., None] * thin).sum(2), basis)
+        edges = np.linalg.solve(normal, target)
+    return edges
+
+
+def _rows(edges: Array, size: int) -> Array:
+    """Background colours [F, size, 1, 3] between edges [F, 2, 3]."""
+    down = ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None]
+    return (edges[:, None, 0] * (1 - down) + edges[:, None, 1] * down)[:, :, None]
+
+
+def _find_shapes(pixels: Array, base: Array) -> tuple[Array, Bools]:
+    """Colours [F, 3, 3] of up to three shapes per frame, largest first, and which are present.
+
+    The core of a shape is where a pixel and its four neighbours are nearest to one colour of the
+    palette. The most frequent colour is a shape; what is as near to its mean as `_SAME`, or a mix
+    of it and the background, belongs to it; then the next.
+    """
+    label = np.concatenate(
+        [_distance(pixels, base)[None], [_distance(pixels, colour) for colour in PALETTE]]
+    ).argmin(0)
+    padded = np.pad(label, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    core = label > 0
+    for near in (
+        padded[:, :-2, 1:-1],
+        padded[:, 2:, 1:-1],
+        padded[:, 1:-1, :-2],
+        padded[:, 1:-1, 2:],
+    ):
+        core &= near == label
+    rgb = np.full((len(pixels), _SLOTS, 3), np.nan, np.float32)
+    present = np.zeros((len(pixels), _SLOTS), bool)
+    for slot in range(_SLOTS):
+        counts = np.stack([(core & (label == i)).sum((1, 2)) for i in range(1, len(PALETTE) + 1)])
+        commonest = counts.argmax(0)[:, None, None] + 1
+        seed = _mean_colour(pixels, core & (label == commonest))
+        same = core & (_distance(pixels, seed[:, None, None]) < _SAME)
+        found = same.mean((1, 2)) >= _MIN_CORE
+        colour = _mean_colour(pixels, same)
+        rgb[found, slot], present[found, slot] = colour[found], True
+        core &= ~same & (_mix(pixels, base, colour[:, None, None])[1] > _ARTEFACT)
+        if not found.any():
+            break
+    return rgb, present
+
+
+def _mean_colour(pixels: Array, mask: Bools) -> Array:
+    total = np.einsum("fhw,fhwc->fc", mask.astype(np.float32), pixels)
+    return total / np.maximum(mask.sum((1, 2)), 1)[:, None]
+
+
+def _mix(pixels: Array, start: Array, end: Array) -> tuple[Array, Array]:
+    """The best mix of two colours for each pixel: the share of `end` (0 to 1), and the miss."""
+    span = end - start
+    share = np.clip(_dot(pixels - start, span) / np.maximum(_dot(span, span), 1e-6), 0, 1)
+    return share, _distance(pixels, start + share[..., None] * span)
+
+
+def _match(rgb: Array, present: Bools, followed: Array) -> Indices:
+    """The order [F, 3] of the shapes of each frame that fits the followed colours [K, 3] best."""
+    distance = _distance(rgb[:, :, None], followed)  # [F, 3, K]
+    distance = np.where(present[:, :, None], distance, 500.0)
+    orders = np.array(list(permutations(range(_SLOTS))))
+    slots = np.arange(len(followed))
+    costs = np.stack([distance[:, order[slots], slots].sum(1) for order in orders])
+    return orders[costs.argmin(0)]
+
+
+def _unmix(pixels: Array, base: Array, rgb: Array, present: Bools) -> tuple[Array, Bools]:
+    """How much of each pixel each shape covers [F, 3, S, S], and which are unexplained [F, S, S].
+
+    Every pixel is a mix of the two of (background, shapes) that miss it least. Those that are
+    missed by more than `_ARTEFACT` are unexplained, and covered by no shape.
+    """
+    cover = np.zeros((len(pixels), _SLOTS, *pixels.shape[1:3]), np.float32)
+    least = _distance(pixels, base)
+    seen = [slot for slot in range(_SLOTS) if present[:, slot].any()]
+    for back, front in combinations([-1, *seen], 2):
+        start = base if back < 0 else rgb[:, None, None, back]
+        share, miss = _mix(pixels, start, rgb[:, None, None, front])
+        better = miss < least  # never where a shape is absent: its colour is NaN
+        least = np.where(better, miss, least)
+        cover = np.where(better[:, None], 0, cover)
+        cover[:, front] = np.where(better, share, cover[:, front])
+        if back >= 0:
+            cover[:, back] = np.where(better, 1 - share, cover[:, back])
+    unexplained = least > _ARTEFACT
+    return np.where(unexplained[:, None], 0, cover), unexplained
+
+
+def _sharpness(cover: Array) -> Array:
+    """Inverse width of the outlines in 1/unit [F]: sum |g|^2 / sum |g| over gradients g > 0.15."""
+    down, right = np.gradient(cover, axis=(1, 2))
+    slope = np.sqrt(down**2 + right**2)
+    slope = np.where(slope > 0.15, slope, 0)
+    width = np.maximum(slope.sum((1, 2)), 1e-6)
+    return (slope**2).sum((1, 2)) / width * (cover.shape[1] / WORLD)
+
+
+# Outlines
+
+
+class _Fit(NamedTuple):
+    """The template that fits best, per frame [F]; position [F, 2]; cost: squared error."""
+
+    kind: Indices
+    radius: Array
+    position: Array
+    cost: Array
+
+
+class _Outlines(NamedTuple):
+    """The last fields of `_Reading`."""
+
+    kind: Indices  # [F, K]
+    area: Array  # [F, K]
+    radius: Array  # [F, K]
+    position: Array  # [F, K, 2]
+    visible: Array  # [F, K]
+
+
+_RADII = np.arange(2.0, 20.0, 0.25)
+
+
+def _fit_outlines(cover: Array, present: Bools) -> _Outlines:
+    """Kind, area, position, visible share of the shapes that cover [F, K, S, S].
+
+    Each is matched with the world's own drawing of every kind at the measured area. Of two, the
+    worse match is taken to be behind, and matched again, at the known sizes also, where the other
+    does not cover it.
+    """
+    unit = WORLD / cover.shape[-1]
+    area = cover.sum((2, 3)) * unit**2
+    measured = np.sqrt(area / np.pi)[:, :, None]  # [F, K, 1]
+    slots = range(cover.shape[1])
+    fits = [_best_template(cover[:, k], np.ones_like(cover[:, k]), measured[:, k]) for k in slots]
+    if len(fits) == 2:
+        behind = np.argmax([fit.cost / np.maximum(area[:, k], 1) for k, fit in enumerate(fits)], 0)
+        for k in slots:
+            rows = np.flatnonzero((behind == k) & present.all(1))
+            if not len(rows):
+                continue
+            radii = np.insert(
+                np.tile(list(SIZES.values()), (len(rows), 1)), 0, measured[rows, k, 0], 1
+            )
+            again = _best_template(cover[rows, k], 1 - cover[rows, 1 - k], radii)
+            for old, new in zip(fits[k], again, strict=True):
+                old[rows] = new
+    kind, radius, position, _ = (np.stack(column, 1) for column in zip(*fits, strict=True))
+    visible = np.minimum(area / (np.pi * radius**2), 1)
+    return _Outlines(
+        kind=kind,
+        area=np.where(present & (visible > _OCCLUDED), area, np.nan),
+        radius=radius,
+        position=np.where(present[..., None], position, np.nan),
+        visible=visible,
+    )
+
+
+def _best_template(cover: Array, weight: Array, radii: Array) -> _Fit:
+    """Match cover [F, S, S] with each kind at radii [F, R], at every place, pixels weighted.
+
+    The squared error at all places is a correlation, so it is computed by Fourier transforms; the
+    minimum is refined below a pixel by parabolas.
+    """
+    size = cover.shape[-1]
+    templates, squares = _templates(size)  # [kinds, radii, S, S/2 + 1]
+    nearest = np.abs(radii[..., None] - _RADII).argmin(-1)  # [F, R]
+    image, mask = np.fft.rfft2(weight * cover), np.fft.rfft2(weight)
+    spectrum = mask[:, None, None] * squares[:, nearest].swapaxes(0, 1)
+    spectrum -= 2 * image[:, None, None] * templates[:, nearest].swapaxes(0, 1)
+    error = np.fft.irfft2(spectrum, s=(size, size))  # [F, kinds, R, S, S]
+    best = np.unravel_index(error.reshape(len(error), -1).argmin(1), error.shape[1:])
+    frame = np.arange(len(error))
+    kind, radius, row, column = best
+    plane = error[frame, kind, radius]  # [F, S, S]
+    least = plane[frame, row, column]
+    shift = [
+        _vertex(plane[frame, row, column - 1], least, plane[frame, row, (column + 1) % size]),
+        _vertex(plane[frame, row - 1, column], least, plane[frame, (row + 1) % size, column]),
+    ]
+    place = (np.stack([column, row], 1) + size // 2) % size + np.stack(shift, 1)
+    cost = least + (weight * cover**2).sum((1, 2))
+    return _Fit(kind, _RADII[nearest[frame, radius]], place * WORLD / size, cost)
+
+
+def _vertex(before: Array, least: Array, after: Array) -> Array:
+    """Where the parabola through three neighbours is least, relative to the middle one."""
+    return (before - after) / np.maximum(2 * (before - 2 * least + after), 1e-6)
+
+
+@cache
+def _templates(size: int) -> tuple[Array, Array]:
+    """Conjugate spectra of every kind at `_RADII`, centred in the image, and of their squares."""
+    centre = np.full((1, 2), size // 2 * WORLD / size)
+    drawn = np.stack(
+        [[coverage(kind, radius, centre, size)[0] for radius in _RADII] for kind in KINDS]
+    )
+    return np.conj(np.fft.rfft2(drawn)), np.conj(np.fft.rfft2(drawn**2))
