@@ -34,13 +34,14 @@ def axis_angles(positions: Tensor, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def rotation(
     frames: tuple[int, ...], grid: tuple[int, int], head_dim: int, device: torch.device
 ) -> Rotation:
     """Rotation of the tokens of frames at the temporal positions `frames` (pure; memoised).
 
     Tokens are in the order (frame, row, column). In a steady-state window positions never change,
-    so the same two tensors serve for ever.
+    so the same two tensors serve for ever, in training too if they were made for inference.
     """
     rows, columns = grid
     dims = axis_dims(head_dim)
