@@ -10,7 +10,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import count
 from typing import Literal, NamedTuple, get_args
@@ -135,7 +135,7 @@ class Scene:
     @property
     def attributes(self) -> Attributes:
         """The scene without positions: what `parse_caption` recovers from its caption."""
-        names = ShapeAttributes.__dataclass_fields__
+        names = [field.name for field in fields(ShapeAttributes)]
         bare = (ShapeAttributes(**{n: getattr(shape, n) for n in names}) for shape in self.shapes)
         return Attributes(self.background, tuple(bare))
 
@@ -448,9 +448,8 @@ def _attributes_from(found: dict[str, str]) -> Attributes:
     names |= {_direction_words(name): name for name in DIRECTIONS}
     names |= {_background_words(name): name for name in BACKGROUNDS}
     said = {key: names.get(word, word) for key, word in found.items()}
-    fields = ShapeAttributes.__dataclass_fields__
     shapes = (
-        ShapeAttributes(**{field: said[f"{field}_{i}"] for field in fields})
+        ShapeAttributes(**{f.name: said[f"{f.name}_{i}"] for f in fields(ShapeAttributes)})
         for i in range(2)
         if f"kind_{i}" in said
     )
