@@ -163,8 +163,12 @@ def memory_report(config: Config, files: ModelFiles, dtype: torch.dtype, batch: 
         "VAE": _file_bytes(files.vae),
         "text encoder": 0 if config.text_embeddings else _file_bytes(files.text_encoder),
     }
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    return f"memory needed: about {sum(parts.values()) / GIB:.2f} GiB ({listed}) and activations"
+    listed = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items())
+    return f"memory needed: about {_readable(sum(parts.values()))} ({listed}) and activations"
+
+
+def _readable(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def _file_bytes(path: Path) -> int:

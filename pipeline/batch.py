@@ -1,0 +1,265 @@
+"""Batch inference: prompts to files, resumable, spread over ranks."""
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.components import ModelFiles, video_shape
+from pipeline.stream import PrefixFrames
+from pipeline.text_to_video import VideoPipeline, load_pipeline
+from utils.config import Config, find_file, fingerprint, save_config, to_dict
+from utils.distributed import Ranks
+from utils.errors import UserError
+from utils.prompts import output_names, read_extended_prompts, read_image_prompts, read_prompts
+from utils.video import VideoWriter
+from wan.checkpoints import load_dit_config
+from wan.geometry import VideoShape
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LATENT_FRAMES = 21
+MIB = 2**20
+# Settings of the machine: they may move the last bits of a video but do not make it another one.
+MACHINE_KEYS = ("device", "attention_backend", "text_encoder_device")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make. `prompt` is what the model reads, `name` the published file name."""
+
+    prompt: str
+    sample: int
+    name: str
+    image: Path | None = None
+    video: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where videos go and how long they are; 21 latent frames unless said otherwise."""
+
+    folder: Path
+    num_latent_frames: int | None = None
+    duration: float | None = None
+    prefix_frames: PrefixFrames = "reconstructed"
+    overwrite: bool = False
+
+    def length(self, shape: VideoShape, fps: int) -> tuple[int, int]:
+        """(latent frames to generate, video frames to keep)."""
+        if self.duration is not None:
+            frames = round(self.duration * fps)
+            if frames < 1:
+                raise UserError(f"--duration {self.duration} is shorter than one frame")
+            return shape.latent_frames(frames), frames
+        latent = DEFAULT_LATENT_FRAMES if self.num_latent_frames is None else self.num_latent_frames
+        if latent < 1:
+            raise UserError(f"--num_output_frames {latent} must be at least 1")
+        return latent, shape.video_frames(latent)
+
+
+def plan_jobs(
+    config: Config,
+    *,
+    data_path: str | None,
+    extended_prompt_path: str | None,
+    prompts: Sequence[str],
+    image: str | None,
+    video: str | None,
+    with_index: bool,
+    ema: bool,
+) -> list[Job]:
+    """All videos of a command, in order, with their published names."""
+    if image and video:
+        raise UserError("give --image or --video, not both")
+    if bool(prompts) == bool(data_path):
+        raise UserError('say what to generate: either --prompt "…" or --data_path FILE')
+    images: list[Path | None]
+    if config.i2v:
+        if not data_path or image or video:
+            raise UserError("--i2v takes its images from --data_path FOLDER, and nothing else")
+        listed = read_image_prompts(data_path)
+        titles, images = [item.prompt for item in listed], [item.image_path for item in listed]
+    else:
+        titles = list(prompts) or read_prompts(str(data_path))
+        images = [find_file(image, "image") if image else None] * len(titles)
+    if any(not title.strip() for title in titles):
+        raise UserError("a prompt is empty; write what the video should show")
+    texts = read_extended_prompts(extended_prompt_path, titles) if extended_prompt_path else titles
+    names = output_names(titles, config.num_samples, with_index=with_index, ema=ema)
+    clip = find_file(video, "video") if video else None
+    return [
+        Job(text, sample, name, picture, clip)
+        for text, picture, row in zip(texts, images, names, strict=True)
+        for sample, name in enumerate(row)
+    ]
+
+
+class BatchRun:
+    """Makes this rank's share of the videos that are not there yet."""
+
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: str | None,
+        outputs: Outputs,
+        *,
+        use_ema: bool,
+        ranks: Ranks,
+    ) -> None:
+        self.config = config
+        self.checkpoint = None if checkpoint is None else find_file(checkpoint, "checkpoint")
+        self.outputs = outputs
+        self.use_ema = use_ema
+        self.ranks = ranks
+        self.files = ModelFiles.find(config, config.generator_name)
+        self.shape = video_shape(config, load_dit_config(self.files.folder))
+        self.latent_frames, self.video_frames = outputs.length(self.shape, config.fps)
+        self._settings = self._common_settings()
+
+    def __call__(self, jobs: Sequence[Job]) -> None:
+        """Generate what is missing; what is there with the same settings is skipped."""
+        share = self.ranks.share(jobs)
+        missing = [job for job in share if self.outputs.overwrite or not self._is_done(job)]
+        if len(missing) < len(share):
+            logger.info(
+                "%d videos are there already; --overwrite redoes them", len(share) - len(missing)
+            )
+        if not missing:
+            return
+        self.files.require(self.files.vae)
+        if not self.config.text_embeddings:
+            self.files.require(self.files.text_encoder, self.files.tokenizer)
+        self.outputs.folder.mkdir(parents=True, exist_ok=True)
+        if self.ranks.is_main:
+            save_config(self.config, self.outputs.folder / "config.yaml")
+        pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
+        texts = self._encode(pipe, missing)
+        for job in missing:
+            self._make(pipe, job, texts[job.prompt])
+
+    def _encode(self, pipe: VideoPipeline, jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """Text embeddings `[1, L, dim]` by prompt, on the CPU; then the encoder is freed."""
+        texts = {}
+        prompts = list(dict.fromkeys(job.prompt for job in jobs))
+        for prompt in tqdm(prompts, "encoding prompts", disable=not self._shows_progress(prompts)):
+            texts[prompt] = pipe.encode_prompts([prompt]).cpu()
+        if self.config.distilled:
+            pipe.free_text_encoder()
+        return texts
+
+    def _shows_progress(self, items: Sequence[Any]) -> bool:
+        return self.ranks.is_main and len(items) > 1
+
+    def _make(self, pipe: VideoPipeline, job: Job, text: Tensor) -> None:
+        path = self.outputs.folder / job.name
+        timings: dict[str, float] = {}
+        start = time.perf_counter()
+        prefix = pipe.encode_prefix(image=job.image, video=job.video)
+        with (
+            pipe.open_stream(
+                text.to(pipe.device),
+                num_latent_frames=self.latent_frames,
+                samples=[job.sample],
+                prefix=prefix,
+                prefix_frames=self.outputs.prefix_frames,
+            ) as stream,
+            VideoWriter(path, self.config.fps) as writer,
+            tqdm(
+                total=self.video_frames,
+                desc=job.name[:40],
+                unit=" frames",
+                disable=not self.ranks.is_main,
+            ) as bar,
+        ):
+            for frames in stream:
+                timings.setdefault("first_frame_s", time.perf_counter() - start)
+                kept = frames[: self.video_frames - writer.frames_written]
+                writer.write(kept)
+                bar.update(len(kept))
+                bar.set_postfix_str(f"first frame after {timings['first_frame_s']:.2f} s")
+            written = writer.frames_written
+        timings["total_s"] = time.perf_counter() - start
+        timings["fps"] = written / timings["total_s"]
+        self._describe(job, written, timings)
+
+    def _describe(self, job: Job, frames: int, timings: dict[str, float]) -> None:
+        """Write the video's JSON: what made it, with what, how fast."""
+        record = {
+            "prompt": job.prompt,
+            "sample": job.sample,
+            "frames": frames,
+            "settings": self._settings_of(job),
+            "timings": {key: round(value, 4) for key, value in timings.items()},
+            "device": self._device_name(),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+            },
+        }
+        path = self._record_path(job)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        partial.rename(path)
+
+    def _is_done(self, job: Job) -> bool:
+        path = self._record_path(job)
+        if not (self.outputs.folder / job.name).is_file() or not path.is_file():
+            return False
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["settings"] == self._settings_of(
+                job
+            )
+        except (ValueError, KeyError):
+            return False
+
+    def _record_path(self, job: Job) -> Path:
+        return (self.outputs.folder / job.name).with_suffix(".json")
+
+    def _common_settings(self) -> dict[str, Any]:
+        values = {k: v for k, v in to_dict(self.config).items() if k not in MACHINE_KEYS}
+        weights = self.checkpoint or next(self.files.folder.glob("**/*.safetensors"), None)
+        return {
+            "seed": self.config.seed,
+            "latent_frames": self.latent_frames,
+            "video_frames": self.video_frames,
+            "prefix_frames": self.outputs.prefix_frames,
+            "config": fingerprint(values),
+            "checkpoint": file_hash(weights) if weights else None,
+            "network": "generator_ema" if self.use_ema else "generator",
+        }
+
+    def _settings_of(self, job: Job) -> dict[str, Any]:
+        given = {"image": job.image, "video": job.video}
+        prefix = {kind: file_hash(path) for kind, path in given.items() if path is not None}
+        text = hashlib.sha256(job.prompt.encode()).hexdigest()[:16]
+        return {**self._settings, **prefix, "text": text, "sample": job.sample}
+
+    def _device_name(self) -> str:
+        if self.config.device.startswith("cuda"):
+            return torch.cuda.get_device_name(torch.device(self.config.device))
+        return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def file_hash(path: Path) -> str:
+    """A short SHA-256 of a file: of all of it up to 64 MiB, else of its size and 64 samples."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= 64 * MIB:
+            digest.update(file.read())
+        else:
+            for part in range(64):
+                file.seek(part * (size - MIB) // 63)
+                digest.update(file.read(MIB))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,228 @@
+"""The public API: streams and whole videos, prefixes, resuming a stream."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline import VideoPipeline, load_pipeline
+from pipeline.prefix import image_clip, video_clip
+from tests.conftest import TinyWorld
+from utils.errors import UserError
+from utils.video import to_float, to_uint8
+from wan.context import CachedContext
+from wan.flow import flow_from_x0
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_world: TinyWorld) -> VideoPipeline:
+    return load_pipeline(tiny_world.config, tiny_world.checkpoint, device="cpu")
+
+
+def moving_clip(frames: int, height: int = 32, width: int = 48) -> Tensor:
+    """A bright disc that moves steadily: uint8 `[frames, H, W, 3]`."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    discs = [
+        torch.sigmoid(6 - ((rows - height / 2) ** 2 + (columns - 8 - 0.5 * t) ** 2).sqrt())
+        for t in range(frames)
+    ]
+    return (torch.stack(discs)[..., None] * torch.tensor([220, 120, 40])).to(torch.uint8)
+
+
+def test_stream_hands_out_blocks(pipe: VideoPipeline) -> None:
+    with pipe.stream("a ball", seed=0, num_latent_frames=8) as stream:
+        blocks = list(stream)
+    assert [tuple(block.shape) for block in blocks] == [
+        (9, 32, 48, 3),
+        (12, 32, 48, 3),
+        (8, 32, 48, 3),  # the third block is cut: 8 latent frames are 29 video frames
+    ]
+    assert all(block.dtype == torch.uint8 for block in blocks)
+
+
+def test_generate_equals_streams_for_every_prompt(pipe: VideoPipeline) -> None:
+    prompts = ["the red ball falls", "a cat"]
+    videos = pipe.generate(prompts, num_latent_frames=7, seed=5)
+    assert videos.shape == (2, 25, 32, 48, 3)
+    for prompt, video in zip(prompts, videos, strict=True):
+        alone = torch.cat(list(pipe.stream(prompt, seed=5, num_latent_frames=7)))
+        assert (alone.int() - video.int()).abs().max() <= 1, "batch changes rounding at most"
+
+
+def test_unbounded_stream_equals_bounded_one_but_for_its_end(pipe: VideoPipeline) -> None:
+    bounded = list(pipe.stream("a ball", seed=1, num_latent_frames=21))
+    with pipe.stream("a ball", seed=1) as stream:
+        unbounded = [stream.next_block() for _ in range(7)]
+    shared = 7 - (pipe.config.num_levels - 1)
+    for block in range(shared):
+        assert torch.equal(bounded[block], unbounded[block])
+    assert not torch.equal(bounded[-1], unbounded[-1])
+
+
+def test_streams_are_independent_and_closable(pipe: VideoPipeline) -> None:
+    alone = list(pipe.stream("a ball", seed=1, num_latent_frames=9))
+    first = pipe.stream("a ball", seed=1, num_latent_frames=9)
+    second = pipe.stream("a cat", seed=2, num_latent_frames=9)
+    woven = []
+    for _ in range(3):
+        woven.append(first.next_block())
+        second.next_block()
+    assert all(torch.equal(a, b) for a, b in zip(alone, woven, strict=True))
+    assert first.next_block() is None
+    second.close()
+    second.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        second.next_block()
+
+
+@pytest.mark.parametrize("method", ["rolling_forcing", "self_forcing", "infinite_forcing"])
+def test_stream_state_resumes_exactly(tiny_world: TinyWorld, method: str, tmp_path: Path) -> None:
+    pipe = load_pipeline(
+        tiny_world.config, tiny_world.checkpoint, device="cpu", overrides=[f"method={method}"]
+    )
+    stream = pipe.stream("a ball", seed=4)
+    for _ in range(3):
+        stream.next_block()
+    saved = io.BytesIO()
+    torch.save(stream.state_dict(), saved)
+    expected = [stream.next_block() for _ in range(3)]
+    saved.seek(0)
+    resumed = pipe.stream("a ball", seed=4)
+    resumed.load_state_dict(torch.load(saved, weights_only=True))
+    for block in expected:
+        assert torch.equal(resumed.next_block(), block)
+    with pytest.raises(ValueError, match="seed"):
+        pipe.stream("a ball", seed=5).load_state_dict(stream.state_dict())
+
+
+def test_text_is_read_afresh_at_every_window(pipe: VideoPipeline) -> None:
+    plain = list(pipe.stream("a ball", seed=1, num_latent_frames=18))
+    stream = pipe.stream("a ball", seed=1, num_latent_frames=18)
+    blocks = [stream.next_block()]
+    stream.rollout.text = pipe.dit.encode_text(pipe.encode_prompts(["the blue cat jumps"]))
+    blocks += list(stream)
+    assert torch.equal(blocks[0], plain[0])
+    assert not torch.equal(blocks[1], plain[1])
+
+
+def test_image_prefix_comes_first_and_every_block_has_12_frames(pipe: VideoPipeline) -> None:
+    image = moving_clip(1)[0]
+    blocks = list(pipe.stream("a ball", seed=0, num_latent_frames=12, image=image))
+    assert [len(block) for block in blocks] == [9, 12, 12, 12]
+    still = to_float(image_clip(image, pipe.layout, pipe.shape))[None]
+    rebuilt = to_uint8(pipe.vae.decode(pipe.vae.encode(still)))[0]
+    assert torch.equal(blocks[0], rebuilt)
+    without = list(
+        pipe.stream("a ball", num_latent_frames=12, image=image, prefix_frames="none", seed=0)
+    )
+    assert [len(block) for block in without] == [12, 12, 12]
+    assert torch.equal(without[0], blocks[1])
+
+
+@pytest.mark.parametrize(("frames", "kept"), [(21, 21), (40, 33), (9, 9)])
+def test_video_prefix_keeps_whole_blocks(pipe: VideoPipeline, frames: int, kept: int) -> None:
+    clip = moving_clip(frames)
+    latent = pipe.shape.latent_frames(kept)
+    blocks = list(pipe.stream("a ball", seed=0, num_latent_frames=latent + 6, video=clip))
+    assert sum(len(block) for block in blocks) == kept + 24
+    assert all(len(block) == 12 for block in blocks[1:])
+    rebuilt = pipe.vae.decode(pipe.vae.encode(to_float(clip[-kept:])[None]))
+    assert torch.equal(torch.cat(blocks)[:kept], to_uint8(rebuilt)[0])
+
+
+def test_independent_first_frame_takes_one_frame_of_an_image(tiny_world: TinyWorld) -> None:
+    pipe = load_pipeline(
+        tiny_world.config,
+        tiny_world.checkpoint,
+        device="cpu",
+        overrides=["independent_first_frame=true"],
+    )
+    assert [len(b) for b in pipe.stream("a ball", num_latent_frames=7)] == [1, 12, 12]
+    blocks = list(pipe.stream("a ball", num_latent_frames=7, image=moving_clip(1)[0]))
+    assert [len(b) for b in blocks] == [1, 12, 12]
+    clip = video_clip(moving_clip(30), pipe.layout, pipe.shape)
+    assert len(clip) == 25
+
+
+class Oracle(nn.Module):
+    """Stands in for the transformer: its velocity leads exactly to given latents."""
+
+    def __init__(self, dit: nn.Module, truth: Tensor) -> None:
+        super().__init__()
+        self.dit, self.truth = dit, truth
+
+    def __getattr__(self, name: str) -> object:
+        return (
+            getattr(super().__getattr__("dit"), name)
+            if name != "dit"
+            else super().__getattr__(name)
+        )
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, text: object, context: CachedContext
+    ) -> Tensor:
+        start = context.cache.finished
+        x0 = self.truth[:, start : start + latents.shape[1]]
+        return flow_from_x0(latents, x0, timesteps.clamp(min=1e-3))
+
+
+def test_no_jump_at_the_seam_when_the_continuation_is_the_truth(tiny_world: TinyWorld) -> None:
+    """The decoder has to be primed with the prefix: a fresh one would jump at the seam."""
+    pipe = load_pipeline(tiny_world.config, device="cpu", overrides=["method=self_forcing"])
+    clip = moving_clip(57)
+    truth = pipe.vae.encode(to_float(clip)[None])
+    pipe.dit = Oracle(pipe.dit, truth)  # type: ignore[assignment]
+    video = torch.cat(list(pipe.stream("x", seed=0, num_latent_frames=15, video=clip[:33])))
+    change = (video[1:].float() - video[:-1].float()).abs().mean(dim=(1, 2, 3))
+    seam = change[32]
+    assert len(video) == 57
+    assert seam <= 1.5 * change[:32].max()
+
+
+def test_prefix_errors(pipe: VideoPipeline) -> None:
+    with pytest.raises(UserError, match="at least 9"):
+        pipe.stream("x", video=moving_clip(5))
+    with pytest.raises(UserError, match="more than 3"):
+        pipe.stream("x", image=moving_clip(1)[0], num_latent_frames=3)
+    with pytest.raises(UserError, match="not both"):
+        pipe.stream("x", image=moving_clip(1)[0], video=moving_clip(9))
+
+
+def test_stored_embeddings_replace_the_text_encoder(
+    tiny_world: TinyWorld, pipe: VideoPipeline, tmp_path: Path
+) -> None:
+    from utils.embeddings import write_shard
+
+    write_shard(tmp_path / "a.safetensors", {"a ball": pipe.encode_prompts(["a ball"])[0]})
+    config = dataclasses.replace(pipe.config, text_embeddings=str(tmp_path))
+    stored = VideoPipeline(config, pipe.dit, vae=pipe.vae)
+    ours, theirs = (
+        torch.cat(list(p.stream("a ball", seed=0, num_latent_frames=4))) for p in (stored, pipe)
+    )
+    assert torch.equal(ours, theirs)
+    with pytest.raises(UserError, match="no embedding"):
+        stored.stream("another")
+
+
+def test_models_that_are_not_distilled_are_sampled(tiny_world: TinyWorld) -> None:
+    """Bidirectional at once, and causal block by block through the same engine."""
+    for schedule, rule in (("full", "ode"), ("block", "ode"), ("block", "renoise")):
+        pipe = load_pipeline(
+            tiny_world.config,
+            device="cpu",
+            overrides=[
+                "method=self_forcing",
+                f"schedule={schedule}",
+                f"step_rule={rule}",
+                "denoising_step_list=null",
+                "sampling_steps=4",
+                "negative_prompt=blue",
+            ],
+        )
+        videos = pipe.generate(["a ball", "a cat"], num_latent_frames=6, seed=0)
+        assert videos.shape == (2, 21, 32, 48, 3)
+        alone = pipe.generate(["a cat"], num_latent_frames=6, seed=0)
+        assert (alone[0].int() - videos[1].int()).abs().max() <= 1

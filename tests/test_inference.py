@@ -1,0 +1,183 @@
+"""The command line, on a synthetic model folder in the official layout."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference import main
+from tests.conftest import TinyWorld
+from utils.cli import run_main
+from utils.video import part_path, probe_video, read_video, write_png
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def model_flags(world: TinyWorld) -> list[str]:
+    return ["--config_path", str(world.config), "--checkpoint_path", str(world.checkpoint)]
+
+
+def start(arguments: list[str], launcher: list[str] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, *(launcher or []), str(ROOT / "inference.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def test_published_command_makes_playable_videos(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the red ball\n\nthe blue ball\n", encoding="utf-8")
+    process = start(
+        [
+            *model_flags(tiny_world),
+            *("--data_path", str(prompts), "--output_folder", str(tmp_path / "videos")),
+            *("--num_output_frames", "7", "--use_ema", "--seed", "3", "--num_samples", "2"),
+        ]
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    videos = sorted((tmp_path / "videos").glob("*.mp4"))
+    assert [video.name for video in videos] == [
+        f"the {colour} ball-{i}.mp4" for colour in ("blue", "red") for i in (0, 1)
+    ]
+    info = probe_video(videos[0])
+    assert (info.frames, info.height, info.width, info.fps) == (25, 32, 48, 16)
+    record = json.loads(videos[0].with_suffix(".json").read_text(encoding="utf-8"))
+    assert record["prompt"] == "the blue ball"
+    assert record["settings"]["network"] == "generator_ema"
+    assert "memory needed" in errors
+    assert not torch.equal(read_video(videos[0]), read_video(videos[1])), "samples differ"
+
+
+def test_killed_batch_goes_on_and_keeps_what_is_done(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    flags = [*model_flags(tiny_world), "--prompt", "a", "--prompt", "b", "--num_output_frames"]
+    first, second = tmp_path / "a-0.mp4", tmp_path / "b-0.mp4"
+    process = start([*flags, "300", "--output_folder", str(tmp_path)])
+    deadline = time.monotonic() + 120
+    while not (first.exists() and part_path(second).exists()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not second.exists(), "a half-written video never has its final name"
+    done = first.stat().st_mtime_ns
+
+    assert run_main(main, [*flags, "300", "--output_folder", str(tmp_path)]) == 0
+    assert first.stat().st_mtime_ns == done
+    assert probe_video(second).frames == 1 + 4 * 299
+
+    assert run_main(main, [*flags, "5", "--output_folder", str(tmp_path)]) == 0
+    assert probe_video(first).frames == 17, "other settings make the video anew"
+
+
+@pytest.mark.slow
+def test_torchrun_spreads_prompts_over_ranks(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    names = ["one", "two", "three"]
+    flags = [*model_flags(tiny_world), "--num_output_frames", "4"]
+    for name in names:
+        flags += ["--prompt", name]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start([*flags, "--output_folder", str(tmp_path / "two")], launcher)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert run_main(main, [*flags, "--output_folder", str(tmp_path / "one")]) == 0
+    for name in names:
+        videos = [read_video(tmp_path / ranks / f"{name}-0.mp4") for ranks in ("one", "two")]
+        assert torch.equal(*videos), "a video does not depend on the number of ranks"
+    assert errors.count("memory needed") == 1, "only the first rank speaks"
+
+
+def test_lengths_names_and_overrides(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    flags = [*model_flags(tiny_world), "--output_folder", str(tmp_path)]
+    long = "a/b\n" + "x" * 300
+    assert run_main(main, [*flags, "--prompt", long, "--duration", "1.5", "--fps", "8"]) == 0
+    assert run_main(main, ["--", *flags, "--prompt", "x", "--save_with_index", "height=16"]) == 0
+    made = {path.name: probe_video(path) for path in tmp_path.glob("*.mp4")}
+    assert made["0-0_regular.mp4"].frames == 81
+    assert made["0-0_regular.mp4"].height == 16
+    other = next(info for name, info in made.items() if name != "0-0_regular.mp4")
+    assert (other.frames, other.fps) == (12, 8)
+
+
+def test_image_to_video_folder(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    image = torch.full((32, 48, 3), 90, dtype=torch.uint8)
+    write_png(folder / "cat.png", image)
+    (folder / "cat.txt").write_text("a cat", encoding="utf-8")
+    flags = [*model_flags(tiny_world), "--i2v", "--data_path", str(folder)]
+    flags += ["--num_output_frames", "6"]
+    for prefix, frames in (("reconstructed", 21), ("none", 12)):
+        out = tmp_path / prefix
+        arguments = [*flags, "--output_folder", str(out), "--prefix_frames", prefix]
+        assert run_main(main, arguments) == 0
+        assert probe_video(out / "a cat-0.mp4").frames == frames
+
+
+BAD_INPUT = {
+    "no_prompt": ([], "say what to generate"),
+    "missing_prompt_file": (["--data_path", "nowhere.txt"], "nowhere.txt"),
+    "empty_prompt_file": (["--data_path", "{tmp}/empty.txt"], "empty.txt"),
+    "prompt_file_not_utf8": (["--data_path", "{tmp}/latin.txt"], "UTF-8"),
+    "empty_prompt": (["--prompt", " "], "empty"),
+    "folder_for_prompt_file": (["--data_path", "{tmp}"], "--i2v"),
+    "frames_below_one": (["--prompt", "x", "--num_output_frames", "0"], "at least 1"),
+    "resolution": (["--prompt", "x", "height=100"], "multiple of 16"),
+    "unknown_key": (["--prompt", "x", "hight=96"], "'height'"),
+    "no_gpu": (["--prompt", "x", "--device", "cuda"], "no GPU"),
+    "missing_image": (["--prompt", "x", "--image", "nowhere.png"], "nowhere.png"),
+    "image_and_video": (["--prompt", "x", "--image", "a", "--video", "b"], "not both"),
+    "missing_model": (["--prompt", "x", "generator_name=Nothing"], "download.py"),
+    "no_ema": (["--prompt", "x", "--checkpoint_path", "{tmp}/plain.pt", "--use_ema"], "ema"),
+    "wrong_checkpoint": (["--prompt", "x", "--checkpoint_path", "{tmp}/vae.pt"], "VAE"),
+    "missing_checkpoint": (["--prompt", "x", "--checkpoint_path", "gone.pt"], "gone.pt"),
+    "missing_config": (["--prompt", "x", "--config_path", "gone.yaml"], "gone.yaml"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one case needs a machine without a GPU")
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    case: str, tiny_world: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
+    torch.save({"generator": {"x": torch.zeros(1)}}, tmp_path / "plain.pt")
+    torch.save({"decoder.conv1.weight": torch.zeros(1)}, tmp_path / "vae.pt")
+    arguments, words = BAD_INPUT[case]
+    out = tmp_path / "out"
+    code = run_main(
+        main,
+        [
+            *model_flags(tiny_world),
+            *("--output_folder", str(out)),
+            *(argument.format(tmp=tmp_path) for argument in arguments),
+        ],
+    )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2
+    assert said.startswith("error: ")
+    assert words in said
+    assert not list(out.glob("*.mp4"))
+    assert not list(out.glob("*.part*"))
+
+
+def test_without_flags_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = ROOT / "checkpoints" / "shapes_rolling_forcing.pt"
+    if shipped.exists():
+        pytest.skip("the model ships")
+    assert run_main(main, []) == 2
+    assert "scripts/download.py" in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""The one door to the environment that torchrun sets; without torchrun it is one rank of one."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Read RANK, WORLD_SIZE and LOCAL_RANK."""
+        get = os.environ.get
+        return cls(int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks and writes what is written once."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's items: every `world`-th, so that none is dropped and none doubled."""
+        return list(items[self.rank :: self.world])
+
+    def device_name(self, name: str) -> str:
+        """`cuda` (or `auto`, if there are GPUs) becomes this rank's own GPU."""
+        import torch
+
+        if name in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return name
