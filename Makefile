@@ -1,0 +1,33 @@
+# `make demo` and `make test` set up everything they need in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: venv demo test test-slow test-all lint clean
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: venv  ## stream a video from the weights that ship
+	$(BIN)/python inference.py
+
+test: venv  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: venv  ## the tests of more than a few seconds
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-all: test test-slow
+
+lint: venv  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy wan model pipeline trainer utils inference.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
