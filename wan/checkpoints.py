@@ -82,7 +82,7 @@ def read_state_dict(source: Path, network: Network = "generator") -> StateDict:
 
 def networks_in(source: Path) -> tuple[Network, ...]:
     """The networks of a distilled file, or none if it holds bare weights."""
-    keys = _open_pt(source).keys() if _is_pickle(source) else _safetensors_keys([source])
+    keys = _unwrap(_open_pt(source)) if _is_pickle(source) else _safetensors_keys(source)
     return tuple(
         name for name in NETWORKS if name in keys or any(k.startswith(f"{name}.") for k in keys)
     )
@@ -143,13 +143,11 @@ def _read_folder(folder: Path) -> StateDict:
 def _read_file(path: Path, network: Network) -> StateDict:
     if not _is_pickle(path):
         return _choose(_read_safetensors([path], f"{network}."), network, path)
-    content = _open_pt(path)
-    if isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    content = _unwrap(_open_pt(path))
     if any(name in content for name in NETWORKS):
         if network not in content:
             _raise_absent(path, network, [name for name in NETWORKS if name in content])
-        content = content[network]
+        content = _as_dict(content[network], path)
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -181,8 +179,20 @@ def _open_pt(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a readable checkpoint; it may be incomplete or not a torch file"
         ) from error
+    return _as_dict(content, path)
+
+
+def _as_dict(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no state dict but a {type(content).__name__}")
+    return content
+
+
+def _unwrap(content: dict[str, Any]) -> dict[str, Any]:
+    """What lies inside the entry that some trainers put around all weights."""
+    for name in ("state_dict", "model"):
+        if isinstance(content.get(name), dict):
+            return content[name]
     return content
 
 
@@ -202,12 +212,12 @@ def _read_safetensors(paths: Iterable[Path], prefix: str = "") -> StateDict:
     return state
 
 
-def _safetensors_keys(paths: Iterable[Path]) -> list[str]:
-    keys: list[str] = []
-    for path in paths:
+def _safetensors_keys(path: Path) -> list[str]:
+    try:
         with safe_open(path, framework="pt") as file:
-            keys += file.keys()
-    return keys
+            return list(file.keys())
+    except Exception as error:
+        raise UserError(f"{path} is not a readable safetensors file") from error
 
 
 def _clean(key: str) -> str:
