@@ -101,6 +101,7 @@ class Rollout:
             "index": self.index,
             "in_flight": {block: x.clone() for block, x in self._in_flight.items()},
             "unwritten": {block: x.clone() for block, x in self._unwritten.items()},
+            "rule": self.rule.state_dict(),
             "cache": self.cache.state_dict(),
         }
 
@@ -108,6 +109,7 @@ class Rollout:
         """Go on where another rollout of the same sizes stood."""
         device = self.cache.device
         self.cache.load_state_dict(state["cache"])
+        self.rule.load_state_dict(state["rule"], device)
         self.index = state["index"]
         self._in_flight = {block: x.to(device) for block, x in state["in_flight"].items()}
         self._unwritten = {block: x.to(device) for block, x in state["unwritten"].items()}

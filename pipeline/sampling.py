@@ -1,7 +1,7 @@
 """How a block goes from one level to the next: re-noise its x_0, or step along the ODE."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -38,6 +38,14 @@ class StepRule(Protocol):
         """The block's input at `level + 1`, or its clean latents if this level is its `last`."""
         ...
 
+    def state_dict(self) -> dict[int, Any]:
+        """What the rule remembers of blocks in flight, by block: tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[int, Any], device: torch.device) -> None:
+        """Go on where another rule of the same kind stood."""
+        ...
+
 
 class Renoise:
     """Distilled models: predict x_0, noise it afresh to the next level (consistency sampling)."""
@@ -52,6 +60,13 @@ class Renoise:
         if last:
             return clean
         return add_noise(clean, self.noise(block, level + 1), self.timesteps[level + 1])
+
+    def state_dict(self) -> dict[int, Any]:
+        """See `StepRule`: nothing is remembered."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[int, Any], device: torch.device) -> None:
+        """See `StepRule`."""
 
 
 class OdeStep:
@@ -85,12 +100,45 @@ class OdeStep:
     def advance(self, block: int, level: int, noisy: Tensor, flow: Tensor, *, last: bool) -> Tensor:
         """See `StepRule`."""
         if level == 0:
-            self._solvers[block] = copy.deepcopy(self._template)
+            self._solvers[block] = self._new_solver()
         solver = self._solvers[block]
         moved = solver.step(flow, solver.timesteps[level], noisy).prev_sample
         if last:
             del self._solvers[block]
         return moved
+
+    def state_dict(self) -> dict[int, Any]:
+        """See `StepRule`: what each solver has that a new one has not, its history."""
+        new = vars(self._template)
+        return {
+            block: {
+                name: _copied(value)
+                for name, value in vars(solver).items()
+                if name not in new or value is not new[name]
+            }
+            for block, solver in self._solvers.items()
+        }
+
+    def load_state_dict(self, state: Mapping[int, Any], device: torch.device) -> None:
+        """See `StepRule`."""
+        self._solvers = {block: self._new_solver() for block in state}
+        for block, history in state.items():
+            values = {name: _copied(value, device) for name, value in history.items()}
+            vars(self._solvers[block]).update(values)
+
+    def _new_solver(self) -> Any:
+        """A solver at its first step; it shares with the template what no step changes."""
+        solver = copy.copy(self._template)
+        lists = {name: list(v) for name, v in vars(solver).items() if isinstance(v, list)}
+        vars(solver).update(lists)
+        return solver
+
+
+def _copied(value: Any, device: torch.device | None = None) -> Any:
+    """A copy of a tensor (on `device`), of a list of such, or a plain value."""
+    if isinstance(value, list):
+        return [_copied(item, device) for item in value]
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def make_scheduler(sampler: Sampler, shift: float) -> Any:
