@@ -360,7 +360,9 @@ def _check_keys(layer: Mapping[str, Any], schema: type, path: Path) -> None:
         if key not in types:
             nearest = difflib.get_close_matches(str(key), types, 1, cutoff=0.0)[0]
             raise UserError(f"{path.name}: unknown key '{key}'; did you mean '{nearest}'?")
-        if is_dataclass(types[key]) and isinstance(value, Mapping):
+        if is_dataclass(types[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{path.name}: {key} must hold `key: value` lines, not '{value}'")
             _check_keys(value, types[key], path)
 
 
