@@ -38,16 +38,21 @@ class Schedule:
     - `full`: all blocks together, T windows (a bidirectional model; needs `num_blocks`).
 
     `num_blocks` counts from block 0; None never ends. Blocks before `first_block` are given.
+    With `block_levels` (schedule `block` only) block b has that many levels of its own: it stops
+    early, at its last one.
     """
 
     kind: ScheduleKind
     num_levels: int
     num_blocks: int | None = None
     first_block: int = 0
+    block_levels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind == "full" and self.num_blocks is None:
             raise ValueError("a full schedule needs a number of blocks")
+        if self.block_levels is not None and self.kind != "block":
+            raise ValueError("only the block schedule lets blocks stop early")
 
     def window(self, index: int) -> Window | None:
         """Window `index`, or None past the end."""
@@ -61,7 +66,11 @@ class Schedule:
 
     def finishes(self, window: Window) -> tuple[int, ...]:
         """Blocks that leave `window` clean."""
-        return tuple(block for block, level in window if level == self.num_levels - 1)
+        return tuple(block for block, level in window if level == self.levels_of(block) - 1)
+
+    def levels_of(self, block: int) -> int:
+        """How many levels a block goes through."""
+        return self.num_levels if self.block_levels is None else self.block_levels[block]
 
     def _rolling(self, index: int) -> Window | None:
         newest = index
@@ -74,8 +83,14 @@ class Schedule:
         return Window(index, self.first_block + oldest, levels)
 
     def _block(self, index: int) -> Window | None:
-        block, level = divmod(index, self.num_levels)
-        block += self.first_block
+        if self.block_levels is None:
+            offset, level = divmod(index, self.num_levels)
+            block = self.first_block + offset
+        else:
+            block, level = self.first_block, index
+            while block < len(self.block_levels) and level >= self.block_levels[block]:
+                level -= self.block_levels[block]
+                block += 1
         if self.num_blocks is not None and block >= self.num_blocks:
             return None
         return Window(index, block, (level,))

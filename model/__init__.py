@@ -1,0 +1,1 @@
+"""What is trained: objectives that turn a batch into losses; no loop, no input or output."""

@@ -1,0 +1,44 @@
+"""Flow matching: (pre-)training and fine-tuning of a bidirectional or a block-causal network.
+
+Rectified flow (arXiv 2209.03003), Wan2.1 Sec. 4.2.2; diffusion forcing gives every block its own
+noise level (arXiv 2407.01392), teacher forcing lets it look back at clean blocks.
+"""
+
+import torch
+from torch import Tensor
+
+from model.result import LossResult
+from wan.context import AttentionContext
+from wan.dit import TextContext, WanDiT
+from wan.flow import add_noise, training_weight
+
+
+def flow_matching_loss(
+    dit: WanDiT,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    text: TextContext,
+    *,
+    shift: float,
+    context: AttentionContext | None = None,
+    clean: Tensor | None = None,
+    clean_timesteps: Tensor | None = None,
+) -> LossResult:
+    """E[w(t) |v_theta(x_t, t) - (e - x_0)|^2].
+
+    `latents` and `noise` `[B, F, C, h, w]`, `timesteps` `[B, F]`. `context` None is full attention.
+    With `clean` `[B, F, C, h, w]` (teacher forcing) the network sees these frames, at
+    `clean_timesteps`, in front of the noisy ones; the context has to be made for `2F` frames.
+    """
+    noisy, frames = add_noise(latents, noise, timesteps), latents.shape[1]
+    inputs, times = noisy, timesteps
+    if clean is not None:
+        at = torch.zeros_like(timesteps) if clean_timesteps is None else clean_timesteps
+        inputs, times = torch.cat([clean, noisy], dim=1), torch.cat([at, timesteps], dim=1)
+    flow = dit(inputs, times, text, context)[:, -frames:]
+    error = (flow.float() - (noise - latents)).square().mean(dim=(2, 3, 4))  # [B, F]
+    loss = (training_weight(timesteps, shift) * error).mean()
+    return LossResult(
+        loss, {"flow/error": error.detach().mean(), "flow/timestep": timesteps.float().mean()}
+    )

@@ -1,0 +1,166 @@
+"""Self-rollouts: the student's own videos, through the engine of inference, with gradients.
+
+Rolling Forcing (arXiv 2509.25161, Sec. 3.3): gradient in the non-overlapping windows
+w = r (mod T); a frame's output is its x_0 in its own such window. Self Forcing (arXiv 2506.08009,
+Alg. 1): every block stops at its level r, where its x_0 is its output and its context.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.components import block_layout, context_policy, new_cache, video_shape
+from pipeline.rollout import Rollout, WindowResult
+from pipeline.sampling import BlockNoise, Renoise
+from pipeline.schedule import BlockLayout, Schedule
+from utils.config import Config
+from utils.noise import philox
+from wan.dit import TextContext, WanDiT
+from wan.flow import denoising_timesteps
+from wan.vae import WanVAE
+
+PLAN_PURPOSE = 1
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """What all ranks share in one update: a pure function of (seed, update)."""
+
+    schedule: Literal["rolling", "block"]
+    num_blocks: int
+    exit_levels: tuple[int, ...]  # r of each block; all the same in a rolling rollout
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        return f"{self.schedule}, {self.num_blocks} blocks, r = {sorted(set(self.exit_levels))}"
+
+
+def plan_rollout(config: Config, update: int) -> RolloutPlan:
+    """Draw schedule, number of blocks and r for one update."""
+    draw = philox(config.seed, PLAN_PURPOSE, (update,))
+    rolling = bool(draw.random() < config.rolling_probability)
+    layout = block_layout(config)
+    fewest = layout.blocks_for(scored_frames(config))
+    most = max(fewest, layout.blocks_for(config.num_training_frames))
+    blocks = int(draw.integers(fewest, most + 1))
+    levels = draw.integers(0, config.num_levels, size=blocks)
+    if config.last_step_only:
+        levels[:] = config.num_levels - 1
+    if rolling or config.same_step_across_blocks:
+        levels[:] = levels[0]
+    return RolloutPlan(
+        "rolling" if rolling else "block", blocks, tuple(int(level) for level in levels)
+    )
+
+
+def scored_frames(config: Config) -> int:
+    """Latent frames that the scores see: the F of `image_or_video_shape`."""
+    return config.image_or_video_shape[1]
+
+
+def self_rollout(
+    config: Config,
+    dit: WanDiT,
+    text: TextContext,
+    noise: BlockNoise,
+    plan: RolloutPlan,
+    *,
+    grad: bool,
+) -> Tensor:
+    """The student's video `[B, F, C, h, w]`, float32.
+
+    With `grad`, windows that touch the last `scored_frames` frames carry gradient; all other
+    frames have their output too, without.
+    """
+    layout = block_layout(config)
+    total = layout.start(plan.num_blocks)
+    first_scored = total - scored_frames(config)
+    rollout = _engine(config, dit, text, noise, plan, layout)
+    outputs: dict[int, Tensor] = {}
+    while len(outputs) < plan.num_blocks:
+        window = rollout.schedule.window(rollout.index)
+        assert window is not None, "every block has its window before the schedule ends"
+        chosen = _is_output(plan, rollout.schedule, window.index, window.blocks[-1])
+        touches = layout.start(window.blocks[-1] + 1) > first_scored
+        result = rollout.step(grad=grad and chosen and touches)
+        assert result is not None
+        if chosen:
+            outputs.update(_by_block(result, layout))
+    return torch.cat([outputs[block] for block in range(plan.num_blocks)], dim=1)
+
+
+def scored_clip(
+    latents: Tensor, vae: WanVAE | None, *, scored: int, block_frames: int
+) -> tuple[Tensor, Tensor | None]:
+    """The last `scored` frames, and which of them count `[scored]` (None: all).
+
+    A longer video's clip has to look like the start of one: its first frame is replaced by the
+    re-encoded image of that moment (one latent frame is one video frame there), and its first
+    block does not count. Without a VAE the frame is left as it is.
+    """
+    if latents.shape[1] == scored:
+        return latents, None
+    counts = torch.ones(scored, dtype=torch.bool, device=latents.device)
+    counts[:block_frames] = False
+    clip = latents[:, -scored:]
+    if vae is None:
+        return clip, counts
+    with torch.no_grad():
+        past = latents[:, : latents.shape[1] - scored + 1].to(vae.dtype)
+        image = vae.decode(past)[:, -1:]  # [B, 1, 3, H, W]
+        first = vae.encode(image).to(latents.dtype)
+    return torch.cat([first, clip[:, 1:]], dim=1), counts
+
+
+def _engine(
+    config: Config,
+    dit: WanDiT,
+    text: TextContext,
+    noise: BlockNoise,
+    plan: RolloutPlan,
+    layout: BlockLayout,
+) -> Rollout:
+    timesteps = denoising_timesteps(
+        config.denoising_step_list or [], config.generator_shift, warp=config.warp_denoising_step
+    )
+    schedule = Schedule(plan.schedule, config.num_levels, plan.num_blocks)
+    if plan.schedule == "block":
+        levels = tuple(level + 1 for level in plan.exit_levels)
+        schedule = Schedule("block", config.num_levels, plan.num_blocks, block_levels=levels)
+    frames = layout.start(plan.num_blocks)
+    cache = new_cache(
+        config,
+        dit.config,
+        batch=len(noise.samples),
+        dtype=text.keys[0].dtype,
+        device=text.keys[0].device,
+        recent_frames=frames,  # nothing is evicted: checkpointed windows are read again later
+    )
+    return Rollout(
+        dit,
+        schedule=schedule,
+        layout=layout,
+        policy=context_policy(config),
+        cache=cache,
+        grid=video_shape(config, dit.config).grid,
+        rule=Renoise(timesteps, noise),
+        noise=noise,
+        text=text,
+        context_noise=config.context_noise,
+    )
+
+
+def _is_output(plan: RolloutPlan, schedule: Schedule, index: int, last_block: int) -> bool:
+    """Whether this window's x_0 is the output of its blocks."""
+    if plan.schedule == "rolling":
+        return index % schedule.num_levels == plan.exit_levels[0]
+    window = schedule.window(index)
+    return window is not None and window.levels[0] == plan.exit_levels[last_block]
+
+
+def _by_block(result: WindowResult, layout: BlockLayout) -> dict[int, Tensor]:
+    sizes = [layout.frames(block) for block in result.window.blocks]
+    return dict(zip(result.window.blocks, result.x0.split(sizes, dim=1), strict=True))
