@@ -149,7 +149,7 @@ class Block(nn.Module):
             nn.GELU(approximate="tanh"),
             nn.Linear(config.ffn_dim, config.dim),
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = _modulation(6, config.dim)
 
     def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """This layer's text keys and values of `[B, text_len, dim]`."""
@@ -186,7 +186,7 @@ class Head(nn.Module):
         pt, ph, pw = config.patch_size
         self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = nn.Linear(config.dim, pt * ph * pw * config.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = _modulation(2, config.dim)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`x` `[B, F, tokens, dim]`, `time` `[B, F or 1, dim]` -> `[B, F, tokens, patch]`."""
@@ -302,3 +302,11 @@ class WanDiT(nn.Module):
 
 def _qk_norm(config: DiTConfig) -> nn.Module:
     return nn.RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+
+
+def _modulation(parts: int, dim: int) -> nn.Parameter:
+    """Learned offsets `[1, parts, dim]`, normal with variance 1 / dim."""
+    offsets = torch.empty(1, parts, dim)
+    if not offsets.is_meta:  # normal draws on the meta device import 70 MB of torch, in seconds
+        offsets.normal_(std=dim**-0.5)
+    return nn.Parameter(offsets)
