@@ -27,7 +27,7 @@ class NoiseSource(Protocol):
 def philox(seed: int, purpose: int = 0, counter: Sequence[int] = ()) -> np.random.Generator:
     """A generator that is a pure function of (seed, purpose, counter); up to three counters.
 
-    Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), with
+    Philox 4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), with
     (seed, purpose) as the key. The lowest counter word is the generator's own.
     """
     words = [0, *counter, 0, 0, 0][:4]
