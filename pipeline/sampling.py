@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from utils.noise import NoiseSource
-from wan.flow import NUM_TIMESTEPS, add_noise, x0_from_flow
+from wan.flow import NUM_TIMESTEPS, add_noise, shift_timesteps, x0_from_flow
 
 Sampler = Literal["unipc", "dpm++", "euler"]
 
@@ -85,7 +85,10 @@ class OdeStep:
     def with_steps(
         cls, sampler: Sampler, num_steps: int, shift: float, device: torch.device
     ) -> "OdeStep":
-        """A named solver with `num_steps` steps spread by the timestep shift."""
+        """A named solver; `num_steps` even steps from 1000 to 0, spread by the timestep shift."""
+        if sampler == "euler":  # diffusers' own spacing shifts its last step twice
+            even = torch.linspace(NUM_TIMESTEPS, 0, num_steps + 1)[:-1]
+            return cls.at(shift_timesteps(even, shift), device)
         scheduler = make_scheduler(sampler, shift)
         scheduler.set_timesteps(num_steps, device=device)
         return cls(scheduler)

@@ -490,6 +490,16 @@ def initial_noise(frames: int = 4) -> Tensor:
     return video.expand(2, -1, -1, -1, -1)
 
 
+@pytest.mark.parametrize("sampler", ["unipc", "dpm++", "euler"])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_steps_are_even_before_the_shift(sampler: Any, shift: float) -> None:
+    """Diffusers' own spacing for Euler shifts its end twice, and its last step is a tiny one."""
+    timesteps = OdeStep.with_steps(sampler, STEPS, shift, CPU).timesteps
+    sigma = 1 - torch.arange(STEPS) / STEPS
+    expected = 1000 * shift * sigma / (1 + (shift - 1) * sigma)
+    assert_close(timesteps, expected, atol=1.5)  # the multi-step ones round down
+
+
 def test_euler_equals_a_loop_written_out(dit: WanDiT) -> None:
     timesteps = torch.tensor([1000.0, 900.0, 700.0, 400.0, 150.0])
     blocks = run(full_rollout(dit, OdeStep.at(timesteps, CPU)))
