@@ -54,7 +54,8 @@ def bidirectional() -> tuple[Case, WanDiT]:
 
 
 def recorded_texts(case: Case) -> list[Tensor]:
-    names = sorted(name for name in case.tensors if re.fullmatch(r"text_\d+", name))
+    found = [name for name in case.tensors if re.fullmatch(r"text_\d+", name)]
+    names = sorted(found, key=lambda name: int(name.removeprefix("text_")))
     return [case.tensors[name] for name in names]
 
 
