@@ -1,11 +1,13 @@
 """The VAE against recorded numbers, against diffusers' own decode, and its streams."""
 
+import copy
 import math
 import re
 
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from safetensors.torch import save_file
 
 from tests.golden_cases import load_case, load_json, load_weights
@@ -176,6 +178,24 @@ def test_bfloat16_gives_nearly_the_same_video(vae, vae_file):
     video = half.decode(latents)
     assert video.dtype == half.dtype == torch.bfloat16
     assert (video.float() - vae.decode(latents)).abs().mean() < 0.05
+
+
+def test_cpu_kernels_change_nothing_but_rounding(vae):
+    """Diffusers' own layers give the same video, latents and gradients."""
+    original = AutoencoderKLWan(**vae.model.config)
+    original.load_state_dict(vae.model.state_dict())
+    ours = WanVAE(copy.deepcopy(original)).model
+    assert not {WanCausalConv3d, WanRMS_norm} & {type(m) for m in ours.modules()}
+    assert list(ours.state_dict()) == list(original.state_dict())
+    video = torch.rand(1, 3, 5, 16, 24) * 2 - 1
+    videos, gradients = [], []
+    for model in (ours, original):
+        videos.append(model(video).sample)
+        videos[-1].square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert_close(*videos)
+    mine, theirs = gradients
+    assert (mine - theirs).norm() < 1e-4 * theirs.norm()
 
 
 # --- streams -----------------------------------------------------------------------------------
