@@ -1,7 +1,7 @@
 """Rollouts of tiny random networks from their parts, and a network that keeps a log."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +150,3 @@ def run(rollout: Rollout) -> dict[int, Tensor]:
         assert not blocks.keys() & result.finished.keys()
         blocks |= result.finished
     return blocks
-
-
-def with_policy(method: TinyMethod, **changes: Any) -> TinyMethod:
-    return replace(method, policy=replace(method.policy, **changes))

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -184,9 +185,8 @@ class Definition:
         self.dit = dit
         self.method = method
         self.text = dit.encode_text(text)
-        self.block = method.layout.block_frames
 
-    def rolling_frames(self, finished: int, queries: int, clean_pass: bool) -> list[int]:
+    def frames_in_view(self, finished: int, queries: int, clean_pass: bool) -> list[int]:
         """The design's table: what a pass of Rolling Forcing sees of the past."""
         policy = self.method.policy
         everything = list(range(finished))
@@ -198,7 +198,7 @@ class Definition:
         return sink + (recent[-room:] if room > 0 else [])
 
     def forward(self, latents: Tensor, timesteps: Tensor, memory: list, clean_pass: bool) -> Any:
-        seen = self.rolling_frames(len(memory), latents.shape[1], clean_pass)
+        seen = self.frames_in_view(len(memory), latents.shape[1], clean_pass)
         positions = list(range(len(seen) + latents.shape[1]))
         context = ListedContext([memory[frame] for frame in seen], positions)
         return self.dit(latents, timesteps, self.text, context), context.own
@@ -214,27 +214,35 @@ class Definition:
                 memory.append({n: (k[:, tokens], v[:, tokens]) for n, (k, v) in own.items()})
         return memory
 
-    def rolling(self, num_blocks: int, noise: BlockNoise) -> dict[int, Tensor]:
-        levels, timesteps = self.method.levels, self.method.timesteps
+    def windows(self, num_blocks: int) -> list[list[tuple[int, int]]]:
+        """(block, level) of every window."""
+        levels = self.method.levels
+        if self.method.kind == "block":
+            return [[(block, level)] for block in range(num_blocks) for level in range(levels)]
+        return [
+            [(b, w - b) for b in range(max(0, w - levels + 1), min(num_blocks - 1, w) + 1)]
+            for w in range(num_blocks + levels - 1)
+        ]
+
+    def run(self, num_blocks: int, noise: BlockNoise) -> dict[int, Tensor]:
+        timesteps = self.method.timesteps
         current = {block: noise(block, 0) for block in range(num_blocks)}
         finished: list[Tensor] = []
-        for window in range(num_blocks + levels - 1):
-            blocks = range(max(0, window - levels + 1), min(num_blocks - 1, window) + 1)
-            latents = torch.cat([current[block] for block in blocks], dim=1)
+        for window in self.windows(num_blocks):
+            inputs = [current[block] for block, _ in window]
+            levels = [level for _, level in window]
             t = torch.cat(
                 [
-                    torch.full(current[block].shape[:2], timesteps[window - block])
-                    for block in blocks
+                    torch.full(x.shape[:2], timesteps[level])
+                    for x, level in zip(inputs, levels, strict=True)
                 ],
                 dim=1,
             )
+            latents = torch.cat(inputs, dim=1)
             flow, _ = self.forward(latents, t, self.remember(finished), clean_pass=False)
-            x0 = x0_from_flow(latents, flow, t)
-            sizes = [current[block].shape[1] for block in blocks]
-            for block, clean in zip(blocks, x0.split(sizes, dim=1), strict=True):
-                level = window - block
-                current[block] = clean
-                if level == levels - 1:
+            x0 = x0_from_flow(latents, flow, t).split([x.shape[1] for x in inputs], dim=1)
+            for (block, level), clean in zip(window, x0, strict=True):
+                if level == self.method.levels - 1:
                     finished.append(clean)
                 else:
                     later = torch.full(clean.shape[:2], timesteps[level + 1])
@@ -248,14 +256,22 @@ def test_rolling_equals_its_definition(dit: WanDiT, block: int, num_blocks: int)
     """Also for videos shorter than T blocks, where published code re-injects pure noise."""
     method = tiny_method("rolling", block)
     noise = BlockNoise(CounterNoise(5, LATENT, block), [0], "cpu")
-    expected = Definition(dit, method, some_text(dit)).rolling(num_blocks, noise)
+    expected = Definition(dit, method, some_text(dit)).run(num_blocks, noise)
     assert_same_blocks(run(new_rollout(dit, method, num_blocks, seed=5)), expected)
+
+
+def test_block_schedule_under_the_rolling_policy_equals_its_definition(dit: WanDiT) -> None:
+    """Schedule and policy are independent; Rolling Forcing's training runs this mixture too."""
+    method = replace(tiny_method("rolling"), kind="block")
+    noise = BlockNoise(CounterNoise(5, LATENT, 2), [0], "cpu")
+    expected = Definition(dit, method, some_text(dit)).run(8, noise)
+    assert_same_blocks(run(new_rollout(dit, method, 8, seed=5)), expected)
 
 
 def test_rolling_equals_its_definition_with_a_single_first_frame(dit: WanDiT) -> None:
     method = tiny_method("rolling", 2, independent_first_frame=True)
     noise = BlockNoise(CounterNoise(5, LATENT, 2, first_block_frames=1), [0], "cpu")
-    expected = Definition(dit, method, some_text(dit)).rolling(7, noise)
+    expected = Definition(dit, method, some_text(dit)).run(7, noise)
     assert [x.shape[1] for x in expected.values()] == [1, 2, 2, 2, 2, 2, 2]
     assert_same_blocks(run(new_rollout(dit, method, 7, seed=5)), expected)
 
