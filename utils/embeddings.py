@@ -1,10 +1,12 @@
 """Text embeddings stored on disk, so that the text encoder need not be loaded.
 
 A store is a folder of `*.safetensors` shards; a tensor's name is `embedding_key(prompt)`, its value
-the embedding without padding, `[tokens, dim]`.
+the embedding without padding, `[tokens, dim]`, in the dtype that the encoder gave. The same prompt
+may lie in several shards.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,12 +35,16 @@ def pad_batch(embeddings: Sequence[Tensor]) -> Tensor:
     return pad_sequence(list(embeddings), batch_first=True)
 
 
-def write_shard(path: Path, embeddings: Mapping[str, Tensor]) -> None:
-    """Write one shard of `{prompt: [tokens, dim]}`, under a temporary name until it is whole."""
+def write_shard(path: Path, embeddings: Mapping[str, Tensor], fingerprint: str = "") -> None:
+    """Write one shard of `{prompt: [tokens, dim]}`, under a temporary name until it is whole.
+
+    Its metadata say which prompts are in it and the `fingerprint` of the settings that made it.
+    """
     tensors = {embedding_key(prompt): trim(e).contiguous() for prompt, e in embeddings.items()}
+    prompts = json.dumps(list(embeddings), ensure_ascii=False)
     partial = path.with_suffix(".part")
-    save_file(tensors, partial)
-    partial.rename(path)
+    save_file(tensors, partial, {"prompts": prompts, "fingerprint": fingerprint})
+    partial.replace(path)
 
 
 class EmbeddingStore:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -191,15 +192,17 @@ def part_path(path: Path) -> Path:
     return path.with_name(stem + tail)
 
 
-def read_video(path: str | Path) -> torch.Tensor:
-    """All frames of a video file, uint8 `[frames, height, width, 3]`, at its own frame rate.
+def read_video(path: str | Path, first: int = 0, count: int | None = None) -> torch.Tensor:
+    """Frames of a video file, uint8 `[frames, height, width, 3]`, at its own frame rate.
+
+    All of them, or `count` from frame `first` on (fewer if the file ends before).
 
     Raises:
-        UserError: the file is missing or holds no readable video.
+        UserError: the file is missing or holds no readable video there.
     """
     pixels = bytearray()
     with _open_video(path) as (meta, frames):
-        for frame in frames:
+        for frame in islice(frames, first, None if count is None else first + count):
             pixels += frame
     width, height = meta["size"]
     if not pixels:

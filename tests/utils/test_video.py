@@ -55,6 +55,14 @@ def test_blocks_come_back_as_one_video_with_its_colours(tmp_path):
     assert info == VideoInfo(frames=7, fps=12.0, height=32, width=48)
 
 
+def test_part_of_a_video_is_the_same_part_of_the_whole(clip):
+    whole = read_video(clip)
+    assert torch.equal(read_video(clip, 2, 3), whole[2:5])
+    assert torch.equal(read_video(clip, 4, 3), whole[4:])
+    with pytest.raises(UserError, match="no video frame"):
+        read_video(clip, 6, 1)
+
+
 def test_colour_matrix_is_tagged_so_that_pure_colours_survive(tmp_path):
     red = torch.zeros(3, 64, 64, 3, dtype=torch.uint8)
     red[..., 0], red[..., 1] = 200, 30
