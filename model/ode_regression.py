@@ -35,7 +35,7 @@ def ode_regression_loss(
     text: TextContext,
     context: AttentionContext,
     *,
-    frames_in_loss: int | None = None,
+    frames_in_loss: float | None = None,
 ) -> LossResult:
     """Mean |x_0^theta - x_0|^2 over the frames whose state is not clean already.
 

@@ -16,12 +16,12 @@ from pipeline.rollout import Rollout, WindowResult
 from pipeline.sampling import BlockNoise, Renoise
 from pipeline.schedule import BlockLayout, Schedule
 from utils.config import Config
+from utils.draws import Purpose
 from utils.noise import philox
-from wan.dit import TextContext, WanDiT
+from wan.dit import DiTConfig, TextContext, WanDiT
+from wan.flops import pass_flops, training_flops
 from wan.flow import denoising_timesteps
 from wan.vae import WanVAE
-
-PLAN_PURPOSE = 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RolloutPlan:
 
 def plan_rollout(config: Config, update: int) -> RolloutPlan:
     """Draw schedule, number of blocks and r for one update."""
-    draw = philox(config.seed, PLAN_PURPOSE, (update,))
+    draw = philox(config.seed, Purpose.ROLLOUT_PLAN, (update,))
     rolling = bool(draw.random() < config.rolling_probability)
     layout = block_layout(config)
     fewest = layout.blocks_for(scored_frames(config))
@@ -126,10 +126,6 @@ def _engine(
     timesteps = denoising_timesteps(
         config.denoising_step_list or [], config.generator_shift, warp=config.warp_denoising_step
     )
-    schedule = Schedule(plan.schedule, config.num_levels, plan.num_blocks)
-    if plan.schedule == "block":
-        levels = tuple(level + 1 for level in plan.exit_levels)
-        schedule = Schedule("block", config.num_levels, plan.num_blocks, block_levels=levels)
     frames = layout.start(plan.num_blocks)
     cache = new_cache(
         config,
@@ -141,7 +137,7 @@ def _engine(
     )
     return Rollout(
         dit,
-        schedule=schedule,
+        schedule=_schedule(config, plan),
         layout=layout,
         policy=context_policy(config),
         cache=cache,
@@ -151,6 +147,13 @@ def _engine(
         text=text,
         context_noise=config.context_noise,
     )
+
+
+def _schedule(config: Config, plan: RolloutPlan) -> Schedule:
+    if plan.schedule == "rolling":
+        return Schedule("rolling", config.num_levels, plan.num_blocks)
+    levels = tuple(level + 1 for level in plan.exit_levels)
+    return Schedule("block", config.num_levels, plan.num_blocks, block_levels=levels)
 
 
 def _is_output(plan: RolloutPlan, schedule: Schedule, index: int, last_block: int) -> bool:
@@ -164,3 +167,30 @@ def _is_output(plan: RolloutPlan, schedule: Schedule, index: int, last_block: in
 def _by_block(result: WindowResult, layout: BlockLayout) -> dict[int, Tensor]:
     sizes = [layout.frames(block) for block in result.window.blocks]
     return dict(zip(result.window.blocks, result.x0.split(sizes, dim=1), strict=True))
+
+
+def rollout_flops(config: Config, sizes: DiTConfig, plan: RolloutPlan, *, grad: bool) -> int:
+    """Operations of one video's rollout, with its backward passes if `grad`."""
+    layout, policy = block_layout(config), context_policy(config)
+    tokens = video_shape(config, sizes).tokens_per_frame
+    schedule = _schedule(config, plan)
+    first_scored = layout.start(plan.num_blocks) - scored_frames(config)
+    finished, done, total = 0, 0, 0
+    pending: list[int] = []
+    for window in schedule:
+        for block in pending:
+            frames = layout.frames(block)
+            total += pass_flops(sizes, policy.view(finished, frames, clean_pass=True), tokens)
+            finished += frames
+        frames = sum(layout.frames(block) for block in window.blocks)
+        forward = pass_flops(sizes, policy.view(finished, frames), tokens)
+        chosen = _is_output(plan, schedule, window.index, window.blocks[-1])
+        touches = layout.start(window.blocks[-1] + 1) > first_scored
+        with_backward = grad and chosen and touches
+        checkpointing = config.gradient_checkpointing
+        total += training_flops(forward, checkpointing=checkpointing) if with_backward else forward
+        pending = list(schedule.finishes(window))
+        done += len(window.blocks) if chosen else 0
+        if done == plan.num_blocks:
+            break
+    return total

@@ -23,14 +23,14 @@ from pipeline.prefix import Frames, Prefix, encode_prefix, image_clip, video_cli
 from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise
 from pipeline.stream import LatentStream, PrefixFrames, Stream
+from pipeline.text import TextSource
 from utils.config import Config, find_file, load_config
-from utils.embeddings import EmbeddingStore, pad_batch, trim
+from utils.embeddings import pad_batch
 from utils.errors import UserError
 from utils.noise import CounterNoise, NoiseSource, RecordedNoise
 from wan.attention import check_backend
 from wan.checkpoints import Network, load_dit, load_dit_config
 from wan.dit import WanDiT
-from wan.text_encoder import WanTextEncoder
 from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
@@ -85,9 +85,9 @@ class VideoPipeline:
         *,
         files: ModelFiles | None = None,
         vae: WanVAE | None = None,
-        text_encoder: WanTextEncoder | None = None,
+        text: TextSource | None = None,
     ) -> None:
-        """`vae` and `text_encoder` are loaded from `files` when needed, unless given."""
+        """`vae` and the text encoder are loaded from `files` when needed, unless given."""
         self.config = config
         self.dit = dit
         self.files = files
@@ -95,9 +95,12 @@ class VideoPipeline:
         self.layout = block_layout(config)
         self.policy = context_policy(config)
         self._vae = vae
-        self._text_encoder = text_encoder
-        self._stored_text = (
-            EmbeddingStore(config.text_embeddings) if config.text_embeddings else None
+        self._text = text or TextSource(
+            config,
+            files,
+            text_len=dit.config.text_len,
+            dtype=torch.bfloat16 if dit.dtype == torch.bfloat16 else torch.float32,
+            device=self.device,
         )
 
     @property
@@ -226,20 +229,11 @@ class VideoPipeline:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings `[B, L, text_dim]`, zeros behind each prompt's tokens, L <= text_len."""
-        if not prompts:
-            raise UserError("there is no prompt to encode")
-        if self._stored_text is not None:
-            rows = [self._stored_text[prompt] for prompt in prompts]
-        else:
-            encoder = self._load_text_encoder()
-            rows = [trim(encoder.encode([prompt])[0].float().cpu()) for prompt in prompts]
-        return pad_batch(rows).to(self.device)
+        return self._text(prompts)
 
     def free_text_encoder(self) -> None:
         """Drop the text encoder from memory; it is loaded again when it is needed."""
-        if self._text_encoder is not None and self.files is not None:
-            self._text_encoder.close()
-            self._text_encoder = None
+        self._text.free()
 
     def encode_prefix(
         self, *, image: Frames | None = None, video: Frames | None = None
@@ -279,6 +273,7 @@ class VideoPipeline:
             text_embeddings = pad_batch([*text_embeddings, *negative.to(text_embeddings)])
         block_noise = self._block_noise(noise, seed, samples, batch)
         self._say_what_is_dropped(num_latent_frames)
+        text = self.dit.encode_text(text_embeddings.to(self.device))
         rollout = Rollout(
             self.dit,
             schedule=schedule,
@@ -288,13 +283,13 @@ class VideoPipeline:
                 config,
                 self.dit.config,
                 batch=batch if guidance is None else 2 * batch,
-                dtype=self.dit.dtype,
+                dtype=text.keys[0].dtype,
                 device=self.device,
             ),
             grid=self.shape.grid,
             rule=step_rule(config, block_noise, self.device),
             noise=block_noise,
-            text=self.dit.encode_text(text_embeddings.to(self.device)),
+            text=text,
             guidance_scale=guidance,
             context_noise=config.context_noise,
             prefix=blocks,
@@ -344,19 +339,6 @@ class VideoPipeline:
         limit = self.config.attention_frames
         if unlimited and (num_latent_frames is None or num_latent_frames > limit):
             logger.info("attention holds %d latent frames; older ones drop out of view", limit)
-
-    def _load_text_encoder(self) -> WanTextEncoder:
-        if self._text_encoder is None:
-            files = self._require_files()
-            name = self.config.text_encoder_device
-            self._text_encoder = WanTextEncoder.from_official(
-                files.text_encoder,
-                files.tokenizer,
-                device=self.device if name == "auto" else choose_device(name),
-                dtype=torch.bfloat16 if self.dit.dtype == torch.bfloat16 else torch.float32,
-                text_len=self.dit.config.text_len,
-            )
-        return self._text_encoder
 
     def _require_files(self) -> ModelFiles:
         if self.files is None:

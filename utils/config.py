@@ -82,6 +82,32 @@ class ModelKwargs:
 
 
 @dataclass
+class Sharding:
+    """How each network is spread over ranks; null: as `sharding_strategy` says."""
+
+    generator: Literal["full", "hybrid", "hybrid_full", "none"] | None
+    real_score: Literal["full", "hybrid", "hybrid_full", "none"] | None
+    fake_score: Literal["full", "hybrid", "hybrid_full", "none"] | None
+    text_encoder: Literal["full", "hybrid", "hybrid_full", "none"] | None
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters instead of full training (arXiv 2106.09685)."""
+
+    rank: int
+    alpha: int
+    targets: list[str]
+
+
+@dataclass
+class Resume:
+    """What to do with a run that is there already."""
+
+    force: bool
+
+
+@dataclass
 class Config:
     """Every key of an experiment file; `configs/default_config.yaml` explains each one."""
 
@@ -126,37 +152,59 @@ class Config:
     attention_backend: str
     text_encoder_device: str
     # training, objective
-    trainer: str
-    distribution_loss: str
-    denoising_loss_type: str
+    trainer: Literal["score_distillation", "ode", "diffusion"]
+    distribution_loss: Literal["dmd"]
+    denoising_loss_type: Literal["flow"]
     guidance_scale: float
     ts_schedule: bool
     last_step_only: bool
     same_step_across_blocks: bool
     num_training_frames: int
     rolling_probability: float
+    reencode_first_frame: bool
     dfake_gen_update_ratio: int
-    # training, data and loop
+    teacher_forcing: bool
+    diffusion_forcing: bool
+    clean_context_noise: float
+    prompt_dropout: float
+    # training, data
     data_path: str | None
+    extended_data_path: str | None
     load_raw_video: bool
+    # training, loop
+    max_steps: int | None
     batch_size: int
-    total_batch_size: int | None
     global_batch_size: int | None
+    total_batch_size: int | None
     gradient_accumulation_steps: int | None
+    recipe_batch_size: int | None
     log_iters: int
+    keep_checkpoints: int
+    sample_every: int
+    sample_prompts: list[str]
+    sample_latent_frames: int
+    resume: Resume
     # training, optimisation
     lr: float
     lr_critic: float
+    lr_schedule: Literal["constant", "cosine"]
+    lr_warmup_steps: int
     beta1: float
     beta2: float
     beta1_critic: float
     beta2_critic: float
     weight_decay: float
+    max_grad_norm: float
     ema_weight: float
     ema_start_step: int
+    lora: Lora | None
+    # training, memory and speed
     mixed_precision: bool
     gradient_checkpointing: bool
-    sharding_strategy: str
+    sharding_strategy: Literal["full", "hybrid", "hybrid_full", "none"]
+    sharding: Sharding
+    hybrid_shard_size: int | None
+    compile: bool
     # training, logs
     wandb_host: str | None
     wandb_key: str | None
@@ -368,9 +416,22 @@ def _check_keys(layer: Mapping[str, Any], schema: type, path: Path) -> None:
 
 def _validate(config: Config) -> None:
     steps = config.denoising_step_list
+    ours = config.max_steps
     checks = [
+        (ours is None or ours >= 1, "max_steps must be at least 1"),
+        (config.dfake_gen_update_ratio >= 1, "dfake_gen_update_ratio must be at least 1"),
+        (config.batch_size >= 1, "batch_size must be at least 1"),
+        (config.log_iters >= 1, "log_iters must be at least 1"),
+        (config.keep_checkpoints >= 1, "keep_checkpoints must be at least 1"),
+        (0 <= config.rolling_probability <= 1, "rolling_probability must be between 0 and 1"),
+        (0 <= config.prompt_dropout <= 1, "prompt_dropout must be between 0 and 1"),
+        (0 <= config.ema_weight <= 1, "ema_weight must be between 0 and 1"),
         (config.height >= 16 and config.height % 16 == 0, "height must be a multiple of 16"),
         (config.width >= 16 and config.width % 16 == 0, "width must be a multiple of 16"),
+        (
+            len(config.image_or_video_shape) == 5 and min(config.image_or_video_shape) >= 1,
+            "image_or_video_shape must be five sizes: batch, frames, C, H, W",
+        ),
         (config.num_frame_per_block >= 1, "num_frame_per_block must be at least 1"),
         (config.max_attention_frames >= 1, "max_attention_frames must be at least 1"),
         (config.model_kwargs.sink_size >= 0, "model_kwargs.sink_size must be at least 0"),

@@ -113,7 +113,7 @@ class SelfAttention(nn.Module):
         q = self.split(self.norm_q(self.q(x)))
         k = self.split(self.norm_k(self.k(x)))
         v = self.split(self.v(x))
-        return self.o(context.attend(layer, q, k, v).flatten(2))
+        return self.o(_attend(context, layer, q, k, v).flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -243,6 +243,11 @@ class WanDiT(nn.Module):
         pairs = [cast(Block, block).encode_text(text) for block in self.blocks]
         return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
+    def compile_blocks(self) -> None:
+        """torch.compile every block; what it attends to stays outside of the graph."""
+        for block in self.blocks:
+            block.compile()
+
     def full_context(self, latents: Tensor) -> FullContext:
         """The context of the bidirectional model for `latents` `[B, F, C, H, W]`."""
         config = self.config
@@ -298,6 +303,11 @@ class WanDiT(nn.Module):
             pw=pw,
         )
         return flow.to(latents.dtype)
+
+
+@torch.compiler.disable
+def _attend(context: AttentionContext, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return context.attend(layer, q, k, v)
 
 
 def _qk_norm(config: DiTConfig) -> nn.Module:

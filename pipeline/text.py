@@ -1,0 +1,76 @@
+"""Prompts to text embeddings: stored ones, or from the text encoder, loaded when it is needed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.components import ModelFiles, choose_device
+from utils.config import Config
+from utils.embeddings import EmbeddingStore, pad_batch, trim
+from utils.errors import UserError
+from wan.text_encoder import WanTextEncoder
+
+REMEMBERED = 4096  # embeddings kept; about 6 GB at 4096 channels and 100 tokens
+
+
+class TextSource:
+    """Embeddings of prompts, on the device of whoever asks; the newest ones are remembered."""
+
+    def __init__(
+        self,
+        config: Config,
+        files: ModelFiles | None,
+        *,
+        text_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`dtype` is the encoder's; `text_encoder_device: auto` puts it on `device`."""
+        self._files = files
+        self._text_len = text_len
+        self._dtype = dtype
+        self._device = device
+        name = config.text_encoder_device
+        self._encoder_device = device if name == "auto" else choose_device(name)
+        self._stored = EmbeddingStore(config.text_embeddings) if config.text_embeddings else None
+        self._encoder: WanTextEncoder | None = None
+        self._remembered: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings `[B, L, dim]`, float32, zeros behind each prompt's tokens; L <= text_len."""
+        if not prompts:
+            raise UserError("there is no prompt to encode")
+        return pad_batch([self._one(prompt) for prompt in prompts]).to(self._device)
+
+    def free(self) -> None:
+        """Drop the text encoder from memory; it is loaded again when it is needed."""
+        if self._encoder is not None:
+            self._encoder.close()
+            self._encoder = None
+
+    def _one(self, prompt: str) -> Tensor:
+        """`[tokens, dim]`, on the CPU."""
+        if prompt not in self._remembered:
+            if len(self._remembered) >= REMEMBERED:
+                self._remembered.clear()
+            self._remembered[prompt] = (
+                trim(self._load().encode([prompt])[0].float().cpu())
+                if self._stored is None
+                else self._stored[prompt]
+            )
+        return self._remembered[prompt]
+
+    def _load(self) -> WanTextEncoder:
+        if self._encoder is None:
+            if self._files is None:
+                raise UserError("this pipeline was built without a model folder; give it its parts")
+            self._files.require(self._files.text_encoder, self._files.tokenizer)
+            self._encoder = WanTextEncoder.from_official(
+                self._files.text_encoder,
+                self._files.tokenizer,
+                device=self._encoder_device,
+                dtype=self._dtype,
+                text_len=self._text_len,
+            )
+        return self._encoder

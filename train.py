@@ -1,0 +1,71 @@
+"""Train: DMD distillation, ODE initialisation or flow matching, on one process or many.
+
+    torchrun --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint 127.0.0.1:29500 \\
+        train.py -- --config_path configs/rolling_forcing_dmd.yaml --logdir logs/rolling_forcing
+
+The same command resumes a run that was stopped.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.estimate import dry_run_report
+from trainer.metrics import WandbSettings
+from trainer.sharding import open_world
+from trainer.trainer import NonFiniteError, Trainer
+from utils.cli import run_main, set_up_logging
+from utils.config import load_config
+from utils.distributed import Ranks
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: published flags first, then ours."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--config_path", required=True, help="experiment file")
+    parser.add_argument("--logdir", required=True, help="folder of the run; resumed if it has one")
+    parser.add_argument("--no_save", action="store_true", help="write no checkpoints")
+    parser.add_argument("--no_visualize", action="store_true", help="make no sample videos")
+    parser.add_argument("--disable-wandb", action="store_true", help="log to files only")
+    parser.add_argument("--wandb-save-dir", metavar="FOLDER", help="where W&B keeps its files")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check config and data, estimate memory, and exit"
+    )
+    parser.add_argument("--world_size", type=int, help="ranks to estimate for, with --dry_run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, build, train."""
+    args = build_parser().parse_args([item for item in argv if item != "--"])
+    ranks = Ranks.from_environment()
+    set_up_logging(quiet=not ranks.is_main)
+    config = load_config(args.config_path, args.overrides)
+    if args.dry_run:
+        print(dry_run_report(config, args.world_size or ranks.world))
+        return 0
+    wandb = None
+    if not args.disable_wandb:
+        folder = Path(args.wandb_save_dir) if args.wandb_save_dir else None
+        wandb = WandbSettings.from_config(config, folder)
+    with open_world(config.device) as world:
+        trainer = Trainer(
+            config,
+            world,
+            Path(args.logdir),
+            wandb=wandb,
+            save=not args.no_save,
+            visualise=not args.no_visualize,
+        )
+        try:
+            trainer.train()
+        except NonFiniteError as error:
+            print(f"stopped: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,179 @@
+"""Checkpoints of a run: resumable states, written behind the training's back, and exports.
+
+Layout of a run's folder:
+
+    config.yaml                       the resolved configuration
+    metrics.jsonl                     one line per step
+    states/step_000100/               everything a resumed run needs (torch.distributed.checkpoint)
+    checkpoint_model_000100/model.pt  weights as the publications store them, for inference.py
+
+A state is written under a temporary name and takes its own when it is whole, so a kill at any
+moment leaves the last good one.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils._pytree import tree_map_only
+
+from model.lora import merge_lora
+from trainer.ema import EMA
+from trainer.networks import Player
+from trainer.sharding import full_tensor
+from utils.config import Config
+
+logger = logging.getLogger(__name__)
+
+STATES = "states"
+PARTIAL = ".partial"
+
+
+class CheckpointStore:
+    """Saves and finds the states of one run."""
+
+    def __init__(self, logdir: Path, *, keep: int, is_main: bool) -> None:
+        self.folder = logdir / STATES
+        self.keep = keep
+        self.is_main = is_main
+        # A group of its own: the writing thread must not interleave with the training's messages.
+        self._group = dist.new_group(backend="gloo")
+        self._writing: Future[Any] | None = None
+        self._target: Path | None = None
+
+    def latest(self) -> Path | None:
+        """The newest whole state."""
+        states = sorted(path for path in self.folder.glob("step_*") if is_whole(path))
+        return states[-1] if states else None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Start writing a state; returns when `state` may change again, before it is written."""
+        self.wait()
+        self._target = self.folder / f"step_{step:06d}"
+        partial = self._target.with_suffix(PARTIAL)
+        if self.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        writing = dcp.async_save(snapshot(state), checkpoint_id=partial, process_group=self._group)
+        assert isinstance(writing, Future)
+        self._writing = writing
+        if self.is_main:
+            target = self._target
+            writing.add_done_callback(lambda done: self._finish(done, partial, target))
+
+    def write_now(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write a state to a folder of its own and wait for it; it is not resumed from."""
+        dcp.save(state, checkpoint_id=folder, process_group=self._group)
+
+    def wait(self) -> None:
+        """Until the state being written has its name; raises what went wrong while writing."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+            dist.barrier()
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Fill the tensors of `state` in place; plain values are replaced in the dict."""
+        dcp.load(state, checkpoint_id=path, process_group=self._group)
+
+    def _finish(self, done: "Future[Any]", partial: Path, target: Path) -> None:
+        if done.exception() is not None:
+            return
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        states = sorted(path for path in self.folder.glob("step_*") if is_whole(path))
+        for old in states[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a state was written to its end."""
+    return path.suffix != PARTIAL and (path / ".metadata").is_file()
+
+
+def snapshot(state: dict[str, Any]) -> dict[str, Any]:
+    """Copies of all tensors that are on the CPU; those on a GPU are copied by the writer."""
+    return tree_map_only(
+        Tensor, lambda t: t.detach().clone() if t.device.type == "cpu" else t, state
+    )
+
+
+def player_state(player: Player) -> dict[str, Any]:
+    """Weights, optimiser, average and count of a player, as (sharded) tensors by name."""
+    state: dict[str, Any] = {
+        "weights": get_model_state_dict(player.module),
+        "optimiser": get_optimizer_state_dict(player.module, player.optimiser),
+        "updates": player.updates,
+    }
+    if player.ema is not None:
+        state["ema"] = player.ema.shadow
+    return state
+
+
+def restore_player(player: Player, state: Mapping[str, Any]) -> None:
+    """Give a player what `player_state` held."""
+    set_model_state_dict(player.module, state["weights"])
+    set_optimizer_state_dict(player.module, player.optimiser, state["optimiser"])
+    player.updates = state["updates"]
+    if player.ema is not None:
+        player.ema.load(state["ema"])
+
+
+def start_ema(player: Player) -> None:
+    """Make room for a stored average."""
+    assert player.ema_weight is not None
+    player.ema = EMA(player.module, player.ema_weight)
+
+
+def export(folder: Path, config: Config, player: Player, *, is_main: bool) -> None:
+    """Write a player's weights in the published form; all ranks have to call it.
+
+    `model.pt` holds `generator` and, once there is one, `generator_ema`, with names as published;
+    `generator.safetensors` and `generator_ema.safetensors` hold the official names.
+    """
+    weights = cast(dict[str, Tensor], get_model_state_dict(player.module))
+    networks = {"generator": _gathered(weights, config, is_main)}
+    if player.ema is not None:
+        averaged = {**weights, **player.ema.shadow}
+        networks["generator_ema"] = _gathered(averaged, config, is_main)
+    if not is_main:
+        return
+    partial = folder.with_suffix(PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    published = {
+        network: {f"model.{name}": value for name, value in state.items()}
+        for network, state in networks.items()
+    }
+    torch.save(published, partial / "model.pt")
+    for network, state in networks.items():
+        save_file(state, partial / f"{network}.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _gathered(state: Mapping[str, Tensor], config: Config, is_main: bool) -> dict[str, Tensor]:
+    """Whole tensors on the main rank's CPU, adapters merged; empty elsewhere."""
+    whole: dict[str, Tensor] = {}
+    for name, value in state.items():
+        gathered = full_tensor(value.detach())
+        if is_main:
+            whole[name] = gathered.cpu().contiguous()
+    if config.lora is not None:
+        return merge_lora(whole, config.lora.rank, config.lora.alpha)
+    return whole

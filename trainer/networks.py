@@ -1,0 +1,154 @@
+"""Building the networks of a run: loaded, sharded, with optimisers and averages."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.lora import add_lora, with_adapters
+from pipeline.components import ModelFiles
+from pipeline.text import TextSource
+from trainer.ema import EMA
+from trainer.sharding import World, load_full_state, make_mesh, shard_dit, strategy_of
+from utils.config import Config, find_file
+from wan.checkpoints import check_keys, empty_dit, load_dit_config, read_state_dict
+from wan.dit import WanDiT
+from wan.vae import WanVAE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Player:
+    """A trained network: its optimiser, learning rate, average and count of updates."""
+
+    name: str
+    module: nn.Module
+    optimiser: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]
+    max_grad_norm: float
+    ema_weight: float | None = None
+    ema: EMA | None = None
+    updates: int = 0
+    trained: list[nn.Parameter] = field(default_factory=list)
+
+    def apply(self) -> None:
+        """One optimiser step at this update's learning rate; gradients are then dropped."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate(self.updates)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.updates += 1
+
+    def update_ema(self, *, active: bool) -> None:
+        """Start the average at the first active step, follow from then on."""
+        if self.ema_weight is None or not active:
+            return
+        if self.ema is None:
+            self.ema = EMA(self.module, self.ema_weight)
+        else:
+            self.ema.update(self.module)
+
+
+def compute_dtype(config: Config) -> torch.dtype | None:
+    """bf16 under mixed precision; None leaves the dtype of the weights."""
+    return torch.bfloat16 if config.mixed_precision else None
+
+
+def build_dit(
+    config: Config, world: World, role: str, folder: Path, source: Path, *, trained: bool
+) -> WanDiT:
+    """A transformer in its role (`generator`, `real_score`, `fake_score`), loaded and sharded.
+
+    Trained ones have fp32 master weights; frozen ones are kept in the compute dtype.
+    """
+    low = compute_dtype(config)
+    dit = empty_dit(load_dit_config(folder))
+    if not trained and low is not None:
+        dit.to(low)
+    state = read_state_dict(source)
+    dit.requires_grad_(trained)
+    if role == "generator" and config.lora is not None:
+        check_keys(dit.state_dict(), state, source)
+        add_lora(dit, config.lora.rank, config.lora.alpha, config.lora.targets)
+        state = with_adapters(dit, state, config.seed)
+    if world.size > 1 or low is not None:
+        mesh = make_mesh(strategy_of(config, role), world, config.hybrid_shard_size)
+        shard_dit(dit, mesh, low)
+    load_full_state(dit, state, source, world.device)
+    dit.gradient_checkpointing = trained and config.gradient_checkpointing
+    dit.attention_backend = config.attention_backend  # type: ignore[assignment]
+    if config.compile:
+        dit.compile_blocks()
+    return dit
+
+
+def build_generator(config: Config, world: World) -> WanDiT:
+    """The student: from `generator_ckpt`, or from its model folder."""
+    files = ModelFiles.find(config, config.generator_name)
+    source = (
+        find_file(config.generator_ckpt, "generator_ckpt")
+        if config.generator_ckpt
+        else files.folder
+    )
+    return build_dit(config, world, "generator", files.folder, source, trained=True)
+
+
+def build_score(config: Config, world: World, role: str, *, trained: bool) -> WanDiT:
+    """Teacher (`real_score`) or critic (`fake_score`), from its model folder."""
+    name = config.real_name if role == "real_score" else config.fake_name
+    folder = ModelFiles.find(config, name).folder
+    return build_dit(config, world, role, folder, folder, trained=trained)
+
+
+def make_player(
+    config: Config, name: str, module: nn.Module, *, critic: bool = False, ema: bool = False
+) -> Player:
+    """Optimiser and schedule of a trained network (AdamW, as published)."""
+    lr = config.lr_critic if critic else config.lr
+    betas = (config.beta1_critic, config.beta2_critic) if critic else (config.beta1, config.beta2)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return Player(
+        name,
+        module,
+        torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=config.weight_decay),
+        learning_rate_schedule(config, lr, critic=critic),
+        config.max_grad_norm,
+        config.ema_weight if ema and config.ema_weight > 0 else None,
+        trained=trained,
+    )
+
+
+def learning_rate_schedule(config: Config, lr: float, *, critic: bool) -> Callable[[int], float]:
+    """Learning rate of an update: linear warm-up, then constant or a cosine to zero."""
+    total = config.max_steps
+    if total is not None and config.trainer == "score_distillation" and not critic:
+        total = -(-total // config.dfake_gen_update_ratio)
+
+    def rate(update: int) -> float:
+        warm = min(1.0, (update + 1) / (config.lr_warmup_steps + 1))
+        if config.lr_schedule == "constant" or total is None:
+            return lr * warm
+        progress = torch.tensor(min(1.0, update / total), dtype=torch.float64)
+        return lr * warm * 0.5 * (1 + torch.cos(progress * torch.pi).item())
+
+    return rate
+
+
+def build_text(config: Config, world: World, text_len: int) -> TextSource:
+    """Text embeddings for training, from the student's folder or stored ones."""
+    files = ModelFiles.find(config, config.generator_name)
+    if not config.text_embeddings:
+        files.require(files.text_encoder, files.tokenizer)
+    dtype = torch.bfloat16 if config.mixed_precision else torch.float32
+    return TextSource(config, files, text_len=text_len, dtype=dtype, device=world.device)
+
+
+def build_vae(config: Config, world: World) -> WanVAE:
+    """The VAE of the student's folder."""
+    files = ModelFiles.find(config, config.generator_name)
+    files.require(files.vae)
+    return WanVAE.from_official(files.vae, device=world.device, dtype=torch.float32)

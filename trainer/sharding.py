@@ -1,0 +1,162 @@
+"""Process groups, meshes and FSDP2: how networks are spread over ranks."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pipeline.components import choose_device
+from utils.config import Config
+from utils.distributed import Ranks
+from utils.errors import UserError
+from wan.checkpoints import check_keys
+from wan.dit import WanDiT
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: one rank of one without torchrun, over the same code."""
+
+    ranks: Ranks
+    device: torch.device
+    local_world: int
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.ranks.world
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.ranks.is_main
+
+
+@contextlib.contextmanager
+def open_world(device_name: str) -> Iterator[World]:
+    """Join (or found) the process group; gloo on CPUs, NCCL between GPUs."""
+    ranks = Ranks.from_environment()
+    device = choose_device(ranks.device_name(device_name))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world)))
+    try:
+        yield World(ranks, device, local)
+    finally:
+        dist.destroy_process_group()
+
+
+def shards_of(strategy: str, world: int, local_world: int, hybrid: int | None) -> int:
+    """Over how many ranks one copy of a network is spread."""
+    shards = {
+        "full": world,
+        "hybrid": hybrid or local_world,
+        "hybrid_full": hybrid or local_world,
+        "none": 1,
+    }[strategy]
+    if world % shards:
+        raise UserError(
+            f"{world} ranks cannot be split into groups of {shards}; set hybrid_shard_size "
+            "to a divisor, or sharding_strategy=full"
+        )
+    return shards
+
+
+def make_mesh(strategy: str, world: World, hybrid: int | None) -> DeviceMesh:
+    """The (copies, shards) mesh of a strategy: shards are spread, copies are kept equal."""
+    shards = shards_of(strategy, world.size, world.local_world, hybrid)
+    return init_device_mesh(
+        world.device.type, (world.size // shards, shards), mesh_dim_names=("copies", "shards")
+    )
+
+
+def strategy_of(config: Config, network: str) -> str:
+    """Sharding strategy of one network."""
+    chosen = {
+        "generator": config.sharding.generator,
+        "real_score": config.sharding.real_score,
+        "fake_score": config.sharding.fake_score,
+        "text_encoder": config.sharding.text_encoder,
+    }[network]
+    return chosen or config.sharding_strategy
+
+
+def shard_module(
+    module: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """FSDP2 over transformer blocks, then the rest; compute in `compute_dtype`, reduce in fp32."""
+    # Inputs are not cast: timesteps would lose their digits in bf16. The networks cast themselves.
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def shard_dit(dit: WanDiT, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
+    """Shard a transformer, whose `encode_text` is called outside of forward."""
+    blocks = list(dit.blocks)
+    shard_module(dit, blocks, mesh, compute_dtype)
+    for module in (dit, *blocks):
+        register_fsdp_forward_method(module, "encode_text")
+
+
+def load_full_state(
+    module: nn.Module, state: Mapping[str, Tensor], source: Path, device: torch.device
+) -> None:
+    """Give a (sharded, possibly meta) module its weights from a full state dict.
+
+    Every rank cuts its own shard out of the memory-mapped tensors, one at a time: nothing is
+    communicated, and no rank ever holds more than one full tensor. Raises UserError on a mismatch.
+    """
+    own = module.state_dict()
+    check_keys(own, state, source)
+    loaded = {key: shard_like(ours, state[key], device) for key, ours in own.items()}
+    module.load_state_dict(loaded, assign=True)
+
+
+def shard_like(ours: Tensor, full: Tensor, device: torch.device) -> Tensor:
+    """`full` in the dtype and placement of `ours`; a copy, never memory-mapped."""
+    moved = full.to(device, ours.dtype, copy=True)
+    if not isinstance(ours, DTensor):
+        return moved
+    placed = distribute_tensor(moved, ours.device_mesh, ours.placements, src_data_rank=None)
+    return placed.clone()  # the shard alone, so that the full tensor is freed
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on every rank (a collective if it is sharded)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank."""
+    vote = torch.tensor(int(flag), device=device)
+    dist.all_reduce(vote, dist.ReduceOp.MAX)
+    return bool(vote.item())

@@ -1,0 +1,339 @@
+"""Tasks: which networks are trained in which order, and how a batch becomes a loss.
+
+The objectives themselves are in `model/`; a task feeds them with networks, text and draws.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.dmd import critic_loss, generator_loss, predict_scores, raw_timesteps, score_timesteps
+from model.flow_matching import flow_matching_loss
+from model.ode_regression import block_levels, ode_regression_loss
+from model.result import LossResult
+from model.self_rollout import (
+    RolloutPlan,
+    plan_rollout,
+    rollout_flops,
+    scored_clip,
+    scored_frames,
+    self_rollout,
+)
+from pipeline.components import ModelFiles, block_layout, video_shape
+from pipeline.sampling import BlockNoise
+from trainer.data import BatchPlan
+from trainer.metrics import Timer, latent_statistics
+from trainer.networks import (
+    Player,
+    build_generator,
+    build_score,
+    build_text,
+    build_vae,
+    make_player,
+)
+from trainer.sharding import World
+from utils.config import Config
+from utils.draws import Draws, Purpose, TrainingNoise
+from utils.errors import UserError
+from utils.video import to_float
+from wan.context import AttentionContext, MaskedContext, frame_mask
+from wan.dit import WanDiT
+from wan.flops import forward_flops, training_flops
+from wan.flow import add_noise, denoising_timesteps, shift_timesteps
+
+Batch = dict[str, Any]
+
+
+class Task(ABC):
+    """Trained networks (`players`), and what one update of each does with a micro-batch."""
+
+    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
+        self.config = config
+        self.world = world
+        self.plan = plan
+        self.timer = timer
+        self.files = ModelFiles.find(config, config.generator_name)
+        self.generator: WanDiT = build_generator(config, world)
+        self.shape = video_shape(config, self.generator.config)
+        self.layout = block_layout(config)
+        self.text = build_text(config, world, self.generator.config.text_len)
+        self.vae = build_vae(config, world) if self._needs_vae() else None
+        self.players: dict[str, Player] = {}
+
+    @abstractmethod
+    def phases(self, step: int) -> Sequence[str]:
+        """Players that are updated in a step, in order."""
+
+    @abstractmethod
+    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+        """The loss of a micro-batch for one player."""
+
+    @abstractmethod
+    def flops(self, phase: str, draws: Draws) -> int:
+        """Floating-point operations of one video's share of an update."""
+
+    def _needs_vae(self) -> bool:
+        return self.config.load_raw_video
+
+    def _latents(self, batch: Batch) -> Tensor:
+        """Clean latents of a batch `[B, F, C, h, w]`, encoded here if the data are videos."""
+        if "latents" in batch:
+            return batch["latents"].to(self.world.device)
+        if "video" not in batch or self.vae is None:
+            raise UserError(
+                "the data hold no latents; with videos set load_raw_video=true, or encode them "
+                "once with scripts/encode_videos.py"
+            )
+        with self.timer.phase("encode"):
+            clips = torch.stack([to_float(clip) for clip in batch["video"]])
+            return self.vae.encode(clips.to(self.world.device, self.vae.dtype)).float()
+
+    def _parallel_context(self, *, teacher_forcing: bool = False) -> AttentionContext:
+        """Block-causal attention of parallel training."""
+        frames = scored_frames(self.config)
+        local = self.config.model_kwargs.local_attn_size
+        mask = frame_mask(
+            frames,
+            self.config.num_frame_per_block,
+            local_frames=local if local > 0 else None,
+            independent_first_frame=self.config.independent_first_frame,
+            teacher_forcing=teacher_forcing,
+        )
+        positions = tuple(range(frames)) * (2 if teacher_forcing else 1)
+        head_dim = self.generator.config.head_dim
+        return MaskedContext(mask, positions, self.shape.grid, head_dim, self.world.device)
+
+
+class Distillation(Task):
+    """DMD on self-rollouts: every step updates the critic, every n-th first the generator."""
+
+    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
+        if config.denoising_step_list is None:
+            raise UserError("distillation needs a denoising_step_list in the config")
+        super().__init__(config, world, plan, timer)
+        self.real_score = build_score(config, world, "real_score", trained=False).eval()
+        self.fake_score = build_score(config, world, "fake_score", trained=True)
+        self.players = {
+            "generator": make_player(config, "generator", self.generator, ema=True),
+            "critic": make_player(config, "critic", self.fake_score, critic=True),
+        }
+
+    def phases(self, step: int) -> Sequence[str]:
+        """See `Task`."""
+        if step % self.config.dfake_gen_update_ratio == 0:
+            return ("generator", "critic")
+        return ("critic",)
+
+    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+        """See `Task`."""
+        if phase == "generator":
+            return self._generator_loss(batch, draws)
+        return self._critic_loss(batch, draws)
+
+    def flops(self, phase: str, draws: Draws) -> int:
+        """See `Task`."""
+        grad, config = phase == "generator", self.config
+        plan = plan_rollout(config, draws.update)
+        frames, tokens = scored_frames(config), self.shape.tokens_per_frame
+        rollout = rollout_flops(config, self.generator.config, plan, grad=grad)
+        fake = forward_flops(self.fake_score.config, frames, frames, tokens)
+        if not grad:
+            return rollout + training_flops(fake, checkpointing=config.gradient_checkpointing)
+        return rollout + fake + 2 * forward_flops(self.real_score.config, frames, frames, tokens)
+
+    def _needs_vae(self) -> bool:
+        config = self.config
+        return config.reencode_first_frame and config.num_training_frames > scored_frames(config)
+
+    def _rollout(
+        self, embeddings: Tensor, draws: Draws, *, grad: bool
+    ) -> tuple[Tensor, Tensor | None, RolloutPlan]:
+        config = self.config
+        source = TrainingNoise(
+            draws.seed,
+            draws.update,
+            self.shape.latent,
+            self.layout.block_frames,
+            self.layout.frames(0),
+        )
+        noise = BlockNoise(source, draws.indices, self.world.device)
+        plan = plan_rollout(config, draws.update)
+        with self.timer.phase("rollout"), torch.set_grad_enabled(grad):
+            text = self.generator.encode_text(embeddings)
+            latents = self_rollout(config, self.generator, text, noise, plan, grad=grad)
+            clip, counts = scored_clip(
+                latents,
+                self.vae,
+                scored=scored_frames(config),
+                block_frames=config.num_frame_per_block,
+            )
+        return clip, counts, plan
+
+    def _score_inputs(self, clip: Tensor, draws: Draws, lowest: int = 0) -> tuple[Tensor, Tensor]:
+        """Timesteps `[B, F]` and noise `[B, F, C, h, w]` of the scores."""
+        raw = raw_timesteps(draws.uniform(Purpose.SCORE_TIMESTEP), lowest)
+        timesteps = score_timesteps(raw, self.config.timestep_shift)
+        noise = draws.normal(Purpose.SCORE_NOISE, clip.shape[1:])
+        on = clip.device
+        return timesteps.to(on)[:, None].expand(-1, clip.shape[1]), noise.to(on)
+
+    def _lowest(self, plan: RolloutPlan) -> int:
+        """With `ts_schedule`, scores stay above the next level of a Self Forcing rollout."""
+        steps = self.config.denoising_step_list or []
+        following = plan.exit_levels[0] + 1
+        if not self.config.ts_schedule or plan.schedule != "block" or following >= len(steps):
+            return 0
+        return int(steps[following])
+
+    def _generator_loss(self, batch: Batch, draws: Draws) -> LossResult:
+        cond = self.text(batch["prompt"])
+        both = self.text([*batch["prompt"], *[self.config.negative_prompt] * len(cond)])
+        clip, counts, plan = self._rollout(cond, draws, grad=True)
+        timesteps, noise = self._score_inputs(clip, draws, self._lowest(plan))
+        with self.timer.phase("scores"), torch.no_grad():
+            scores = predict_scores(
+                self.real_score,
+                self.fake_score,
+                add_noise(clip.detach(), noise, timesteps),
+                timesteps,
+                real_text=self.real_score.encode_text(both),
+                fake_text=self.fake_score.encode_text(cond),
+                guidance_scale=self.config.guidance_scale,
+            )
+        result = generator_loss(clip, scores, counts)
+        statistics = latent_statistics(clip.detach())
+        shares = {"rolling": float(plan.schedule == "rolling"), "frames": plan.num_blocks}
+        metrics = {
+            **result.metrics,
+            **{f"generated/{name}": value for name, value in statistics.items()},
+            **{f"rollout/{name}": torch.tensor(float(v)) for name, v in shares.items()},
+        }
+        return LossResult(result.loss, metrics)
+
+    def _critic_loss(self, batch: Batch, draws: Draws) -> LossResult:
+        cond = self.text(batch["prompt"])
+        clip, _, plan = self._rollout(cond, draws, grad=False)
+        timesteps, noise = self._score_inputs(clip, draws, self._lowest(plan))
+        with self.timer.phase("scores"):
+            text = self.fake_score.encode_text(cond)
+            return critic_loss(self.fake_score, clip, noise, timesteps, text)
+
+
+class OdeInitialisation(Task):
+    """Regression of the block-causal student on the teacher's trajectories."""
+
+    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
+        if config.denoising_step_list is None:
+            raise UserError("ODE initialisation needs a denoising_step_list in the config")
+        super().__init__(config, world, plan, timer)
+        self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
+        levels = denoising_timesteps(
+            config.denoising_step_list, config.generator_shift, warp=config.warp_denoising_step
+        )
+        self.timesteps = torch.cat([levels, torch.zeros(1)])  # [S]
+
+    def phases(self, step: int) -> Sequence[str]:
+        """See `Task`."""
+        return ("generator",)
+
+    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+        """See `Task`."""
+        if "trajectory" not in batch:
+            raise UserError("the data hold no trajectories; make them with generate_ode_pairs.py")
+        trajectory = batch["trajectory"].to(self.world.device)
+        if trajectory.shape[1] != len(self.timesteps):
+            raise UserError(
+                f"the trajectories have {trajectory.shape[1]} states, the config means "
+                f"{len(self.timesteps)}: make them again with this denoising_step_list"
+            )
+        frames = trajectory.shape[2]
+        everything = draws.for_indices(range(self.plan.videos))
+        counted = int((self._levels(everything, frames) < len(self.timesteps) - 1).sum())
+        return ode_regression_loss(
+            self.generator,
+            trajectory,
+            self._levels(draws, frames).to(self.world.device),
+            self.timesteps.to(self.world.device),
+            self.generator.encode_text(self.text(batch["prompt"])),
+            self._parallel_context(),
+            frames_in_loss=max(1, counted) / (self.plan.ranks * self.plan.accumulation),
+        )
+
+    def flops(self, phase: str, draws: Draws) -> int:
+        """See `Task`."""
+        frames = scored_frames(self.config)
+        forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)
+        return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+
+    def _levels(self, draws: Draws, frames: int) -> Tensor:
+        drawn = draws.integers(Purpose.TIMESTEP, len(self.timesteps), (frames,))
+        blocks = self.layout.blocks_for(frames)
+        return block_levels(drawn, [self.layout.start(block) for block in range(blocks)])
+
+
+class FlowMatching(Task):
+    """Flow matching of a bidirectional (`schedule: full`) or block-causal network."""
+
+    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
+        super().__init__(config, world, plan, timer)
+        if config.teacher_forcing and config.schedule == "full":
+            raise UserError("teacher_forcing is for a block-causal network, not schedule=full")
+        self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
+
+    def phases(self, step: int) -> Sequence[str]:
+        """See `Task`."""
+        return ("generator",)
+
+    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+        """See `Task`."""
+        config, device = self.config, self.world.device
+        latents = self._latents(batch)
+        frames = latents.shape[1]
+        kept = draws.uniform(Purpose.PROMPT_DROPOUT) >= config.prompt_dropout
+        prompts = [p if k else "" for p, k in zip(batch["prompt"], kept.tolist(), strict=True)]
+        context = None
+        if config.schedule != "full":
+            context = self._parallel_context(teacher_forcing=config.teacher_forcing)
+        clean, clean_timesteps = None, None
+        if config.teacher_forcing:
+            noise = draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]).to(device)
+            level = draws.uniform(Purpose.CLEAN_TIMESTEP) * config.clean_context_noise
+            clean_timesteps = level[:, None].expand(-1, frames).to(device)
+            clean = add_noise(latents, noise, clean_timesteps)
+        return flow_matching_loss(
+            self.generator,
+            latents,
+            draws.normal(Purpose.NOISE, latents.shape[1:]).to(device),
+            self._timesteps(draws, frames).to(device),
+            self.generator.encode_text(self.text(prompts)),
+            shift=config.timestep_shift,
+            context=context,
+            clean=clean,
+            clean_timesteps=clean_timesteps,
+        )
+
+    def flops(self, phase: str, draws: Draws) -> int:
+        """See `Task`."""
+        frames = scored_frames(self.config) * (2 if self.config.teacher_forcing else 1)
+        forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)
+        return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+
+    def _timesteps(self, draws: Draws, frames: int) -> Tensor:
+        """One timestep per video, or per block with `diffusion_forcing`: `[B, F]`."""
+        if not self.config.diffusion_forcing:
+            uniform = draws.uniform(Purpose.TIMESTEP)[:, None].expand(-1, frames)
+        else:
+            blocks = self.layout.blocks_for(frames)
+            starts = [self.layout.start(block) for block in range(blocks)]
+            uniform = block_levels(draws.uniform(Purpose.TIMESTEP, (frames,)), starts)
+        return shift_timesteps(1000 * (1 - uniform), self.config.timestep_shift)
+
+
+TASKS: dict[str, type[Task]] = {
+    "score_distillation": Distillation,
+    "ode": OdeInitialisation,
+    "diffusion": FlowMatching,
+}

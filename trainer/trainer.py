@@ -1,0 +1,307 @@
+"""The one training loop, for every objective."""
+
+import json
+import logging
+import math
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from trainer.checkpoint import CheckpointStore, export, player_state, restore_player, start_ema
+from trainer.data import Batches, first_prompts, open_training_data, plan_batches
+from trainer.health import HealthMonitor
+from trainer.metrics import (
+    MetricsLog,
+    Progress,
+    Timer,
+    TimestepBuckets,
+    WandbSettings,
+    mean_over_ranks,
+)
+from trainer.networks import Player
+from trainer.samples import SampleVideos
+from trainer.sharding import World, any_rank, full_tensor
+from trainer.tasks import TASKS
+from utils.config import Config, save_config, to_dict
+from utils.draws import Draws
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# What may differ between one start of a run and the next, since it does not change its course.
+FREE_KEYS = {
+    *("max_steps", "log_iters", "keep_checkpoints", "resume", "compile", "device"),
+    *("sample_every", "sample_prompts", "sample_latent_frames", "attention_backend"),
+    *("batch_size", "global_batch_size", "total_batch_size", "gradient_accumulation_steps"),
+    *("recipe_batch_size", "sharding_strategy", "sharding", "hybrid_shard_size", "model_root"),
+    *("gradient_checkpointing", "text_encoder_device", "text_embeddings", "num_samples"),
+    *("wandb_host", "wandb_key", "wandb_entity", "wandb_project"),
+}
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is not a finite number; the optimiser did not step."""
+
+
+class Trainer:
+    """Trains the players of a task; can be stopped at any step and resumed by the same command."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        logdir: Path,
+        *,
+        wandb: WandbSettings | None = None,
+        save: bool = True,
+        visualise: bool = True,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.logdir = logdir
+        self.saves = save
+        self.plan = plan_batches(config, world.size)
+        logger.info(self.plan.describe())
+        for note in self.plan.notes:
+            logger.warning(note)
+        self.timer = Timer(world.device)
+        dataset = open_training_data(config)
+        self.task = TASKS[config.trainer](config, world, self.plan, self.timer)
+        self.batches = {
+            name: Batches(dataset, self.plan, world.ranks.rank, config.seed + number)
+            for number, name in enumerate(self.task.players)
+        }
+        self.step = 0
+        self.health = HealthMonitor()
+        self.buckets = TimestepBuckets()
+        self.store = CheckpointStore(logdir, keep=config.keep_checkpoints, is_main=world.is_main)
+        self.log = MetricsLog(logdir, wandb=wandb, tensorboard=True, is_main=world.is_main)
+        self.samples = None
+        if visualise and config.sample_every:
+            prompts = config.sample_prompts or list(first_prompts(dataset, 4))
+            self.samples = SampleVideos(self.task, logdir, prompts)
+        self._stop_signal: int | None = None
+        self._resume()
+        if world.is_main:
+            logdir.mkdir(parents=True, exist_ok=True)
+            save_config(config, logdir / "config.yaml")
+
+    def train(self) -> None:
+        """Run until `max_steps`, or until SIGTERM asks to stop; the last state is saved."""
+        progress = Progress(self.config.max_steps, self.step, enabled=self.world.is_main)
+        saved_at = self.step
+        with self._asked_to_stop():
+            while not self._is_done():
+                metrics = self.train_step()
+                progress.update(metrics, str(metrics["health"]).partition(":")[0])
+                if self.samples and self.step % self.config.sample_every == 0:
+                    for name, path in self.samples(self.step).items():
+                        self.log.video(self.step, name, path)
+                stopping = any_rank(self._stop_signal is not None, self.world.device)
+                if self.step % self.config.log_iters == 0 or self._is_done() or stopping:
+                    self.save()
+                    saved_at = self.step
+                if stopping:
+                    break
+        self.store.wait()
+        self.log.close()
+        progress.close()
+        if self._stop_signal is not None:
+            said = f"saved at step {saved_at}" if self.saves else "nothing was saved (--no_save)"
+            logger.info("asked to stop: %s; the same command goes on there", said)
+
+    def train_step(self) -> dict[str, Any]:
+        """One step: an update of each player that is due. Returns what is logged."""
+        operations = 0
+        measured: dict[str, Any] = {}
+        phases = self.task.phases(self.step)
+        for phase in phases:
+            draws = Draws(self.config.seed, self._update_number(phase), ())
+            measured |= self._update(self.task.players[phase], draws)
+            operations += self.task.flops(phase, draws) * self.plan.videos
+        self.step += 1
+        for phase in phases:
+            active = self.step >= self.config.ema_start_step
+            self.task.players[phase].update_ema(active=active)
+        return self._record(measured, operations)
+
+    def save(self) -> None:
+        """Write the resumable state (behind the training's back) and the published weights."""
+        if not self.saves:
+            return
+        self.store.save(self.step, self._state())
+        folder = self.logdir / f"checkpoint_model_{self.step:06d}"
+        with self.timer.phase("export"):
+            export(folder, self.config, self.task.players["generator"], is_main=self.world.is_main)
+
+    def _update(self, player: Player, draws: Draws) -> dict[str, Tensor | float]:
+        """One optimiser step of a player over all its micro-batches."""
+        sums: dict[str, Tensor] = {}
+        batches, parts = self.batches[player.name], self.plan.accumulation
+        for micro in range(parts):
+            with self.timer.phase("data"):
+                batch, own_draws = batches.micro_batch(micro, draws)
+            result = self.task.loss(player.name, batch, own_draws)
+            with self.timer.phase("backward"):
+                (result.loss / parts).backward()
+            metrics = {f"{player.name}/loss": result.loss.detach(), **result.metrics}
+            if "critic/errors" in metrics:
+                self.buckets.add(metrics.pop("critic/timesteps"), metrics.pop("critic/errors"))
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0) + value.float() / parts
+        with self.timer.phase("optimiser"):
+            norm = full_tensor(clip_grad_norm_(player.trained, player.max_grad_norm))
+            self._require_finite(player, sums[f"{player.name}/loss"], norm, draws)
+            rate = player.learning_rate(player.updates)
+            player.apply()
+        batches.advance()
+        return {**sums, f"{player.name}/grad_norm": norm, f"{player.name}/lr": rate}
+
+    def _record(self, measured: dict[str, Any], operations: int) -> dict[str, Any]:
+        """Reduce over ranks, judge, write."""
+        metrics: dict[str, Any] = mean_over_ranks(measured)
+        if "teacher/error" in metrics:
+            metrics["critic/ratio"] = metrics["critic/error"] / metrics["teacher/error"]
+        buckets = self.buckets.read()
+        if "critic" in self.task.players:
+            metrics["critic/by_timestep"] = buckets
+        for name, player in self.task.players.items():
+            metrics[f"{name}/updates"] = player.updates
+        seconds = self.timer.read()
+        metrics["seconds"] = seconds
+        metrics["tflops_per_second"] = operations / self.world.size / seconds["step"] / 1e12
+        metrics["memory_gib"] = peak_memory(self.world.device)
+        if len(self.task.players) == 1:
+            metrics["loss"] = metrics["generator/loss"]
+        verdict = self.health.update(metrics)
+        metrics["health"] = str(verdict)
+        self.log.write(self.step, metrics)
+        return metrics
+
+    def _require_finite(self, player: Player, loss: Tensor, norm: Tensor, draws: Draws) -> None:
+        """Stop all ranks before the optimiser steps on a loss or gradient that is not finite."""
+        broken = not (math.isfinite(loss.item()) and math.isfinite(norm.item()))
+        if not any_rank(broken, self.world.device):
+            return
+        names = [
+            name
+            for name, parameter in player.module.named_parameters()
+            if parameter.grad is not None and not full_tensor(parameter.grad).isfinite().all()
+        ]
+        diagnosis = {
+            "step": self.step,
+            "player": player.name,
+            "update": draws.update,
+            "loss": str(loss.item()),
+            "grad_norm": str(norm.item()),
+            "gradients_not_finite": names,
+        }
+        folder = self.logdir / f"emergency_{self.step:06d}"
+        if self.world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(diagnosis, indent=1)
+            (folder / "diagnosis.json").write_text(text, encoding="utf-8")
+        self.store.wait()
+        self.store.write_now(folder / "state", self._state())
+        raise NonFiniteError(
+            f"step {self.step}: {player.name} loss {loss.item()}, gradient norm {norm.item()}, "
+            f"{len(names)} gradients not finite; the optimiser did not step. The state before is "
+            f"in {folder}; go back to an earlier state and lower lr or max_grad_norm"
+        )
+
+    # --- resuming -------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        run = {
+            "step": self.step,
+            "positions": {name: batches.position for name, batches in self.batches.items()},
+            "has_ema": [name for name, p in self.task.players.items() if p.ema is not None],
+            "videos": self.plan.videos,
+            "ranks": self.world.size,
+            "config": to_dict(self.config),
+            "health": self.health.state_dict(),
+        }
+        players = {name: player_state(player) for name, player in self.task.players.items()}
+        return {"run": json.dumps(run), "players": players}
+
+    def _resume(self) -> None:
+        latest = self.store.latest()
+        if latest is None:
+            return
+        stored: dict[str, Any] = {"run": ""}
+        self.store.load(latest, stored)
+        run = json.loads(stored["run"])
+        self._check_same_run(run)
+        for name in run["has_ema"]:
+            start_ema(self.task.players[name])
+        state = self._state()
+        self.store.load(latest, state)
+        for name, player in self.task.players.items():
+            restore_player(player, state["players"][name])
+            self.batches[name].position = run["positions"][name]
+        self.step = run["step"]
+        self.health.load_state_dict(run["health"])
+        self.log.resume(self.step + 1)
+        logger.info("going on at step %d from %s", self.step, latest)
+        if run["ranks"] != self.world.size:
+            logger.info(
+                "%d ranks instead of %d: same videos per update and same draws, only rounding "
+                "differs",
+                self.world.size,
+                run["ranks"],
+            )
+
+    def _check_same_run(self, run: Mapping[str, Any]) -> None:
+        """Raise UserError naming the keys in which this config is another one."""
+        ours, theirs = to_dict(self.config), run["config"]
+        differing = [
+            f"{key} ({theirs.get(key)} -> {ours.get(key)})"
+            for key in sorted(ours.keys() | theirs.keys())
+            if key not in FREE_KEYS and ours.get(key) != theirs.get(key)
+        ]
+        if self.plan.videos != run["videos"]:
+            differing.append(f"videos per update ({run['videos']} -> {self.plan.videos})")
+        if not differing:
+            return
+        what = f"{self.logdir} holds a run of another config: {', '.join(differing)}"
+        if not self.config.resume.force:
+            raise UserError(f"{what}; use another --logdir, or resume.force=true to go on with it")
+        logger.warning("%s; going on, as resume.force says", what)
+
+    # --- stopping -------------------------------------------------------------------------------
+
+    def _is_done(self) -> bool:
+        return self.config.max_steps is not None and self.step >= self.config.max_steps
+
+    def _update_number(self, phase: str) -> int:
+        """A number of its own for every update of every player: the `update` of all draws."""
+        return self.step * len(self.task.players) + list(self.task.players).index(phase)
+
+    @contextmanager
+    def _asked_to_stop(self) -> Iterator[None]:
+        """SIGTERM ends the loop after the current step."""
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self._stop_signal = number
+
+        before = signal.signal(signal.SIGTERM, remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process in GiB: of the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
