@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.config import ROOT
+from utils.draws import Purpose
 from utils.errors import UserError
 from utils.noise import philox
 from utils.prompts import read_extended_prompts, read_prompts
@@ -40,7 +41,6 @@ Item = dict[str, Any]
 UNLIMITED = 2**40
 """`len` of a data set without end: more items than any training reads."""
 
-ORDER_PURPOSE = 2  # of `philox`: the order of the items
 SHAPES = "shapes:"
 TENSOR_OF = {"latents": "latents", "ode_pairs": "trajectories"}
 
@@ -133,7 +133,7 @@ class GlobalOrder:
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         # Sorting raw bits, which numpy promises never to change, unlike `permutation`.
-        bits = philox(self.seed, ORDER_PURPOSE, (epoch,)).bit_generator.random_raw(self.length)
+        bits = philox(self.seed, Purpose.DATA_ORDER, (epoch,)).bit_generator.random_raw(self.length)
         return np.argsort(bits, kind="stable")
 
 

@@ -7,7 +7,7 @@ may lie in several shards.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -69,10 +69,15 @@ class EmbeddingStore:
     def __len__(self) -> int:
         return len(self._shard_of)
 
+    def require(self, prompts: Iterable[str]) -> None:
+        """Raise UserError naming the first of these prompts that is not stored."""
+        for prompt in prompts:
+            if prompt not in self:
+                raise UserError(f"{self.folder} has no embedding of the prompt '{prompt[:60]}'")
+
     def __getitem__(self, prompt: str) -> Tensor:
         """Embedding `[tokens, dim]` of a prompt, float32; UserError if it is not stored."""
+        self.require([prompt])
         key = embedding_key(prompt)
-        if key not in self._shard_of:
-            raise UserError(f"{self.folder} has no embedding of the prompt '{prompt[:60]}'")
         with safe_open(self._shard_of[key], framework="pt") as file:
             return file.get_tensor(key).to(torch.float32)

@@ -219,7 +219,7 @@ def test_the_order_is_a_function_of_length_and_seed_alone() -> None:
     assert [jumping.index(n) for n in numbers_asked] == fresh
     assert [GlobalOrder(7, seed=2).index(n) for n in numbers_asked] != fresh
     # Pinned: a resumed training meets the same order with any release of the libraries.
-    assert [GlobalOrder(7, seed=1).index(n) for n in range(7)] == [4, 2, 0, 6, 1, 5, 3]
+    assert [GlobalOrder(7, seed=1).index(n) for n in range(7)] == [4, 5, 2, 0, 1, 6, 3]
 
 
 def test_an_epoch_is_computed_once_while_batches_straddle_two(
