@@ -356,7 +356,8 @@ class _TensorBoard:
 class _Wandb:
     """A W&B run whose id stays in `logdir`, so that a resumed training goes on in the same run.
 
-    If the login fails the run is kept offline, for `wandb sync`.
+    Without a login, which is never asked for (the other ranks would wait), or if it fails, the run
+    is kept offline for `wandb sync`.
     """
 
     def __init__(self, settings: WandbSettings, logdir: Path, *, continues: bool) -> None:
@@ -378,12 +379,15 @@ class _Wandb:
             "config": dict(settings.config),
         }
         try:
+            if not settings.key and not wandb.login(host=settings.host, prompt=False, verify=False):
+                raise ValueError("no login found")
             account: dict[str, Any] = {"base_url": settings.host, "api_key": settings.key}
             given = {name: value for name, value in account.items() if value}
             self._run = wandb.init(**options, settings=wandb.Settings(**given))
-        except (wandb.errors.Error, ValueError) as error:
+        except (wandb.errors.Error, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
             logger.warning("W&B: %s; the run is kept offline in %s/wandb", reason, folder)
+            wandb.teardown()  # the failed start still holds the run's id
             self._run = wandb.init(**options, mode="offline")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -400,7 +404,7 @@ class _Wandb:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The steps in a file; what a crash cut off is left out, and its number said."""
+    """The steps in a file; lines that are none (cut off by a crash) are left out and counted."""
     texts = path.read_bytes().splitlines() if path.is_file() else []
     lines = []
     for text in texts:
