@@ -340,12 +340,12 @@ LOOK: dict[Any, Any] = {
 }
 
 PANELS = (
-    Panel("Loss", ("generator/loss", "critic/loss", "loss", "*/loss"), lines, log=True),
+    Panel("Loss", ("generator/loss", "critic/loss", "*/loss"), lines, log=True),
     Panel(
         "Gradient norm", ("generator/grad_norm", "critic/grad_norm", "*grad_norm"), lines, log=True
     ),
     Panel("DMD gradient", ("*gradient_norm",), lines),
-    Panel("Critic's loss by timestep", ("critic/loss_by_timestep/*",), buckets, log=True),
+    Panel("Critic's loss by timestep", ("critic/by_timestep/*",), buckets, log=True),
     Panel("Critic's error / teacher's error", ("critic/ratio",), lines, level=1.0),
     Panel(
         "Latents",
@@ -353,9 +353,10 @@ PANELS = (
         lines,
     ),
     Panel("Motion", ("generated/motion",), lines, from_zero=True),
+    Panel("Learning rate", ("generator/lr", "critic/lr", "*/lr"), lines, from_zero=True),
     Panel("Seconds per step", ("seconds/*",), phases),
     Panel("TFLOP/s per device", ("*tflop*",), lines, from_zero=True),
-    Panel("Peak memory (GB)", ("*memory*",), lines, from_zero=True),
+    Panel("Peak memory (GiB)", ("*memory*",), lines, from_zero=True),
 )
 
 

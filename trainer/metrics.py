@@ -305,9 +305,9 @@ class Progress:
         )
 
     def update(self, metrics: Mapping[str, Any], verdict: str = "") -> None:
-        """One step is done; `metrics` may hold `loss` or `<network>/loss`."""
+        """One step is done; of `metrics` every `<network>/loss` is shown."""
         for name, value in metrics.items():
-            if name == "loss" or name.endswith("/loss"):
+            if name.endswith("/loss"):
                 self._losses[name.removesuffix("/loss")] = float(value)
         shown = [f"{name} {value:.4g}" for name, value in self._losses.items()]
         self._bar.set_postfix_str(", ".join([*shown, verdict] if verdict else shown), refresh=False)

@@ -18,8 +18,8 @@ def write_run(folder, steps=12, **extra):
                 "step": step,
                 "time": 1.0,
                 "critic/loss": 1 / (step + 1),
-                "critic/loss_by_timestep/0-100": 0.5,
-                "critic/loss_by_timestep/900-1000": None if step % 2 else 0.25,
+                "critic/by_timestep/0-100": 0.5,
+                "critic/by_timestep/900-1000": None if step % 2 else 0.25,
                 "seconds/rollout": 2.0,
                 "seconds/step": 3.0,
                 "generated/motion": 0.3,
@@ -49,7 +49,7 @@ def test_panels_without_numbers_are_left_out(tmp_path):
     few = write_run(tmp_path / "few")
     more = write_run(
         tmp_path / "more",
-        **dict.fromkeys(("memory/peak_gb", "loss", "critic/ratio", "speed/tflops"), 3.0),
+        **dict.fromkeys(("memory_gib", "generator/lr", "critic/ratio", "tflops_per_second"), 3.0),
     )
     heights = []
     for folder in (few, more):
@@ -61,10 +61,10 @@ def test_panels_without_numbers_are_left_out(tmp_path):
 
 def test_every_documented_number_has_a_panel():
     named = {
-        "generator/loss", "critic/loss", "loss", "generator/grad_norm", "critic/grad_norm",
-        "dmd/gradient_norm", "critic/loss_by_timestep/0-100", "critic/ratio", "generated/std",
+        "generator/loss", "critic/loss", "generator/grad_norm", "critic/grad_norm",
+        "dmd/gradient_norm", "critic/by_timestep/0-100", "critic/ratio", "generated/std",
         "generated/mean", "generated/channel_std", "generated/motion", "seconds/rollout",
-        "seconds/step", "speed/tflops", "memory/peak_gb",
+        "seconds/step", "tflops_per_second", "memory_gib", "generator/lr",
     }  # fmt: skip
     run = Run("run", {name: (np.zeros(1), np.ones(1)) for name in named})
     panels = {name: [p.title for p in PANELS if name in run.matching(p.patterns)] for name in named}
@@ -75,7 +75,7 @@ def test_nulls_and_texts_are_no_points(tmp_path):
     curves = Run.read(write_run(tmp_path / "run"), "run").curves
     assert "verdict" not in curves
     assert "time" not in curves
-    steps, values = curves["critic/loss_by_timestep/900-1000"]
+    steps, values = curves["critic/by_timestep/900-1000"]
     assert steps.tolist() == [0, 2, 4, 6, 8, 10]
     assert set(values) == {0.25}
 

@@ -306,5 +306,5 @@ def test_progress_shows_the_newest_losses_and_the_verdict(capsys):
     line = capsys.readouterr().err
     assert "6/10" in line
     assert "generator 0.25, critic 0.125, static" in line
-    Progress(10, enabled=False).update({"loss": 1.0})
+    Progress(10, enabled=False).update({"critic/loss": 1.0})
     assert capsys.readouterr().err == ""
