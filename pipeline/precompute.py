@@ -123,7 +123,9 @@ class ShardRun:
 
     def missing(self, shards: Sequence[Shard]) -> list[Shard]:
         """This rank's unfinished shards; UserError if files of other settings are in the way."""
-        return self.ranks.share([shard for shard in shards if not self._is_done(shard)])
+        done = {shard.path for shard in shards if self._is_done(shard)}
+        # Shared out before the done ones are left out: other ranks may be finishing some now.
+        return [shard for shard in self.ranks.share(shards) if shard.path not in done]
 
     def write(self, shards: Sequence[Shard], make: Callable[[Shard, tqdm], None]) -> None:
         """`make` each shard; it moves the bar on by the items it has done."""

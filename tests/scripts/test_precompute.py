@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import VideoPipeline, load_pipeline
+from pipeline.precompute import ShardRun, plan_shards
 from pipeline.prefix import encode_prefix
 from pipeline.trajectories import ode_grid, solve_trajectories
 from scripts import encode_prompts, encode_videos, generate_ode_pairs
@@ -24,7 +25,9 @@ from tests.tiny_pipeline import TINY_DIT, random_dit, write_dit_folder
 from utils.cli import run_main
 from utils.config import Config, load_config
 from utils.datasets import LatentDataset, OdePairDataset, open_dataset
-from utils.embeddings import EmbeddingStore, trim, write_shard
+from utils.distributed import Ranks
+from utils.embeddings import EmbeddingStore, trim
+from utils.embeddings import write_shard as write_embeddings
 from utils.noise import CounterNoise
 from utils.video import VideoWriter
 from wan.dit import DiTConfig, WanDiT
@@ -103,7 +106,8 @@ def test_stored_embeddings_are_what_the_pipeline_encodes(
     store = EmbeddingStore(tmp_path / "text")
     pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, device="cpu")
     prompts = [*PROMPTS, "in the sky", pipe.config.negative_prompt, ""]
-    assert len(store) == len(prompts), "the prompt of both files is stored once"
+    stored = sum(len(shard) for shard in contents(tmp_path / "text").values())
+    assert stored == len(store) == len(prompts), "the prompt of both files is stored once"
     for prompt in prompts:
         assert torch.equal(store[prompt], trim(pipe.encode_prompts([prompt])[0]))
 
@@ -371,6 +375,21 @@ def test_torchrun_gives_what_one_process_gives(
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_rank_makes_its_own_shards_whatever_others_have_done_already(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    """A rank that started late left shards to nobody: it dealt out only those still missing."""
+    shards = plan_shards(tmp_path, [str(n) for n in range(6)], 1)
+    config = load_config(tiny_world.config)
+    ranks = [ShardRun(config, "x", Ranks(rank, 2, rank)) for rank in (0, 1)]
+    early = ranks[1].missing(shards)
+    write_embeddings(early[0].path, dict.fromkeys(early[0].prompts, torch.ones(1, 2)), "x")
+    late = ranks[0].missing(shards)
+    assert [shard.start for shard in early] == [1, 3, 5]
+    assert [shard.start for shard in late] == [0, 2, 4]
+    assert [shard.start for shard in ranks[1].missing(shards)] == [3, 5]
+
+
 # --- what can be wrong --------------------------------------------------------------------------
 
 BAD_INPUT = {
@@ -400,7 +419,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 ) -> None:
     main, arguments, words = BAD_INPUT[case]
     text = tmp_path / "text.safetensors"
-    write_shard(text, {prompt: torch.ones(1, 32) for prompt in PROMPTS})
+    write_embeddings(text, {prompt: torch.ones(1, 32) for prompt in PROMPTS})
     given: list[object] = []
     for argument in arguments:
         whole = {"{prompts}": [prompt_file], "{ode}": ode_flags(prompt_file)}
