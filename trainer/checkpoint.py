@@ -16,12 +16,10 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -31,11 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils._pytree import tree_map_only
 
-from model.lora import merge_lora
 from trainer.ema import EMA
 from trainer.networks import Player
-from trainer.sharding import full_tensor
-from utils.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -138,42 +133,3 @@ def start_ema(player: Player) -> None:
     """Make room for a stored average."""
     assert player.ema_weight is not None
     player.ema = EMA(player.module, player.ema_weight)
-
-
-def export(folder: Path, config: Config, player: Player, *, is_main: bool) -> None:
-    """Write a player's weights in the published form; all ranks have to call it.
-
-    `model.pt` holds `generator` and, once there is one, `generator_ema`, with names as published;
-    `generator.safetensors` and `generator_ema.safetensors` hold the official names.
-    """
-    weights = cast(dict[str, Tensor], get_model_state_dict(player.module))
-    networks = {"generator": _gathered(weights, config, is_main)}
-    if player.ema is not None:
-        averaged = {**weights, **player.ema.shadow}
-        networks["generator_ema"] = _gathered(averaged, config, is_main)
-    if not is_main:
-        return
-    partial = folder.with_suffix(PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    published = {
-        network: {f"model.{name}": value for name, value in state.items()}
-        for network, state in networks.items()
-    }
-    torch.save(published, partial / "model.pt")
-    for network, state in networks.items():
-        save_file(state, partial / f"{network}.safetensors")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def _gathered(state: Mapping[str, Tensor], config: Config, is_main: bool) -> dict[str, Tensor]:
-    """Whole tensors on the main rank's CPU, adapters merged; empty elsewhere."""
-    whole: dict[str, Tensor] = {}
-    for name, value in state.items():
-        gathered = full_tensor(value.detach())
-        if is_main:
-            whole[name] = gathered.cpu().contiguous()
-    if config.lora is not None:
-        return merge_lora(whole, config.lora.rank, config.lora.alpha)
-    return whole

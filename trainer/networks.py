@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.lora import add_lora, with_adapters
+from model.vae import Autoencoder
 from pipeline.components import ModelFiles
 from pipeline.text import TextSource
 from trainer.ema import EMA
-from trainer.sharding import World, load_full_state, make_mesh, shard_dit, strategy_of
+from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard_module, strategy_of
 from utils.config import Config, find_file
 from wan.checkpoints import check_keys, empty_dit, load_dit_config, read_state_dict
-from wan.dit import WanDiT
+from wan.dit import DiTConfig, WanDiT
 from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,10 @@ def build_dit(
     dit = empty_dit(load_dit_config(folder))
     if not trained and low is not None:
         dit.to(low)
-    state = read_state_dict(source)
+    if role == "generator" and config.random_init:
+        state = random_state(dit.config, config.seed)
+    else:
+        state = read_state_dict(source)
     dit.requires_grad_(trained)
     if role == "generator" and config.lora is not None:
         check_keys(dit.state_dict(), state, source)
@@ -84,6 +88,13 @@ def build_dit(
     if config.compile:
         dit.compile_blocks()
     return dit
+
+
+def random_state(sizes: DiTConfig, seed: int) -> dict[str, Tensor]:
+    """First weights of a network trained from scratch."""
+    dit = empty_dit(sizes).to_empty(device="cpu")
+    dit.init_weights(seed)
+    return dict(dit.state_dict())
 
 
 def build_generator(config: Config, world: World) -> WanDiT:
@@ -145,6 +156,21 @@ def build_text(config: Config, world: World, text_len: int) -> TextSource:
         files.require(files.text_encoder, files.tokenizer)
     dtype = torch.bfloat16 if config.mixed_precision else torch.float32
     return TextSource(config, files, text_len=text_len, dtype=dtype, device=world.device)
+
+
+def build_trained_vae(config: Config, world: World) -> Autoencoder:
+    """The VAE to train, sharded: from scratch with `random_init`, else the student's folder's."""
+    if config.random_init:
+        sizes = config.vae
+        vae = WanVAE.random(sizes.base_dim, dim_mult=sizes.dim_mult, seed=config.seed)
+    else:
+        vae = build_vae(config, world)
+    module = Autoencoder(vae.to(world.device).model.requires_grad_(True).train())
+    low = compute_dtype(config)
+    if world.size > 1 or low is not None:
+        mesh = make_mesh(strategy_of(config, "generator"), world, config.hybrid_shard_size)
+        shard_module(module, [], mesh, low)
+    return module
 
 
 def build_vae(config: Config, world: World) -> WanVAE:

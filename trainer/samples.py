@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.text_to_video import VideoPipeline
-from trainer.tasks import Task
+from utils.distributed import Ranks
 from utils.prompts import safe_stem
 from utils.video import VideoWriter
 
@@ -15,32 +15,29 @@ class SampleVideos:
     by all of them together.
     """
 
-    def __init__(self, task: Task, logdir: Path, prompts: list[str]) -> None:
-        self.task = task
+    def __init__(self, pipe: VideoPipeline, logdir: Path, prompts: list[str], ranks: Ranks) -> None:
+        self.pipe = pipe
         self.folder = logdir / "samples"
         self.prompts = prompts
+        self.ranks = ranks
 
     def __call__(self, step: int) -> dict[str, Path]:
         """Make the videos of this rank: `{name: path}`."""
-        task, ranks = self.task, self.task.world.ranks
-        pipe = VideoPipeline(
-            task.config, task.generator, files=task.files, vae=task.vae, text=task.text
-        )
+        config = self.pipe.config
         made = {}
-        for turn in range(-(-len(self.prompts) // ranks.world)):
-            number = turn * ranks.world + ranks.rank
+        for turn in range(-(-len(self.prompts) // self.ranks.world)):
+            number = turn * self.ranks.world + self.ranks.rank
+            wanted = number < len(self.prompts)
             prompt = self.prompts[number % len(self.prompts)]
             name = f"{number:02d} {safe_stem(prompt, 60)}"
             path = self.folder / f"step_{step:06d}" / f"{name}.mp4"
-            frames = task.config.sample_latent_frames
             with (
-                pipe.stream(prompt, task.config.seed, frames) as stream,
-                VideoWriter(path, task.config.fps) as writer,
+                self.pipe.stream(prompt, config.seed, config.sample_latent_frames) as stream,
+                VideoWriter(path, config.fps) as writer,
             ):
                 for block in stream:
-                    if number < len(self.prompts):
+                    if wanted:
                         writer.write(block)
-            if number < len(self.prompts):
+            if wanted:
                 made[name] = path
-        task.vae = pipe.vae
         return made

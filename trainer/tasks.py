@@ -5,6 +5,7 @@ The objectives themselves are in `model/`; a task feeds them with networks, text
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +23,19 @@ from model.self_rollout import (
     scored_frames,
     self_rollout,
 )
+from model.vae import vae_loss
 from pipeline.components import ModelFiles, block_layout, video_shape
 from pipeline.sampling import BlockNoise
-from trainer.data import BatchPlan
+from pipeline.text_to_video import VideoPipeline
+from trainer.data import BatchPlan, open_training_data
+from trainer.export import export_generator, export_vae
 from trainer.metrics import Timer, latent_statistics
 from trainer.networks import (
     Player,
     build_generator,
     build_score,
     build_text,
+    build_trained_vae,
     build_vae,
     make_player,
 )
@@ -50,30 +55,64 @@ Batch = dict[str, Any]
 class Task(ABC):
     """Trained networks (`players`), and what one update of each does with a micro-batch."""
 
+    players: dict[str, Player]
+
     def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
         self.config = config
         self.world = world
         self.plan = plan
         self.timer = timer
         self.files = ModelFiles.find(config, config.generator_name)
-        self.generator: WanDiT = build_generator(config, world)
-        self.shape = video_shape(config, self.generator.config)
-        self.layout = block_layout(config)
-        self.text = build_text(config, world, self.generator.config.text_len)
-        self.vae = build_vae(config, world) if self._needs_vae() else None
-        self.players: dict[str, Player] = {}
 
-    @abstractmethod
     def phases(self, step: int) -> Sequence[str]:
         """Players that are updated in a step, in order."""
+        return tuple(self.players)
 
     @abstractmethod
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """The loss of a micro-batch for one player."""
 
     @abstractmethod
-    def flops(self, phase: str, draws: Draws) -> int:
-        """Floating-point operations of one video's share of an update."""
+    def flops(self, phase: str, draws: Draws) -> int | None:
+        """Floating-point operations of one video's share of an update; None: not known."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the weights in the published form; all ranks have to call it."""
+
+    def sampler(self) -> VideoPipeline | None:
+        """What makes sample videos of the student as it is, if it can."""
+        return None
+
+    def _video(self, batch: Batch) -> Tensor:
+        """Video of a batch `[B, F, 3, H, W]` in [-1, 1]."""
+        if "video" not in batch:
+            raise UserError("the data hold no videos: set data_path to a folder of them")
+        return torch.stack([to_float(clip) for clip in batch["video"]]).to(self.world.device)
+
+
+class GeneratorTask(Task):
+    """Tasks that train a transformer as the generator."""
+
+    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
+        super().__init__(config, world, plan, timer)
+        self.generator: WanDiT = build_generator(config, world)
+        self.shape = video_shape(config, self.generator.config)
+        self.layout = block_layout(config)
+        self.text = build_text(config, world, self.generator.config.text_len)
+        self.vae = build_vae(config, world) if self._needs_vae() else None
+
+    def export(self, folder: Path) -> None:
+        """See `Task`."""
+        export_generator(folder, self.config, self.players["generator"], is_main=self.world.is_main)
+
+    def sampler(self) -> VideoPipeline:
+        """See `Task`."""
+        if self.vae is None:
+            self.vae = build_vae(self.config, self.world)
+        return VideoPipeline(
+            self.config, self.generator, files=self.files, vae=self.vae, text=self.text
+        )
 
     def _needs_vae(self) -> bool:
         return self.config.load_raw_video
@@ -82,14 +121,13 @@ class Task(ABC):
         """Clean latents of a batch `[B, F, C, h, w]`, encoded here if the data are videos."""
         if "latents" in batch:
             return batch["latents"].to(self.world.device)
-        if "video" not in batch or self.vae is None:
+        if self.vae is None:
             raise UserError(
                 "the data hold no latents; with videos set load_raw_video=true, or encode them "
                 "once with scripts/encode_videos.py"
             )
         with self.timer.phase("encode"):
-            clips = torch.stack([to_float(clip) for clip in batch["video"]])
-            return self.vae.encode(clips.to(self.world.device, self.vae.dtype)).float()
+            return self.vae.encode(self._video(batch)).float()
 
     def _parallel_context(self, *, teacher_forcing: bool = False) -> AttentionContext:
         """Block-causal attention of parallel training."""
@@ -107,7 +145,7 @@ class Task(ABC):
         return MaskedContext(mask, positions, self.shape.grid, head_dim, self.world.device)
 
 
-class Distillation(Task):
+class Distillation(GeneratorTask):
     """DMD on self-rollouts: every step updates the critic, every n-th first the generator."""
 
     def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
@@ -222,7 +260,7 @@ class Distillation(Task):
             return critic_loss(self.fake_score, clip, noise, timesteps, text)
 
 
-class OdeInitialisation(Task):
+class OdeInitialisation(GeneratorTask):
     """Regression of the block-causal student on the teacher's trajectories."""
 
     def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
@@ -234,10 +272,6 @@ class OdeInitialisation(Task):
             config.denoising_step_list, config.generator_shift, warp=config.warp_denoising_step
         )
         self.timesteps = torch.cat([levels, torch.zeros(1)])  # [S]
-
-    def phases(self, step: int) -> Sequence[str]:
-        """See `Task`."""
-        return ("generator",)
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
@@ -274,7 +308,7 @@ class OdeInitialisation(Task):
         return block_levels(drawn, [self.layout.start(block) for block in range(blocks)])
 
 
-class FlowMatching(Task):
+class FlowMatching(GeneratorTask):
     """Flow matching of a bidirectional (`schedule: full`) or block-causal network."""
 
     def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
@@ -282,10 +316,6 @@ class FlowMatching(Task):
         if config.teacher_forcing and config.schedule == "full":
             raise UserError("teacher_forcing is for a block-causal network, not schedule=full")
         self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
-
-    def phases(self, step: int) -> Sequence[str]:
-        """See `Task`."""
-        return ("generator",)
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
@@ -332,7 +362,38 @@ class FlowMatching(Task):
         return shift_timesteps(1000 * (1 - uniform), self.config.timestep_shift)
 
 
+class VaeTraining(Task):
+    """Reconstruction and KL of a causal video VAE; its statistics are folded in at export."""
+
+    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
+        super().__init__(config, world, plan, timer)
+        self.autoencoder = build_trained_vae(config, world)
+        self.players = {"vae": make_player(config, "vae", self.autoencoder, ema=True)}
+
+    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+        """See `Task`."""
+        video = self._video(batch)
+        latent = self.autoencoder.latent_shape(video)
+        noise = draws.normal(Purpose.NOISE, latent).to(self.world.device)
+        with self.timer.phase("forward"):
+            return vae_loss(
+                self.autoencoder,
+                video,
+                noise,
+                kl_weight=self.config.vae.kl_weight,
+                edge_weight=self.config.vae.edge_weight,
+            )
+
+    def flops(self, phase: str, draws: Draws) -> None:
+        """See `Task`."""
+
+    def export(self, folder: Path) -> None:
+        """See `Task`."""
+        export_vae(folder, self.players["vae"], open_training_data(self.config), self.world)
+
+
 TASKS: dict[str, type[Task]] = {
+    "vae": VaeTraining,
     "score_distillation": Distillation,
     "ode": OdeInitialisation,
     "diffusion": FlowMatching,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from trainer.checkpoint import CheckpointStore, export, player_state, restore_player, start_ema
+from trainer.checkpoint import CheckpointStore, player_state, restore_player, start_ema
 from trainer.data import Batches, first_prompts, open_training_data, plan_batches
 from trainer.health import HealthMonitor
 from trainer.metrics import (
@@ -86,7 +86,8 @@ class Trainer:
         self.samples = None
         if visualise and config.sample_every:
             prompts = config.sample_prompts or list(first_prompts(dataset, 4))
-            self.samples = SampleVideos(self.task, logdir, prompts)
+            pipe = self.task.sampler()
+            self.samples = SampleVideos(pipe, logdir, prompts, world.ranks) if pipe else None
         self._stop_signal: int | None = None
         self._resume()
         if world.is_main:
@@ -119,13 +120,14 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One step: an update of each player that is due. Returns what is logged."""
-        operations = 0
+        operations: float = 0
         measured: dict[str, Any] = {}
         phases = self.task.phases(self.step)
         for phase in phases:
             draws = Draws(self.config.seed, self._update_number(phase), ())
             measured |= self._update(self.task.players[phase], draws)
-            operations += self.task.flops(phase, draws) * self.plan.videos
+            share = self.task.flops(phase, draws)
+            operations += math.nan if share is None else share * self.plan.videos
         self.step += 1
         for phase in phases:
             active = self.step >= self.config.ema_start_step
@@ -137,9 +139,8 @@ class Trainer:
         if not self.saves:
             return
         self.store.save(self.step, self._state())
-        folder = self.logdir / f"checkpoint_model_{self.step:06d}"
         with self.timer.phase("export"):
-            export(folder, self.config, self.task.players["generator"], is_main=self.world.is_main)
+            self.task.export(self.logdir / f"checkpoint_model_{self.step:06d}")
 
     def _update(self, player: Player, draws: Draws) -> dict[str, Tensor | float]:
         """One optimiser step of a player over all its micro-batches."""
@@ -164,7 +165,7 @@ class Trainer:
         batches.advance()
         return {**sums, f"{player.name}/grad_norm": norm, f"{player.name}/lr": rate}
 
-    def _record(self, measured: dict[str, Any], operations: int) -> dict[str, Any]:
+    def _record(self, measured: dict[str, Any], operations: float) -> dict[str, Any]:
         """Reduce over ranks, judge, write."""
         metrics: dict[str, Any] = mean_over_ranks(measured)
         if "teacher/error" in metrics:
@@ -179,7 +180,7 @@ class Trainer:
         metrics["tflops_per_second"] = operations / self.world.size / seconds["step"] / 1e12
         metrics["memory_gib"] = peak_memory(self.world.device)
         if len(self.task.players) == 1:
-            metrics["loss"] = metrics["generator/loss"]
+            metrics["loss"] = metrics[f"{next(iter(self.task.players))}/loss"]
         verdict = self.health.update(metrics)
         metrics["health"] = str(verdict)
         self.log.write(self.step, metrics)

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -101,6 +101,16 @@ class Lora:
 
 
 @dataclass
+class Vae:
+    """Sizes of a VAE trained from scratch, and weights of its loss."""
+
+    base_dim: int
+    dim_mult: list[int]
+    kl_weight: float
+    edge_weight: float
+
+
+@dataclass
 class Resume:
     """What to do with a run that is there already."""
 
@@ -137,6 +147,7 @@ class Config:
     real_name: str
     fake_name: str
     generator_ckpt: str | None
+    random_init: bool
     text_embeddings: str | None
     # video
     height: int
@@ -152,7 +163,7 @@ class Config:
     attention_backend: str
     text_encoder_device: str
     # training, objective
-    trainer: Literal["score_distillation", "ode", "diffusion"]
+    trainer: Literal["score_distillation", "ode", "diffusion", "vae"]
     distribution_loss: Literal["dmd"]
     denoising_loss_type: Literal["flow"]
     guidance_scale: float
@@ -167,6 +178,7 @@ class Config:
     diffusion_forcing: bool
     clean_context_noise: float
     prompt_dropout: float
+    vae: Vae
     # training, data
     data_path: str | None
     extended_data_path: str | None
@@ -275,13 +287,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML; it can be loaded again."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Write the resolved configuration, without its secret, as YAML; it can be loaded again."""
+    OmegaConf.save(OmegaConf.structured(replace(config, wandb_key=None)), path)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain values."""
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+    """The resolved configuration as plain values, without its secret."""
+    return OmegaConf.to_container(OmegaConf.structured(replace(config, wandb_key=None)))  # type: ignore[return-value]
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -219,6 +219,29 @@ class WanDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.head = Head(config)
 
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Weights to train from scratch, as the official class starts: a pure function of `seed`.
+
+        Xavier-uniform matrices, zero biases, normal (0.02) text and time embeddings, zero head.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+                nn.init.ones_(module.weight)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1), generator=generator)
+        for embedding in (self.text_embedding, self.time_embedding):
+            for layer in (embedding[0], embedding[2]):
+                nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02, generator=generator)
+        scale = self.config.dim**-0.5
+        for block in self.blocks:
+            nn.init.normal_(cast(Block, block).modulation, std=scale, generator=generator)
+        nn.init.normal_(self.head.modulation, std=scale, generator=generator)
+        nn.init.zeros_(self.head.head.weight)
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, in which the network computes."""

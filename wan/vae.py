@@ -38,6 +38,39 @@ from utils.errors import UserError
 Shapes = Mapping[str, Sequence[int]]
 
 
+def encode_moments(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance `[B, f, C, h, w]` of the latents of video `[B, F, 3, H, W]`.
+
+    Not normalised; with gradient, if it is enabled.
+    """
+    x = rearrange(video, "b f c h w -> b c f h w")
+    features = _empty_features(model.encoder)
+    moments = [  # [B, 2C, 1, h, w] each
+        model.quant_conv(model.encoder(clip, feat_cache=features, feat_idx=[0]))
+        for clip in _clips(x, model.config["scale_factor_temporal"])
+    ]
+    mean, log_variance = torch.cat(moments, dim=2).chunk(2, dim=1)
+    return mean.transpose(1, 2), log_variance.transpose(1, 2)
+
+
+def decode_moments(
+    model: AutoencoderKLWan, latents: Tensor, features: list[Any] | None = None
+) -> Tensor:
+    """Video `[B, n, 3, H, W]` of latents `[B, f, C, h, w]` that are not normalised; not clamped.
+
+    One latent frame after the other; `features` hold what the convolutions saw before, and move
+    on. None starts a video. With gradient, if it is enabled.
+    """
+    features = _empty_features(model.decoder) if features is None else features
+    frames = []
+    for latent in latents.unbind(1):
+        first = features[0] is None
+        x = model.post_quant_conv(latent.unsqueeze(2))  # [B, C, 1, h, w]
+        x = model.decoder(x, feat_cache=features, feat_idx=[0], first_chunk=first)
+        frames.append(rearrange(x, "b c n h w -> b n c h w"))
+    return torch.cat(frames, dim=1)
+
+
 class WanVAE:
     """A Wan2.1 VAE for inference: video to normalised latents and back, without gradient.
 
@@ -98,6 +131,14 @@ class WanVAE:
             )
         return cls(model.eval())
 
+    @classmethod
+    def like(cls, model: AutoencoderKLWan, weights: Mapping[str, Tensor]) -> Self:
+        """A copy of a model's architecture with other weights (diffusers' key names)."""
+        with torch.device("meta"):
+            copy = AutoencoderKLWan.from_config(model.config)
+        copy.load_state_dict({k: v.detach().clone() for k, v in weights.items()}, assign=True)
+        return cls(copy.eval().requires_grad_(False))
+
     @property
     def latent_channels(self) -> int:
         """C, the number of channels of a latent frame."""
@@ -144,13 +185,7 @@ class WanVAE:
                 f"the VAE encodes 1 + {self.temporal_stride}k frames with sides divisible by "
                 f"{self.spatial_stride}, got {frames} frames of {height}x{width}"
             )
-        x = rearrange(video.to(self.device, self.dtype), "b f c h w -> b c f h w")
-        features = _empty_features(self.model.encoder)
-        moments = [  # [B, 2C, 1, h, w] each
-            self.model.quant_conv(self.model.encoder(clip, feat_cache=features, feat_idx=[0]))
-            for clip in _clips(x, self.temporal_stride)
-        ]
-        mu = rearrange(torch.cat(moments, dim=2).chunk(2, dim=1)[0], "b c f h w -> b f c h w")
+        mu, _ = encode_moments(self.model, video.to(self.device, self.dtype))
         mean, std = self.statistics()
         return ((mu.float() - mean) / std).to(self.dtype)
 
@@ -167,6 +202,26 @@ class WanVAE:
     def streaming_decoder(self) -> "StreamingDecoder":
         """Start a new stream; any number of them may be open at once."""
         return StreamingDecoder(self)
+
+    @torch.no_grad()
+    def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Make latents whose means have these statistics `[C]` come out with the official ones.
+
+        The encoder's last and the decoder's first 1x1x1 convolution take up
+        mu' = (mu - mean) S / std + M and its inverse, so what is decoded does not change and the
+        official constants M, S normalise this VAE's latents too.
+        """
+        gain = self.latents_std.to(std) / std  # [C]
+        out, into = self.model.quant_conv, self.model.post_quant_conv
+        assert out.bias is not None
+        assert into.bias is not None
+        channels = len(gain)
+        offset = self.latents_mean.to(mean) - mean * gain
+        out.bias[channels:] += 2 * gain.log()
+        out.weight[:channels] *= gain.view(-1, 1, 1, 1, 1)
+        out.bias[:channels] = out.bias[:channels] * gain + offset
+        into.bias += into.weight[:, :, 0, 0, 0] @ (mean - self.latents_mean.to(mean) / gain)
+        into.weight /= gain.view(1, -1, 1, 1, 1)
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The weights under the key names of `Wan2.1_VAE.pth`."""
@@ -208,8 +263,7 @@ class StreamingDecoder:
         self._check(latents)
         mean, std = vae.statistics()
         mu = latents.to(vae.device).float() * std + mean
-        frames = [self._decode_frame(vae.model, m) for m in mu.to(vae.dtype).unbind(1)]
-        return torch.cat(frames, dim=1).clamp(-1, 1)
+        return decode_moments(vae.model, mu.to(vae.dtype), self._features).clamp(-1, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as a flat dict of tensors: `features.{i}`, the past of convolution i.
@@ -236,13 +290,6 @@ class StreamingDecoder:
     def close(self) -> None:
         """Free the state; decoding afterwards is an error."""
         self._vae, self._features = None, []
-
-    def _decode_frame(self, model: AutoencoderKLWan, mu: Tensor) -> Tensor:
-        """Decode one latent frame [B, C, h, w] to [B, n, 3, H, W]; `_features` moves on."""
-        first = self._features[0] is None
-        x = model.post_quant_conv(mu.unsqueeze(2))  # [B, C, 1, h, w]
-        x = model.decoder(x, feat_cache=self._features, feat_idx=[0], first_chunk=first)
-        return rearrange(x, "b c n h w -> b n c h w")
 
     def _open(self) -> WanVAE:
         if self._vae is None:

@@ -1,0 +1,57 @@
+"""Training of the causal video VAE: reconstruction, edges and KL (VAE, arXiv 1312.6114, eq. 10)."""
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch import Tensor, nn
+
+from model.result import LossResult
+from wan.vae import decode_moments, encode_moments
+
+
+class Autoencoder(nn.Module):
+    """Encoder, sample, decoder as one forward pass, so that it can be sharded as one module."""
+
+    def __init__(self, model: AutoencoderKLWan) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Video `[B, F, 3, H, W]`, noise `[B, f, C, h, w]` -> (video, mean, log-variance)."""
+        mean, log_variance = encode_moments(self.model, video)
+        sample = mean + (0.5 * log_variance).exp() * noise
+        return decode_moments(self.model, sample), mean, log_variance
+
+    def latent_shape(self, video: Tensor) -> tuple[int, int, int, int]:
+        """`(f, C, h, w)` of video `[B, F, 3, H, W]`."""
+        config = self.model.config
+        space, time = config["scale_factor_spatial"], config["scale_factor_temporal"]
+        frames, _, height, width = video.shape[1:]
+        return 1 + (frames - 1) // time, config["z_dim"], height // space, width // space
+
+
+def vae_loss(
+    autoencoder: nn.Module,
+    video: Tensor,
+    noise: Tensor,
+    *,
+    kl_weight: float,
+    edge_weight: float,
+) -> LossResult:
+    """|x - x'|_1 + |x - x'|^2 + edge_weight |dx - dx'|_1 + kl_weight KL(q(z|x) || N(0, 1)).
+
+    Means over all elements; dx are differences of neighbouring pixels, which keep outlines sharp.
+    """
+    rebuilt, mean, log_variance = autoencoder(video, noise)
+    difference = rebuilt.float() - video
+    edges = sum(torch.diff(difference, dim=axis).abs().mean() for axis in (-1, -2))
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    loss = (
+        difference.abs().mean() + difference.square().mean() + edge_weight * edges + kl_weight * kl
+    )
+    error = difference.detach().clamp(-2, 2)
+    metrics = {
+        "vae/l1": error.abs().mean(),
+        "vae/mse": error.square().mean(),
+        "vae/kl": kl.detach(),
+    }
+    return LossResult(loss, metrics)
