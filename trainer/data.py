@@ -2,20 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from utils.config import Config
-from utils.datasets import GlobalOrder, collate, open_dataset
-from utils.draws import Draws
+from utils.datasets import Dataset, GlobalOrder, VideoDataset, collate, open_dataset
+from utils.draws import Draws, Purpose
 from utils.errors import UserError
-
-
-class Dataset(Protocol):
-    """Items by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -99,8 +91,14 @@ class Batches:
     def micro_batch(self, micro: int, draws: Draws) -> tuple[dict[str, Any], Draws]:
         """This rank's items of one micro-batch of the current update, and their draws."""
         indices = self.plan.indices(micro, self.rank)
-        items = [self.dataset[self.order.index(self.position + index)] for index in indices]
-        return collate(items), draws.for_indices(indices)
+        own = draws.for_indices(indices)
+        rows = [self.order.index(self.position + index) for index in indices]
+        if isinstance(self.dataset, VideoDataset):
+            starts = own.uniform(Purpose.CLIP_START).tolist()
+            items = [self.dataset.clip(*at) for at in zip(rows, starts, strict=True)]
+        else:
+            items = [self.dataset[row] for row in rows]
+        return collate(items), own
 
     def advance(self) -> None:
         """The update is done: go on to the next global batch."""
@@ -123,4 +121,4 @@ def open_training_data(config: Config) -> Dataset:
 
 def first_prompts(dataset: Dataset, count: int) -> Sequence[str]:
     """Prompts of the first items, for sample videos."""
-    return [dataset[index]["prompt"] for index in range(min(count, len(dataset)))]
+    return [dataset.prompt(index) for index in range(min(count, len(dataset)))]

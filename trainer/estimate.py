@@ -1,5 +1,6 @@
 """What a run needs per rank, from sizes alone: nothing is loaded, nothing is allocated."""
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from pipeline.components import ModelFiles, new_cache
 from trainer.data import open_training_data, plan_batches
 from trainer.networks import compute_dtype
 from trainer.sharding import shards_of, strategy_of
-from utils.config import Config
+from utils.config import ROOT, Config
 from wan.checkpoints import empty_dit, load_dit_config
 from wan.dit import DiTConfig
 
@@ -65,6 +66,14 @@ def networks_of(config: Config) -> dict[str, str]:
     return roles
 
 
+def sizes_of(config: Config, name: str) -> DiTConfig:
+    """Sizes of a network from its folder, or, if it is not here yet, from `configs/models/`."""
+    preset = ROOT / "configs" / "models" / f"{name}.json"
+    if preset.is_file() and not (ROOT / config.model_root / name).is_dir():
+        return DiTConfig.from_dict(json.loads(preset.read_text(encoding="utf-8")))
+    return load_dit_config(ModelFiles.find(config, name).folder)
+
+
 def cache_bytes(config: Config, sizes: DiTConfig) -> int:
     """KV cache of the longest training rollout."""
     cache = new_cache(
@@ -89,15 +98,13 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
     lines.append(f"{header} {'weights':>8} {'adam':>8} {'grads':>8} {'ema':>8} {'total':>8}")
     total = 0
     for role, name in networks_of(config).items():
-        folder = ModelFiles.find(config, name).folder
-        memory = network_memory(config, role, name, load_dit_config(folder), world, local)
+        memory = network_memory(config, role, name, sizes_of(config, name), world, local)
         parts = (memory.weights, memory.optimiser, memory.gradients, memory.average, memory.total)
         numbers = " ".join(f"{size / GIB:8.2f}" for size in parts)
         lines.append(f"{role:12} {name:20} {memory.parameters:14,} {memory.shards:6} {numbers}")
         total += memory.total
     if config.trainer == "score_distillation":
-        sizes = load_dit_config(ModelFiles.find(config, config.generator_name).folder)
-        cache = cache_bytes(config, sizes)
+        cache = cache_bytes(config, sizes_of(config, config.generator_name))
         lines.append(f"{'KV cache':64} {cache / GIB:8.2f}".rstrip())
         total += cache
     lines.append(f"all together {total / GIB:.2f} GiB per rank")

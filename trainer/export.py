@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from model.lora import merge_lora
 from model.vae import Autoencoder
-from trainer.data import Dataset
 from trainer.networks import Player
 from trainer.sharding import World, full_tensor
 from utils.config import Config
+from utils.datasets import Dataset
 from utils.video import to_float
 from wan.vae import WanVAE, encode_moments
 

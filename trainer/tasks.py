@@ -27,7 +27,7 @@ from model.vae import vae_loss
 from pipeline.components import ModelFiles, block_layout, video_shape
 from pipeline.sampling import BlockNoise
 from pipeline.text_to_video import VideoPipeline
-from trainer.data import BatchPlan, open_training_data
+from trainer.data import BatchPlan
 from trainer.export import export_generator, export_vae
 from trainer.metrics import Timer, latent_statistics
 from trainer.networks import (
@@ -41,6 +41,7 @@ from trainer.networks import (
 )
 from trainer.sharding import World
 from utils.config import Config
+from utils.datasets import Dataset, OdePairDataset
 from utils.draws import Draws, Purpose, TrainingNoise
 from utils.errors import UserError
 from utils.video import to_float
@@ -57,11 +58,14 @@ class Task(ABC):
 
     players: dict[str, Player]
 
-    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
+    def __init__(
+        self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
+    ) -> None:
         self.config = config
         self.world = world
         self.plan = plan
         self.timer = timer
+        self.data = data
         self.files = ModelFiles.find(config, config.generator_name)
 
     def phases(self, step: int) -> Sequence[str]:
@@ -94,8 +98,10 @@ class Task(ABC):
 class GeneratorTask(Task):
     """Tasks that train a transformer as the generator."""
 
-    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
-        super().__init__(config, world, plan, timer)
+    def __init__(
+        self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
+    ) -> None:
+        super().__init__(config, world, plan, timer, data)
         self.generator: WanDiT = build_generator(config, world)
         self.shape = video_shape(config, self.generator.config)
         self.layout = block_layout(config)
@@ -148,10 +154,12 @@ class GeneratorTask(Task):
 class Distillation(GeneratorTask):
     """DMD on self-rollouts: every step updates the critic, every n-th first the generator."""
 
-    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
+    def __init__(
+        self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
+    ) -> None:
         if config.denoising_step_list is None:
             raise UserError("distillation needs a denoising_step_list in the config")
-        super().__init__(config, world, plan, timer)
+        super().__init__(config, world, plan, timer, data)
         self.real_score = build_score(config, world, "real_score", trained=False).eval()
         self.fake_score = build_score(config, world, "fake_score", trained=True)
         self.players = {
@@ -263,26 +271,22 @@ class Distillation(GeneratorTask):
 class OdeInitialisation(GeneratorTask):
     """Regression of the block-causal student on the teacher's trajectories."""
 
-    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
+    def __init__(
+        self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
+    ) -> None:
         if config.denoising_step_list is None:
             raise UserError("ODE initialisation needs a denoising_step_list in the config")
-        super().__init__(config, world, plan, timer)
+        super().__init__(config, world, plan, timer, data)
         self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
         levels = denoising_timesteps(
             config.denoising_step_list, config.generator_shift, warp=config.warp_denoising_step
         )
         self.timesteps = torch.cat([levels, torch.zeros(1)])  # [S]
+        self._check_data()
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
-        if "trajectory" not in batch:
-            raise UserError("the data hold no trajectories; make them with generate_ode_pairs.py")
         trajectory = batch["trajectory"].to(self.world.device)
-        if trajectory.shape[1] != len(self.timesteps):
-            raise UserError(
-                f"the trajectories have {trajectory.shape[1]} states, the config means "
-                f"{len(self.timesteps)}: make them again with this denoising_step_list"
-            )
         frames = trajectory.shape[2]
         everything = draws.for_indices(range(self.plan.videos))
         counted = int((self._levels(everything, frames) < len(self.timesteps) - 1).sum())
@@ -302,6 +306,25 @@ class OdeInitialisation(GeneratorTask):
         forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)
         return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
 
+    def _check_data(self) -> None:
+        """The trajectories have to be at this config's levels, of this config's size."""
+        if not isinstance(self.data, OdePairDataset):
+            raise UserError(
+                f"{self.config.data_path} holds no trajectories; make them with "
+                "scripts/generate_ode_pairs.py"
+            )
+        stored = torch.tensor(self.data.timesteps)
+        if stored.shape != self.timesteps.shape or not torch.allclose(stored, self.timesteps):
+            raise UserError(
+                f"the trajectories are at timesteps {stored.tolist()}, the config means "
+                f"{self.timesteps.tolist()}: make them again with this config"
+            )
+        size = (scored_frames(self.config), *self.shape.latent)
+        if self.data.item_shape[1:] != size:
+            raise UserError(
+                f"the trajectories are of {self.data.item_shape[1:]} latents, the config of {size}"
+            )
+
     def _levels(self, draws: Draws, frames: int) -> Tensor:
         drawn = draws.integers(Purpose.TIMESTEP, len(self.timesteps), (frames,))
         blocks = self.layout.blocks_for(frames)
@@ -311,8 +334,10 @@ class OdeInitialisation(GeneratorTask):
 class FlowMatching(GeneratorTask):
     """Flow matching of a bidirectional (`schedule: full`) or block-causal network."""
 
-    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
-        super().__init__(config, world, plan, timer)
+    def __init__(
+        self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
+    ) -> None:
+        super().__init__(config, world, plan, timer, data)
         if config.teacher_forcing and config.schedule == "full":
             raise UserError("teacher_forcing is for a block-causal network, not schedule=full")
         self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
@@ -365,8 +390,10 @@ class FlowMatching(GeneratorTask):
 class VaeTraining(Task):
     """Reconstruction and KL of a causal video VAE; its statistics are folded in at export."""
 
-    def __init__(self, config: Config, world: World, plan: BatchPlan, timer: Timer) -> None:
-        super().__init__(config, world, plan, timer)
+    def __init__(
+        self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
+    ) -> None:
+        super().__init__(config, world, plan, timer, data)
         self.autoencoder = build_trained_vae(config, world)
         self.players = {"vae": make_player(config, "vae", self.autoencoder, ema=True)}
 
@@ -389,7 +416,7 @@ class VaeTraining(Task):
 
     def export(self, folder: Path) -> None:
         """See `Task`."""
-        export_vae(folder, self.players["vae"], open_training_data(self.config), self.world)
+        export_vae(folder, self.players["vae"], self.data, self.world)
 
 
 TASKS: dict[str, type[Task]] = {

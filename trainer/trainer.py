@@ -73,7 +73,7 @@ class Trainer:
             logger.warning(note)
         self.timer = Timer(world.device)
         dataset = open_training_data(config)
-        self.task = TASKS[config.trainer](config, world, self.plan, self.timer)
+        self.task = TASKS[config.trainer](config, world, self.plan, self.timer, dataset)
         self.batches = {
             name: Batches(dataset, self.plan, world.ranks.rank, config.seed + number)
             for number, name in enumerate(self.task.players)
