@@ -50,6 +50,7 @@ class WandbSettings:
         """The `wandb_*` keys of an experiment; None if all of them are empty."""
         values = to_dict(config)
         given = {name: values.pop(f"wandb_{name}") for name in ("project", "entity", "host", "key")}
+        given["key"] = config.wandb_key  # left out of the plain values
         return cls(**given, save_dir=save_dir, config=values) if any(given.values()) else None
 
 
