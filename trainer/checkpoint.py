@@ -48,7 +48,7 @@ class CheckpointStore:
         # A group of its own: the writing thread must not interleave with the training's messages.
         self._group = dist.new_group(backend="gloo")
         self._writing: Future[Any] | None = None
-        self._target: Path | None = None
+        self._named: Future[None] | None = None  # on the main rank
 
     def latest(self) -> Path | None:
         """The newest whole state."""
@@ -58,8 +58,8 @@ class CheckpointStore:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Start writing a state; returns when `state` may change again, before it is written."""
         self.wait()
-        self._target = self.folder / f"step_{step:06d}"
-        partial = self._target.with_suffix(PARTIAL)
+        target = self.folder / f"step_{step:06d}"
+        partial = target.with_suffix(PARTIAL)
         if self.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -68,8 +68,9 @@ class CheckpointStore:
         assert isinstance(writing, Future)
         self._writing = writing
         if self.is_main:
-            target = self._target
-            writing.add_done_callback(lambda done: self._finish(done, partial, target))
+            # `writing.result()` may return before its callback has run, hence a future of our own.
+            named = self._named = Future()
+            writing.add_done_callback(lambda done: self._finish(done, partial, target, named))
 
     def write_now(self, folder: Path, state: dict[str, Any]) -> None:
         """Write a state to a folder of its own and wait for it; it is not resumed from."""
@@ -77,23 +78,33 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Until the state being written has its name; raises what went wrong while writing."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
-            dist.barrier()
+        if self._writing is None:
+            return
+        self._writing.result()
+        if self._named is not None:
+            self._named.result()
+        self._writing = self._named = None
+        dist.barrier()
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Fill the tensors of `state` in place; plain values are replaced in the dict."""
         dcp.load(state, checkpoint_id=path, process_group=self._group)
 
-    def _finish(self, done: "Future[Any]", partial: Path, target: Path) -> None:
+    def _finish(
+        self, done: "Future[Any]", partial: Path, target: Path, named: "Future[None]"
+    ) -> None:
         if done.exception() is not None:
+            named.set_result(None)  # `writing` tells what went wrong
             return
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        states = sorted(path for path in self.folder.glob("step_*") if is_whole(path))
-        for old in states[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        try:
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            states = sorted(path for path in self.folder.glob("step_*") if is_whole(path))
+            for old in states[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+            named.set_result(None)
+        except OSError as error:
+            named.set_exception(error)
 
 
 def is_whole(path: Path) -> bool:

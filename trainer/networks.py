@@ -44,13 +44,13 @@ class Player:
         self.optimiser.zero_grad(set_to_none=True)
         self.updates += 1
 
-    def update_ema(self, *, active: bool) -> None:
-        """Start the average at the first active step, follow from then on."""
+    def update_ema(self, *, active: bool, moved: bool) -> None:
+        """Start the average at the first active step; from then on follow every update."""
         if self.ema_weight is None or not active:
             return
         if self.ema is None:
             self.ema = EMA(self.module, self.ema_weight)
-        else:
+        elif moved:
             self.ema.update(self.module)
 
 

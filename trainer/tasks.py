@@ -114,11 +114,9 @@ class GeneratorTask(Task):
 
     def sampler(self) -> VideoPipeline:
         """See `Task`."""
-        if self.vae is None:
-            self.vae = build_vae(self.config, self.world)
-        return VideoPipeline(
-            self.config, self.generator, files=self.files, vae=self.vae, text=self.text
-        )
+        # Not kept as `self.vae`: a VAE there means that the training itself uses one.
+        vae = self.vae or build_vae(self.config, self.world)
+        return VideoPipeline(self.config, self.generator, files=self.files, vae=vae, text=self.text)
 
     def _needs_vae(self) -> bool:
         return self.config.load_raw_video
@@ -251,7 +249,7 @@ class Distillation(GeneratorTask):
             )
         result = generator_loss(clip, scores, counts)
         statistics = latent_statistics(clip.detach())
-        shares = {"rolling": float(plan.schedule == "rolling"), "frames": plan.num_blocks}
+        shares = {"rolling": float(plan.schedule == "rolling"), "blocks": plan.num_blocks}
         metrics = {
             **result.metrics,
             **{f"generated/{name}": value for name, value in statistics.items()},

@@ -129,9 +129,9 @@ class Trainer:
             share = self.task.flops(phase, draws)
             operations += math.nan if share is None else share * self.plan.videos
         self.step += 1
-        for phase in phases:
-            active = self.step >= self.config.ema_start_step
-            self.task.players[phase].update_ema(active=active)
+        active = self.step >= self.config.ema_start_step
+        for name, player in self.task.players.items():
+            player.update_ema(active=active, moved=name in phases)
         return self._record(measured, operations)
 
     def save(self) -> None:
@@ -262,10 +262,12 @@ class Trainer:
     def _check_same_run(self, run: Mapping[str, Any]) -> None:
         """Raise UserError naming the keys in which this config is another one."""
         ours, theirs = to_dict(self.config), run["config"]
+        # A cosine ends at max_steps, so another end is another learning rate in every step.
+        free = FREE_KEYS - ({"max_steps"} if self.config.lr_schedule == "cosine" else set())
         differing = [
             f"{key} ({theirs.get(key)} -> {ours.get(key)})"
             for key in sorted(ours.keys() | theirs.keys())
-            if key not in FREE_KEYS and ours.get(key) != theirs.get(key)
+            if key not in free and ours.get(key) != theirs.get(key)
         ]
         if self.plan.videos != run["videos"]:
             differing.append(f"videos per update ({run['videos']} -> {self.plan.videos})")

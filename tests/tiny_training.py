@@ -1,0 +1,254 @@
+"""Trainings of tiny networks: in this process, or under torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.tiny_models import write_tiny_text_encoder, write_tiny_vae
+from tests.tiny_pipeline import TINY_DIT, random_dit, write_config, write_dit_folder
+from trainer.checkpoint import is_whole
+from trainer.metrics import read_metrics
+from trainer.sharding import open_world
+from trainer.trainer import Trainer
+from utils.config import Config, load_config
+from utils.datasets import write_shard
+from utils.embeddings import write_shard as write_embeddings
+from wan.flow import denoising_timesteps
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROMPTS = ["a red ball", "a blue cat", "the sky", "the sea", "a dog", "grass", "a square"]
+SIZES = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 3}
+FRAMES, LATENT = 3, (16, 2, 4)  # of a scored clip; one token is 2 x 2
+UNEQUAL = ("seconds", "time", "tflops_per_second", "memory_gib")  # metrics of the machine
+
+
+@dataclass(frozen=True)
+class TrainingWorld:
+    """Model folders and one data set of each kind."""
+
+    root: Path
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def prompts(self) -> Path:
+        return self.root / "prompts.txt"
+
+    @property
+    def embeddings(self) -> Path:
+        return self.root / "embeddings"
+
+    @property
+    def latents(self) -> Path:
+        return self.root / "latents"
+
+    @property
+    def trajectories(self) -> Path:
+        return self.root / "trajectories"
+
+    def values(self, **changes: Any) -> dict[str, Any]:
+        """An experiment: distillation of three blocks of one frame, in fp32."""
+        return {
+            "method": "rolling_forcing",
+            "device": "cpu",
+            "model_root": str(self.models),
+            "generator_name": "Student",
+            "real_name": "Teacher",
+            "fake_name": "Critic",
+            "text_embeddings": str(self.embeddings),
+            "data_path": str(self.prompts),
+            "image_or_video_shape": [1, FRAMES, *LATENT],
+            "num_training_frames": FRAMES + 1,
+            "num_frame_per_block": 1,
+            "max_attention_frames": 6,
+            "model_kwargs": {"sink_size": 1},
+            "denoising_step_list": [1000, 600, 300],
+            "warp_denoising_step": True,
+            "negative_prompt": "blue",
+            "batch_size": 1,
+            "global_batch_size": 4,
+            "recipe_batch_size": None,
+            "max_steps": 4,
+            "log_iters": 100,
+            "lr": 1e-3,
+            "lr_critic": 1e-3,
+            "ema_start_step": 2,
+            "ema_weight": 0.9,
+            "dfake_gen_update_ratio": 2,
+            "mixed_precision": False,
+            "reencode_first_frame": False,
+            "sample_latent_frames": 4,
+            **changes,
+        }
+
+    def write(self, path: Path, **changes: Any) -> Path:
+        """The experiment as a file."""
+        return write_config(path, **self.values(**changes))
+
+    def config(self, folder: Path, **changes: Any) -> Config:
+        """The experiment, loaded."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return load_config(self.write(folder / "experiment.yaml", **changes))
+
+    def ode(self) -> dict[str, Any]:
+        """What makes the experiment an ODE initialisation."""
+        return {"trainer": "ode", "data_path": str(self.trajectories), "ema_start_step": 2}
+
+    def flow(self, **changes: Any) -> dict[str, Any]:
+        """What makes the experiment flow matching of a bidirectional network."""
+        return {
+            "trainer": "diffusion",
+            "method": None,
+            "schedule": "full",
+            "denoising_step_list": None,
+            "data_path": str(self.latents),
+            **changes,
+        }
+
+
+def write_training_world(root: Path) -> TrainingWorld:
+    """Student (with text encoder and VAE), teacher and critic, and data."""
+    world = TrainingWorld(root)
+    for seed, name in enumerate(("Student", "Teacher", "Critic"), start=1):
+        sizes = SIZES | ({"num_layers": 4} if name == "Teacher" else {})
+        folder = world.models / name
+        write_dit_folder(folder, TINY_DIT | sizes, random_dit(seed, **sizes).state_dict())
+    write_tiny_vae(world.models / "Student" / "Wan2.1_VAE.pth")
+    write_tiny_text_encoder(world.models / "Student", dim=TINY_DIT["text_dim"])
+    world.prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    draw = torch.Generator().manual_seed(5)
+    texts = {
+        prompt: torch.randn(3, TINY_DIT["text_dim"], generator=draw)
+        for prompt in (*PROMPTS, "blue", "")
+    }
+    for folder in (world.embeddings, world.latents, world.trajectories):
+        folder.mkdir()
+    write_embeddings(world.embeddings / "a.safetensors", texts)
+    data = torch.randn(len(PROMPTS), FRAMES, *LATENT, generator=draw)
+    write_shard(world.latents / "a.safetensors", data, PROMPTS)
+    paths = torch.randn(len(PROMPTS), 4, FRAMES, *LATENT, generator=draw)
+    steps = [*denoising_timesteps([1000, 600, 300], 5.0, warp=True).tolist(), 0.0]
+    write_shard(world.trajectories / "a.safetensors", paths, PROMPTS, timesteps=steps)
+    return world
+
+
+def train(config: Config, logdir: Path, **options: Any) -> Trainer:
+    """A whole training on one rank, in this process."""
+    with open_world("cpu") as world:
+        trainer = Trainer(config, world, logdir, **{"visualise": False, **options})
+        trainer.train()
+    return trainer
+
+
+def states(logdir: Path) -> list[Path]:
+    """The whole states of a run."""
+    return sorted(path for path in (logdir / "states").glob("step_*") if is_whole(path))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A state as flat names to whole tensors and plain values."""
+    file = folder.parent / f"{folder.name}.pt"
+    dcp_to_torch_save(folder, file)
+    nested = torch.load(file, weights_only=False)
+    file.unlink()
+    return dict(_flatten(nested, ""))
+
+
+def _flatten(value: Any, name: str) -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        return [(name, value)]
+    return [item for key, inner in value.items() for item in _flatten(inner, f"{name}/{key}")]
+
+
+def final_state(logdir: Path) -> dict[str, Any]:
+    """The newest state of a run."""
+    return read_state(states(logdir)[-1])
+
+
+def tensors(state: Mapping[str, Any], *parts: str) -> dict[str, Tensor]:
+    """The tensors of a state with all of `parts` in their names."""
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and all(part in name for part in parts)
+    }
+
+
+def assert_same_state(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+    """Bit for bit; `run` includes step, data positions and the health monitor's memory."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, right[name]), name
+        elif name == "/run":
+            assert json.loads(value) == json.loads(right[name])
+        else:
+            assert value == right[name], name
+
+
+def assert_close_states(
+    left: Mapping[str, Any], right: Mapping[str, Any], atol: float = 1e-5
+) -> None:
+    """The same training up to rounding."""
+    ours, theirs = tensors(left), tensors(right)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=atol, rtol=0, msg=name)
+
+
+def course(logdir: Path) -> list[dict[str, Any]]:
+    """What a run logged, without what depends on the machine."""
+    return [
+        {name: value for name, value in line.items() if name.partition("/")[0] not in UNEQUAL}
+        for line in read_metrics(logdir)
+    ]
+
+
+def start(
+    command: Sequence[str | Path], ranks: int | None = None, *launch: str, **environment: str
+) -> subprocess.Popen[str]:
+    """Start a Python file of the repository, under torchrun if `ranks` is given."""
+    launcher = (
+        ["-m", "torch.distributed.run", *(launch or ["--standalone"]), f"--nproc_per_node={ranks}"]
+        if ranks
+        else []
+    )
+    names = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, command)],
+        cwd=ROOT,
+        env=names | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
+    """Exit code and everything said; the process and its children never outlive the test."""
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
+
+
+def metadata_keys(folder: Path) -> set[str]:
+    """Names of the tensors in a state, without reading them."""
+    return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)

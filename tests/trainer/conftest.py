@@ -1,0 +1,10 @@
+"""Models and data that the trainings of the tests share."""
+
+import pytest
+
+from tests.tiny_training import TrainingWorld, write_training_world
+
+
+@pytest.fixture(scope="session")
+def training_world(tmp_path_factory: pytest.TempPathFactory) -> TrainingWorld:
+    return write_training_world(tmp_path_factory.mktemp("training"))
