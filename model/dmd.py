@@ -97,6 +97,8 @@ def critic_loss(
     return LossResult(errors.mean(), metrics)
 
 
-def raw_timesteps(uniform: Tensor, lowest: int = 0) -> Tensor:
-    """Integer timesteps in [lowest, 1000) from uniform numbers in [0, 1)."""
-    return lowest + (uniform * (NUM_TIMESTEPS - lowest)).floor()
+def raw_timesteps(uniform: Tensor, lowest: int = 0, count: int = NUM_TIMESTEPS) -> Tensor:
+    """Timesteps in [lowest, 1000) on a grid of `count` from uniform numbers in [0, 1)."""
+    spacing = NUM_TIMESTEPS / count
+    first = round(lowest / spacing)
+    return spacing * (first + (uniform * (count - first)).floor())

@@ -15,7 +15,11 @@ REMEMBERED = 4096  # embeddings kept; about 6 GB at 4096 channels and 100 tokens
 
 
 class TextSource:
-    """Embeddings of prompts, on the device of whoever asks; the newest ones are remembered."""
+    """Embeddings of prompts, on the device of whoever asks; the newest ones are remembered.
+
+    A sharded encoder has to run on all ranks at once: then `remembers` is False, so that every
+    rank encodes equally often.
+    """
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class TextSource:
         self._stored = EmbeddingStore(config.text_embeddings) if config.text_embeddings else None
         self._encoder: WanTextEncoder | None = None
         self._remembered: dict[str, Tensor] = {}
+        self.remembers = True
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings `[B, L, dim]`, float32, zeros behind each prompt's tokens; L <= text_len."""
@@ -51,17 +56,20 @@ class TextSource:
 
     def _one(self, prompt: str) -> Tensor:
         """`[tokens, dim]`, on the CPU."""
-        if prompt not in self._remembered:
+        if prompt in self._remembered:
+            return self._remembered[prompt]
+        if self._stored is not None:
+            embedding = self._stored[prompt]
+        else:
+            embedding = trim(self.encoder().encode([prompt])[0].float().cpu())
+        if self.remembers:
             if len(self._remembered) >= REMEMBERED:
                 self._remembered.clear()
-            self._remembered[prompt] = (
-                trim(self._load().encode([prompt])[0].float().cpu())
-                if self._stored is None
-                else self._stored[prompt]
-            )
-        return self._remembered[prompt]
+            self._remembered[prompt] = embedding
+        return embedding
 
-    def _load(self) -> WanTextEncoder:
+    def encoder(self) -> WanTextEncoder:
+        """The text encoder, loaded at its first use."""
         if self._encoder is None:
             if self._files is None:
                 raise UserError("this pipeline was built without a model folder; give it its parts")

@@ -155,7 +155,15 @@ def build_text(config: Config, world: World, text_len: int) -> TextSource:
     if not config.text_embeddings:
         files.require(files.text_encoder, files.tokenizer)
     dtype = torch.bfloat16 if config.mixed_precision else torch.float32
-    return TextSource(config, files, text_len=text_len, dtype=dtype, device=world.device)
+    text = TextSource(config, files, text_len=text_len, dtype=dtype, device=world.device)
+    everywhere = config.text_encoder_device == "auto" and not config.text_embeddings
+    strategy = strategy_of(config, "text_encoder")
+    if everywhere and world.size > 1 and strategy != "none":
+        model = text.encoder().model
+        mesh = make_mesh(strategy, world, config.hybrid_shard_size)
+        shard_module(model, list(model.encoder.block), mesh, None)
+        text.remembers = False
+    return text
 
 
 def build_trained_vae(config: Config, world: World) -> Autoencoder:

@@ -67,6 +67,8 @@ class Task(ABC):
         self.timer = timer
         self.data = data
         self.files = ModelFiles.find(config, config.generator_name)
+        if config.i2v:
+            raise UserError("training starts from noise, not from images: set i2v=false")
 
     def phases(self, step: int) -> Sequence[str]:
         """Players that are updated in a step, in order."""
@@ -218,7 +220,8 @@ class Distillation(GeneratorTask):
 
     def _score_inputs(self, clip: Tensor, draws: Draws, lowest: int = 0) -> tuple[Tensor, Tensor]:
         """Timesteps `[B, F]` and noise `[B, F, C, h, w]` of the scores."""
-        raw = raw_timesteps(draws.uniform(Purpose.SCORE_TIMESTEP), lowest)
+        uniform = draws.uniform(Purpose.SCORE_TIMESTEP)
+        raw = raw_timesteps(uniform, lowest, self.config.num_train_timestep)
         timesteps = score_timesteps(raw, self.config.timestep_shift)
         noise = draws.normal(Purpose.SCORE_NOISE, clip.shape[1:])
         on = clip.device

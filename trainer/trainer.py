@@ -69,7 +69,7 @@ class Trainer:
         self.saves = save
         self.plan = plan_batches(config, world.size)
         logger.info(self.plan.describe())
-        for note in self.plan.notes:
+        for note in self.plan.notes if world.is_main else ():
             logger.warning(note)
         self.timer = Timer(world.device)
         dataset = open_training_data(config)

@@ -431,6 +431,10 @@ def _validate(config: Config) -> None:
     ours = config.max_steps
     checks = [
         (ours is None or ours >= 1, "max_steps must be at least 1"),
+        (
+            1 <= config.num_train_timestep <= 1000,
+            "num_train_timestep must be between 1 and 1000",
+        ),
         (config.dfake_gen_update_ratio >= 1, "dfake_gen_update_ratio must be at least 1"),
         (config.batch_size >= 1, "batch_size must be at least 1"),
         (config.log_iters >= 1, "log_iters must be at least 1"),
