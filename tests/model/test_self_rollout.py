@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.self_rollout import RolloutPlan, plan_rollout, scored_clip, self_rollout
 from pipeline.sampling import BlockNoise
-from tests.golden_cases import Case, case_names, load_case, load_weights
+from tests.golden_cases import Case, case_names, entries, load_case, load_weights
 from tests.tiny_models import write_tiny_vae
 from tests.tiny_pipeline import golden_pipeline, random_dit, write_config
 from utils.config import Config, load_config
@@ -27,7 +27,8 @@ ROLLING = {
 
 
 def recorded_setting(case: Case, tmp_path: Path) -> tuple[Config, WanDiT]:
-    meta = case.meta | {"num_frame_per_block": 3, "warp_denoising_step": True}
+    block_frames = case.tensors["eps"].shape[3]
+    meta = case.meta | {"num_frame_per_block": block_frames, "warp_denoising_step": True}
     pipe = golden_pipeline(
         Case(meta, case.tensors),
         tmp_path,
@@ -38,11 +39,7 @@ def recorded_setting(case: Case, tmp_path: Path) -> tuple[Config, WanDiT]:
 
 
 def runs() -> list[tuple[str, str]]:
-    return [
-        (name, run)
-        for name in case_names("training_rollout")
-        for run in load_case(name).meta["runs"]
-    ]
+    return [(name, run) for name in case_names("training_rollout") for run in entries(name, "runs")]
 
 
 @pytest.mark.golden

@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tests.golden_cases import Case, load_case, load_json, load_weights
+from tests.golden_cases import Case, entries, load_case, load_weights
 from tests.tiny_pipeline import random_dit
 from utils.errors import UserError
 from wan.checkpoints import official_to_diffusers_names
@@ -102,7 +102,7 @@ def recorded_mask(case: Case, variant: str) -> Tensor:
     )
 
 
-VARIANTS = list(load_json("causal_dit_train")["variants"])
+VARIANTS = entries("causal_dit_train", "variants")
 
 
 @pytest.mark.golden

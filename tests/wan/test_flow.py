@@ -21,7 +21,7 @@ from wan.flow import (
 )
 
 ON_TABLE = 1e-4
-OFF_TABLE = 3e-3  # of the largest value: the recorded lookup rounds to the nearest table entry
+OFF_TABLE = 3e-3  # of the largest value, per unit of time between a query and its table entry
 
 
 class Recording(NamedTuple):
@@ -66,7 +66,8 @@ def test_warped_levels_are_the_recorded_ones(case: Case) -> None:
         for name, warped in recorded.items():
             if name.startswith("warped_"):
                 steps = [float(step) for step in name.removeprefix("warped_").split("_")]
-                assert_close(denoising_timesteps(steps, shift, warp=True), warped)
+                ours = denoising_timesteps(steps, shift, warp=True)
+                assert_close(ours, warped, atol=2e-4)  # of 1000
                 plain = denoising_timesteps(steps, shift, warp=False)
                 assert plain.tolist() == steps
                 lists += 1
@@ -114,15 +115,14 @@ def test_formulas_agree_between_entries(case: Case) -> None:
     for shift, recorded in recordings(case):
         queries = case.tensors["t_query"]
         nearest = recorded["timesteps"][recorded["nearest_id"]]
-        on_table = (queries - nearest).abs() < 1e-3
+        distance = (queries - nearest).abs()
         ours = formulas(case, shift, queries, next_entries(recorded))
         for i, query in enumerate(queries):
             if query < recorded["timesteps"][-1]:
                 continue
             for name in ("add_noise", "training_weight", "step", "step_to_final", "flow_to_x0"):
-                theirs = recorded[name][i]
-                off_table = OFF_TABLE * theirs.abs().max().item()
-                assert_close(ours[name][i], theirs, ON_TABLE if on_table[i] else off_table)
+                off_table = OFF_TABLE * recorded[name].abs().max() * distance[i]
+                assert_close(ours[name][i], recorded[name][i], ON_TABLE + off_table.item())
 
 
 def test_t_zero_is_clean() -> None:
