@@ -69,6 +69,8 @@ def load_pipeline(
     network: Network = "generator_ema" if use_ema else "generator"
     dit = load_dit(sizes, source, network=network, device=on, dtype=dtype)
     dit.attention_backend = backend
+    if config.compile:
+        dit.compile_blocks()
     return VideoPipeline(config, dit, files=files)
 
 

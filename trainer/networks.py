@@ -86,7 +86,7 @@ def build_dit(
     dit.gradient_checkpointing = trained and config.gradient_checkpointing
     dit.attention_backend = config.attention_backend  # type: ignore[assignment]
     if config.compile:
-        dit.compile_blocks()
+        dit.compile_blocks(dynamic=True)
     return dit
 
 

@@ -39,6 +39,7 @@ def attention(
     return _KERNELS[backend](q, k, v)
 
 
+@torch.compiler.assume_constant_result
 @lru_cache
 def best_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """The fastest kernel this device can run for this dtype."""

@@ -94,8 +94,9 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 class SelfAttention(nn.Module):
     """Queries, keys and values of one layer; what they attend to is the context's business."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.num_heads = config.num_heads
         self.q = nn.Linear(config.dim, config.dim)
         self.k = nn.Linear(config.dim, config.dim)
@@ -108,12 +109,16 @@ class SelfAttention(nn.Module):
         """Tokens to heads: `[B, L, dim] -> [B, L, heads, head_dim]`."""
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`[B, L, dim] -> [B, L, dim]`."""
         q = self.split(self.norm_q(self.q(x)))
         k = self.split(self.norm_k(self.k(x)))
         v = self.split(self.v(x))
-        return self.o(_attend(context, layer, q, k, v).flatten(2))
+        return self.o(self._attend(context, q, k, v).flatten(2))
+
+    @torch.compiler.disable  # one compiled graph serves all layers, whatever they attend to
+    def _attend(self, context: AttentionContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return context.attend(self.layer, q, k, v)
 
 
 class CrossAttention(SelfAttention):
@@ -136,13 +141,12 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = SelfAttention(config, layer)
         self.norm3 = (
             nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
         )
-        self.cross_attn = CrossAttention(config)
+        self.cross_attn = CrossAttention(config, layer)
         self.norm2 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim),
@@ -169,9 +173,7 @@ class Block(nn.Module):
         for_attention, for_ffn = Modulation(*parts[:3]), Modulation(*parts[3:])
         frames = x.shape[1]
 
-        attended = self.self_attn(
-            for_attention.apply_to(self.norm1(x)).flatten(1, 2), self.layer, context
-        )
+        attended = self.self_attn(for_attention.apply_to(self.norm1(x)).flatten(1, 2), context)
         x = x + attended.unflatten(1, (frames, -1)) * for_attention.gate
         read = self.cross_attn(self.norm3(x).flatten(1, 2), text_keys, text_values, backend)
         x = x + read.unflatten(1, (frames, -1))
@@ -266,10 +268,15 @@ class WanDiT(nn.Module):
         pairs = [cast(Block, block).encode_text(text) for block in self.blocks]
         return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
-    def compile_blocks(self) -> None:
-        """torch.compile every block; what it attends to stays outside of the graph."""
+    def compile_blocks(self, *, dynamic: bool | None = None) -> None:
+        """torch.compile the blocks, which share one graph; what they attend to stays outside.
+
+        `dynamic`: one graph for all sizes (training, whose windows and batches vary); None makes
+        a faster one for the size that keeps coming back, that of the steady window.
+        """
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for block in self.blocks:
-            block.compile()
+            block.compile(dynamic=dynamic)
 
     def full_context(self, latents: Tensor) -> FullContext:
         """The context of the bidirectional model for `latents` `[B, F, C, H, W]`."""
@@ -326,11 +333,6 @@ class WanDiT(nn.Module):
             pw=pw,
         )
         return flow.to(latents.dtype)
-
-
-@torch.compiler.disable
-def _attend(context: AttentionContext, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return context.attend(layer, q, k, v)
 
 
 def _qk_norm(config: DiTConfig) -> nn.Module:

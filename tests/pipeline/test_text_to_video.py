@@ -226,3 +226,13 @@ def test_models_that_are_not_distilled_are_sampled(tiny_world: TinyWorld) -> Non
         assert videos.shape == (2, 21, 32, 48, 3)
         alone = pipe.generate(["a cat"], num_latent_frames=6, seed=0)
         assert (alone[0].int() - videos[1].int()).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_only_rounding(tiny_world: TinyWorld, pipe: VideoPipeline) -> None:
+    compiled = load_pipeline(
+        tiny_world.config, tiny_world.checkpoint, device="cpu", overrides=["compile=true"]
+    )
+    embeddings = pipe.encode_prompts(["a ball"])
+    eager, fast = (p.generate_latents(embeddings, 27, seed=0) for p in (pipe, compiled))
+    torch.testing.assert_close(fast, eager, atol=1e-4, rtol=0)
