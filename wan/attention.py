@@ -40,7 +40,6 @@ def attention(
 
 
 @torch.compiler.assume_constant_result
-@lru_cache
 def best_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """The fastest kernel this device can run for this dtype."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):

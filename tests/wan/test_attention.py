@@ -58,7 +58,6 @@ def pretend(
     def no_name(*_: object) -> str:
         raise AssertionError("a kernel was chosen by the name of the device")
 
-    best_backend.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", no_name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", no_name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -69,7 +68,6 @@ def pretend(
 @pytest.fixture(autouse=True)
 def forget_choices():
     yield
-    best_backend.cache_clear()
 
 
 FLASH3, FLASH2 = "flash_attn_interface", "flash_attn"
