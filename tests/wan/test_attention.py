@@ -65,11 +65,6 @@ def pretend(
     monkeypatch.setattr(module, "_installed", lambda package: package in installed)
 
 
-@pytest.fixture(autouse=True)
-def forget_choices():
-    yield
-
-
 FLASH3, FLASH2 = "flash_attn_interface", "flash_attn"
 
 
