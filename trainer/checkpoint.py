@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -31,6 +32,7 @@ from torch.utils._pytree import tree_map_only
 
 from trainer.ema import EMA
 from trainer.networks import Player
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,11 @@ class CheckpointStore:
         """Until the state being written has its name; raises what went wrong while writing."""
         if self._writing is None:
             return
-        self._writing.result()
+        try:
+            self._writing.result()
+        except CheckpointException as error:
+            reasons = {str(failure[0]) for failure in error.failures.values()}
+            raise UserError(f"the state could not be written: {', '.join(reasons)}") from error
         if self._named is not None:
             self._named.result()
         self._writing = self._named = None
@@ -143,4 +149,4 @@ def restore_player(player: Player, state: Mapping[str, Any]) -> None:
 def start_ema(player: Player) -> None:
     """Make room for a stored average."""
     assert player.ema_weight is not None
-    player.ema = EMA(player.module, player.ema_weight)
+    player.ema = EMA(player.trained, player.ema_weight)

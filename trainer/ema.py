@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class EMA:
@@ -12,16 +12,16 @@ class EMA:
     Follows the placement of the parameters, so nothing is gathered.
     """
 
-    def __init__(self, module: nn.Module, weight: float) -> None:
+    def __init__(self, trained: Mapping[str, Tensor], weight: float) -> None:
         self.weight = weight
         self.shadow: dict[str, Tensor] = {
-            name: parameter.detach().clone() for name, parameter in module.named_parameters()
+            name: parameter.detach().clone() for name, parameter in trained.items()
         }
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move towards the module's weights."""
-        for name, parameter in module.named_parameters():
+    def update(self, trained: Mapping[str, Tensor]) -> None:
+        """Move towards the weights."""
+        for name, parameter in trained.items():
             self.shadow[name].lerp_(parameter.detach(), 1 - self.weight)
 
     @torch.no_grad()

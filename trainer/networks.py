@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Player:
-    """A trained network: its optimiser, learning rate, average and count of updates."""
+    """A trained network: its optimiser, learning rate, average and count of updates.
+
+    `trained` holds the parameters as they are stored, by name. The module's own are these only
+    while FSDP2 keeps them sharded; after a forward pass some are whole tensors without gradients.
+    """
 
     name: str
     module: nn.Module
@@ -34,7 +38,7 @@ class Player:
     ema_weight: float | None = None
     ema: EMA | None = None
     updates: int = 0
-    trained: list[nn.Parameter] = field(default_factory=list)
+    trained: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def apply(self) -> None:
         """One optimiser step at this update's learning rate; gradients are then dropped."""
@@ -49,9 +53,9 @@ class Player:
         if self.ema_weight is None or not active:
             return
         if self.ema is None:
-            self.ema = EMA(self.module, self.ema_weight)
+            self.ema = EMA(self.trained, self.ema_weight)
         elif moved:
-            self.ema.update(self.module)
+            self.ema.update(self.trained)
 
 
 def compute_dtype(config: Config) -> torch.dtype | None:
@@ -121,11 +125,11 @@ def make_player(
     """Optimiser and schedule of a trained network (AdamW, as published)."""
     lr = config.lr_critic if critic else config.lr
     betas = (config.beta1_critic, config.beta2_critic) if critic else (config.beta1, config.beta2)
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     return Player(
         name,
         module,
-        torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=config.weight_decay),
+        torch.optim.AdamW(trained.values(), lr=lr, betas=betas, weight_decay=config.weight_decay),
         learning_rate_schedule(config, lr, critic=critic),
         config.max_grad_norm,
         config.ema_weight if ema and config.ema_weight > 0 else None,

@@ -158,7 +158,7 @@ class Trainer:
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.float() / parts
         with self.timer.phase("optimiser"):
-            norm = full_tensor(clip_grad_norm_(player.trained, player.max_grad_norm))
+            norm = full_tensor(clip_grad_norm_(player.trained.values(), player.max_grad_norm))
             self._require_finite(player, sums[f"{player.name}/loss"], norm, draws)
             rate = player.learning_rate(player.updates)
             player.apply()
@@ -193,7 +193,7 @@ class Trainer:
             return
         names = [
             name
-            for name, parameter in player.module.named_parameters()
+            for name, parameter in player.trained.items()
             if parameter.grad is not None and not full_tensor(parameter.grad).isfinite().all()
         ]
         diagnosis = {

@@ -1,0 +1,115 @@
+"""Which videos an update has, and that no item is dropped or repeated within an epoch."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_training import PROMPTS, TrainingWorld
+from trainer.data import Batches, open_training_data, plan_batches
+from utils.draws import Draws
+from utils.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("keys", "ranks", "videos", "accumulation"),
+    [
+        ({"global_batch_size": 16}, 2, 16, 4),
+        ({"global_batch_size": 16, "total_batch_size": 16}, 2, 16, 4),
+        ({"global_batch_size": None, "total_batch_size": 8}, 4, 8, 1),
+        ({"global_batch_size": None, "gradient_accumulation_steps": 3}, 2, 12, 3),
+        ({"global_batch_size": None}, 2, 4, 1),
+    ],
+)
+def test_videos_per_update(
+    keys: dict[str, Any],
+    ranks: int,
+    videos: int,
+    accumulation: int,
+    training_world: TrainingWorld,
+    tmp_path: Path,
+) -> None:
+    plan = plan_batches(training_world.config(tmp_path, batch_size=2, **keys), ranks)
+    assert (plan.videos, plan.accumulation, plan.notes) == (videos, accumulation, ())
+    assert plan.describe() == (
+        f"{ranks} ranks x 2 videos x {accumulation} micro-batches = {videos} videos per update"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "videos", "named"),
+    [
+        ({"global_batch_size": 8, "total_batch_size": 64}, 8, ["total_batch_size=64"]),
+        (
+            {"global_batch_size": 8, "total_batch_size": 4, "gradient_accumulation_steps": 9},
+            8,
+            ["total_batch_size=4", "gradient_accumulation_steps=9", "2 micro-batches"],
+        ),
+        (
+            {
+                "global_batch_size": None,
+                "total_batch_size": 4,
+                "gradient_accumulation_steps": 7,
+            },
+            4,
+            ["gradient_accumulation_steps=7"],
+        ),
+    ],
+)
+def test_a_disagreement_is_one_line(
+    keys: dict[str, Any],
+    videos: int,
+    named: list[str],
+    training_world: TrainingWorld,
+    tmp_path: Path,
+) -> None:
+    plan = plan_batches(training_world.config(tmp_path, batch_size=2, **keys), 2)
+    assert plan.videos == videos
+    (note,) = plan.notes
+    assert all(name in note for name in named)
+    assert f"{videos} videos per update" in note
+
+
+def test_fewer_videos_than_the_recipe_are_said(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    plan = plan_batches(training_world.config(tmp_path, recipe_batch_size=64), 2)
+    assert plan.notes == (
+        "4 videos per update are fewer than the recipe's 64: set global_batch_size=64",
+    )
+    enough = training_world.config(tmp_path, recipe_batch_size=64, global_batch_size=64)
+    assert not plan_batches(enough, 2).notes
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    config = training_world.config(tmp_path, batch_size=3, global_batch_size=16)
+    with pytest.raises(UserError, match=r"16 videos cannot be split over 2 ranks .* multiple of 6"):
+        plan_batches(config, 2)
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 1), (2, 1), (1, 2), (2, 3), (3, 2)])
+def test_every_item_comes_once_per_epoch_however_it_is_dealt(
+    ranks: int, batch_size: int, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Seven items and twelve videos per update, so updates straddle epochs."""
+    config = training_world.config(tmp_path, batch_size=batch_size, global_batch_size=12)
+    plan, dataset = plan_batches(config, ranks), open_training_data(config)
+    dealt = [Batches(dataset, plan, rank, seed=3) for rank in range(ranks)]
+    sequence: list[str] = []
+    for update in range(7):
+        row: dict[int, str] = {}
+        for batches in dealt:
+            for micro in range(plan.accumulation):
+                batch, draws = batches.micro_batch(micro, Draws(0, update, ()))
+                row |= dict(zip(draws.indices, batch["prompt"], strict=True))
+            batches.advance()
+        assert sorted(row) == list(range(12))
+        sequence += [row[index] for index in range(12)]
+    for epoch in range(12):
+        assert Counter(sequence[epoch * 7 : epoch * 7 + 7]) == Counter(PROMPTS)
+    assert sequence[:7] != sequence[7:14]
+    alone = Batches(dataset, plan_batches(config, 1), 0, seed=3)
+    assert sequence[:5] == [dataset[alone.order.index(n)]["prompt"] for n in range(5)]

@@ -1,0 +1,201 @@
+"""Several ranks give the training of one: sharded, copied, in bf16, for every task."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import load_pipeline
+from tests.tiny_training import (
+    ROOT,
+    TrainingWorld,
+    assert_close_states,
+    course,
+    final_state,
+    finish,
+    read_state,
+    start,
+    states,
+    tensors,
+    train,
+)
+
+pytestmark = pytest.mark.slow
+
+LORA = {"lora": {"rank": 2, "alpha": 4, "targets": ["q", "v", "ffn.0"]}}
+WORKER = ROOT / "tests" / "trainer" / "run_jobs.py"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Folders of finished runs, how each ended, and what the processes said."""
+
+    folder: Path
+    ends: dict[str, str]
+    said: str
+
+    def state(self, name: str) -> dict[str, Any]:
+        return final_state(self.folder / name)
+
+
+def run_jobs(
+    world: TrainingWorld, folder: Path, ranks: int, jobs: dict[str, dict[str, Any]]
+) -> Runs:
+    """Each job: changes of the experiment; `job` holds what is for the worker."""
+    listed = []
+    for name, changes in jobs.items():
+        for_worker = changes.get("job", {})
+        values = {key: value for key, value in changes.items() if key != "job"}
+        config = world.write(folder / f"{name}.yaml", **values)
+        listed.append({"config": str(config), "logdir": str(folder / name), **for_worker})
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(listed), encoding="utf-8")
+    code, said = finish(start([WORKER, file], ranks), timeout=200)
+    assert code == 0, said
+    ends = json.loads(file.with_suffix(".done").read_text(encoding="utf-8"))
+    return Runs(folder, dict(zip(jobs, ends, strict=True)), said)
+
+
+def variants(world: TrainingWorld) -> dict[str, dict[str, Any]]:
+    """The same trainings on one rank and on two."""
+    return {
+        "full": {"sharding_strategy": "full"},
+        "none": {"sharding_strategy": "none"},
+        "mixed": {
+            "sharding_strategy": "full",
+            "sharding": {"generator": "none", "real_score": "full", "fake_score": "hybrid"},
+            "reencode_first_frame": True,
+            "method": "self_forcing",
+            "same_step_across_blocks": False,
+        },
+        "lora": LORA,
+        "ode": world.ode(),
+        "diffusion": world.flow(prompt_dropout=0.5, diffusion_forcing=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def two(training_world: TrainingWorld, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("two")
+    bf16 = {"mixed_precision": True, "max_steps": 3}
+    sampling = {"sample_every": 1, "sample_prompts": ["grass"]}
+    jobs = variants(training_world) | {
+        "bf16": bf16 | sampling | {"job": {"visualise": True}},
+        "poisoned": {"log_iters": 1, "job": {"poison": "critic"}},
+    }
+    return run_jobs(training_world, folder, 2, jobs)
+
+
+@pytest.fixture(scope="module")
+def one(training_world: TrainingWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    for name, changes in variants(training_world).items():
+        train(training_world.config(folder / name, **changes), folder / name / "run")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["full", "none", "mixed", "lora", "ode", "diffusion"])
+def test_two_ranks_train_as_one_with_accumulation(name: str, one: Path, two: Runs) -> None:
+    assert two.ends[name] == "step 4"
+    expected, found = final_state(one / name / "run"), two.state(name)
+    assert_close_states(found, expected)
+    assert tensors(expected, "/generator/ema")
+    for ours, theirs in zip(course(two.folder / name), course(one / name / "run"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for metric, value in theirs.items():
+            if isinstance(value, float):
+                assert ours[metric] == pytest.approx(value, abs=1e-5, rel=1e-4), metric
+
+
+def test_optimisers_have_moved(one: Path) -> None:
+    """So that equal states mean equal trainings, not networks left alone."""
+    for name in ("full", "lora", "ode", "diffusion"):
+        state = final_state(one / name / "run")
+        moments = tensors(state, "/optimiser", "exp_avg_sq")
+        assert sum(bool(value.any()) for value in moments.values()) > len(moments) // 2
+
+
+@pytest.fixture(scope="module")
+def four(training_world: TrainingWorld, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("four")
+    hybrid = {"sharding_strategy": "hybrid_full", "hybrid_shard_size": 2}
+    return run_jobs(training_world, folder, 4, {"hybrid": hybrid})
+
+
+def test_two_copies_of_two_shards_train_as_one_rank(one: Path, four: Runs) -> None:
+    assert_close_states(four.state("hybrid"), final_state(one / "full" / "run"))
+
+
+def test_a_sharded_state_goes_on_on_one_rank(
+    two: Runs,
+    training_world: TrainingWorld,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    config = training_world.config(tmp_path, max_steps=6)
+    train(config, tmp_path / "once")
+    shutil.copytree(two.folder / "full", tmp_path / "run")
+    train(config, tmp_path / "run")
+    assert "going on at step 4" in caplog.text
+    assert "1 ranks instead of 2" in caplog.text
+    assert_close_states(final_state(tmp_path / "run"), final_state(tmp_path / "once"))
+
+
+def test_a_state_of_one_rank_goes_on_on_two(
+    one: Path, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    jobs = {"full": {"max_steps": 6}, "lora": {**LORA, "max_steps": 6}}
+    for name in jobs:
+        shutil.copytree(one / name / "run", tmp_path / name)
+    runs = run_jobs(training_world, tmp_path, 2, jobs)
+    assert "2 ranks instead of 1" in runs.said
+    for name, changes in jobs.items():
+        train(training_world.config(tmp_path, **changes), tmp_path / f"{name} once")
+        assert_close_states(runs.state(name), final_state(tmp_path / f"{name} once"))
+
+
+def test_bf16_compute_trains_fp32_weights_that_inference_loads(
+    two: Runs, training_world: TrainingWorld
+) -> None:
+    assert two.ends["bf16"] == "step 3"
+    state = two.state("bf16")
+    for name, value in tensors(state, "/players/").items():
+        assert value.dtype == torch.float32, name
+    losses = [line["critic/loss"] for line in course(two.folder / "bf16")]
+    assert all(0 < loss < 100 for loss in losses)
+    run = two.folder / "bf16"
+    checkpoint = run / "checkpoint_model_000003" / "model.pt"
+    for use_ema in (False, True):
+        pipe = load_pipeline(run / "config.yaml", checkpoint, device="cpu", use_ema=use_ema)
+        part = "ema" if use_ema else "weights"
+        for name, value in pipe.dit.state_dict().items():
+            assert torch.equal(value, state[f"/players/generator/{part}/{name}"]), name
+        assert pipe.generate(["grass"], 3, seed=0).shape == (1, 9, 16, 32, 3)
+
+
+def test_ranks_share_out_the_sample_videos(two: Runs) -> None:
+    """Two ranks and one prompt: the second rank takes part and writes nothing."""
+    videos = sorted(path.name for path in (two.folder / "bf16" / "samples").rglob("*"))
+    steps = [f"step_{step:06d}" for step in (1, 2, 3)]
+    assert videos == sorted(["00 grass.mp4"] * 3 + steps)
+
+
+def test_one_bad_rank_stops_all_before_the_optimiser(two: Runs, one: Path) -> None:
+    assert "step 1: critic" in two.ends["poisoned"]
+    folder = two.folder / "poisoned" / "emergency_000001"
+    diagnosis = json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))
+    assert diagnosis["gradients_not_finite"]
+    (kept,) = states(two.folder / "poisoned")
+    before, after = read_state(kept), read_state(folder / "state")
+    for name, value in tensors(before, "/players/critic/weights").items():
+        assert torch.equal(after[name], value), name
+
+
+def test_nobody_is_warned_of_views(two: Runs) -> None:
+    assert "view tensor" not in two.said
+    assert "UserWarning" not in two.said, two.said
