@@ -16,6 +16,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 from wan.dit import DiTConfig, WanDiT
+from wan.weights import read_pickle, shard_files
 
 logger = logging.getLogger(__name__)
 
@@ -126,17 +127,9 @@ def official_to_diffusers_names(official: Iterable[str]) -> dict[str, str]:
 
 
 def _read_folder(folder: Path) -> StateDict:
-    for place in (folder, folder / "transformer"):
-        index = sorted(place.glob("diffusion_pytorch_model*.safetensors.index.json"))
-        if index:
-            names = sorted(set(_read_json(index[0])["weight_map"].values()))
-            return _read_safetensors([place / name for name in names])
-        files = sorted(place.glob("diffusion_pytorch_model*.safetensors"))
-        if files:
-            return _read_safetensors(files)
-    raise UserError(
-        f"{folder} has no diffusion_pytorch_model*.safetensors; fetch the model with "
-        "`python scripts/download.py`"
+    inside = folder / "transformer"
+    return _read_safetensors(
+        shard_files(inside if inside.is_dir() else folder, "diffusion_pytorch_model")
     )
 
 
@@ -173,13 +166,7 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _open_pt(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises half a dozen kinds for a file that is not one
-        raise UserError(
-            f"{path} is not a readable checkpoint; it may be incomplete or not a torch file"
-        ) from error
-    return _as_dict(content, path)
+    return _as_dict(read_pickle(path), path)
 
 
 def _as_dict(content: Any, path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from utils.errors import UserError
-from wan.vae import Shapes, assign_weights, read_weights, save_weights
+from wan.weights import Shapes, assign_weights, read_weights, save_weights
 
 
 def clean_prompt(text: str) -> str:

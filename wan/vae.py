@@ -15,9 +15,7 @@ speaks the official key names; diffusers' names are translated at the border (`o
 
 import inspect
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -29,13 +27,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanRMS_norm,
 )
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.errors import UserError
-
-Shapes = Mapping[str, Sequence[int]]
+from wan.weights import Shapes, assign_weights, read_weights, save_weights
 
 
 def encode_moments(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -457,85 +452,3 @@ def _recorded_statistics(path: Path) -> dict[str, list[float]]:
         return {}
     config = json.loads(config_file.read_text(encoding="utf-8"))
     return {key: config[key] for key in ("latents_mean", "latents_std") if key in config}
-
-
-# --- files -------------------------------------------------------------------------------------
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a `.pth`, a `.safetensors`, or a folder of (sharded) `.safetensors`.
-
-    Nothing but tensors is unpickled, and a `.pth` is mapped, not copied, into memory.
-
-    Raises:
-        UserError: there is no such file, or it holds no tensors.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give the path of the downloaded weights.")
-    if path.is_dir():
-        return {k: v for shard in _shards(path) for k, v in read_weights(shard).items()}
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        mapped = zipfile.is_zipfile(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it ends early"
-        raise UserError(f"{path} cannot be read as weights ({reason}): fetch it again.") from None
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(f"{path} does not hold one network's tensors: give another file.")
-    return weights
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The files of a folder that together are one network: those of its index, or the only one."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise UserError(f"{folder} should hold one .safetensors file or an index of several.")
-    return files
-
-
-def assign_weights(
-    model: nn.Module,
-    names: Mapping[str, str],
-    weights: Mapping[str, Tensor],
-    source: str | Path,
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Put `weights` in the place of the parameters of `model`, copied only if they must change.
-
-    `names` maps every name in the model's state to its key in `weights`; tied parameters share one.
-
-    Raises:
-        UserError: keys or shapes differ; the message names `source` and the first that do.
-    """
-    expected = dict.fromkeys(names.values())
-    missing = [key for key in expected if key not in weights]
-    unexpected = [key for key in weights if key not in expected]
-    for kind, keys in (("has no", missing), ("has the unexpected", unexpected)):
-        if keys:
-            some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise UserError(f"{source} is not the right file: it {kind} {some}.")
-    own = model.state_dict()
-    for name, key in names.items():
-        if weights[key].shape != own[name].shape:
-            shapes = f"{list(weights[key].shape)} instead of {list(own[name].shape)}"
-            raise UserError(f"{source} is not the right file: {key} has shape {shapes}.")
-    cast = {key: weights[key].to(device=device, dtype=dtype) for key in expected}
-    model.load_state_dict({name: cast[key] for name, key in names.items()}, assign=True)
-
-
-def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a `.pth` under a temporary name, then rename it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save({key: value.detach().cpu() for key, value in weights.items()}, part)
-    part.replace(path)

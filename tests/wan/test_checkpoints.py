@@ -132,7 +132,7 @@ def test_key_map_is_one_to_one() -> None:
 def test_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
         load_dit_config(tmp_path)
-    with pytest.raises(UserError, match=r"has no diffusion_pytorch_model.*download\.py"):
+    with pytest.raises(UserError, match=r"should hold one diffusion_pytorch_model.*download\.py"):
         read_state_dict(tmp_path)
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(UserError, match="not readable as JSON"):
