@@ -14,6 +14,7 @@ from tests.tiny_training import (
     ROOT,
     TrainingWorld,
     assert_close_states,
+    assert_same_course,
     course,
     final_state,
     finish,
@@ -104,11 +105,7 @@ def test_two_ranks_train_as_one_with_accumulation(name: str, one: Path, two: Run
     expected, found = final_state(one / name / "run"), two.state(name)
     assert_close_states(found, expected)
     assert tensors(expected, "/generator/ema")
-    for ours, theirs in zip(course(two.folder / name), course(one / name / "run"), strict=True):
-        assert ours.keys() == theirs.keys()
-        for metric, value in theirs.items():
-            if isinstance(value, float):
-                assert ours[metric] == pytest.approx(value, abs=1e-5, rel=1e-4), metric
+    assert_same_course(two.folder / name, one / name / "run")
 
 
 def test_optimisers_have_moved(one: Path) -> None:

@@ -1,0 +1,258 @@
+"""What each task makes of its batches, and that its switches do what they say."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.dmd import Scores, dmd_gradient, generator_loss
+from model.self_rollout import plan_rollout
+from tests.tiny_training import (
+    FRAMES,
+    LATENT,
+    TrainingWorld,
+    assert_close_states,
+    assert_same_course,
+    final_state,
+    train,
+)
+from trainer.sharding import open_world
+from trainer.tasks import Distillation
+from trainer.trainer import Trainer
+from utils.datasets import write_shard
+from utils.draws import Draws
+from utils.video import VideoWriter
+from wan.flow import shift_timesteps
+from wan.vae import WanVAE
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "bidirectional": {},
+    "block-causal": {"schedule": None, "method": "self_forcing"},
+    "diffusion forcing": {
+        "schedule": None,
+        "method": "self_forcing",
+        "diffusion_forcing": True,
+    },
+    "teacher forcing": {
+        "schedule": None,
+        "method": "self_forcing",
+        "teacher_forcing": True,
+        "clean_context_noise": 100,
+    },
+}
+
+
+@contextmanager
+def trainer_of(world: TrainingWorld, folder: Path, **changes: Any) -> Iterator[Trainer]:
+    config = world.config(folder, **changes)
+    with open_world("cpu") as ranks:
+        yield Trainer(config, ranks, folder / "run", visualise=False, save=False)
+
+
+def losses(trainer: Trainer, item: dict[str, Any], update: int, samples: int = 16) -> Tensor:
+    """Loss of one item repeated, under draws of an update that is never trained."""
+    batch = {
+        key: torch.stack([value] * samples) if isinstance(value, Tensor) else [value] * samples
+        for key, value in item.items()
+    }
+    with torch.no_grad():
+        draws = Draws(trainer.config.seed, update, tuple(range(samples)))
+        return trainer.task.loss("generator", batch, draws).loss
+
+
+@pytest.mark.parametrize("mode", SWITCHES)
+def test_flow_matching_learns_a_video(
+    mode: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    (tmp_path / "latents").mkdir()
+    video = torch.randn(1, FRAMES, *LATENT, generator=torch.Generator().manual_seed(3))
+    write_shard(tmp_path / "latents" / "a.safetensors", video, ["the sea"])
+    changes = training_world.flow(**SWITCHES[mode], data_path=str(tmp_path / "latents"), lr=3e-3)
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        item = trainer.batches["generator"].dataset[0]
+        before = losses(trainer, item, 10**6)
+        for _ in range(40):
+            trainer.train_step()
+        assert losses(trainer, item, 10**6) < 0.8 * before
+
+
+def test_the_modes_of_flow_matching_are_different_objectives(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    found = {}
+    for mode, switches in SWITCHES.items():
+        changes = training_world.flow(**switches)
+        with trainer_of(training_world, tmp_path, **changes) as trainer:
+            item = trainer.batches["generator"].dataset[0]
+            found[mode] = losses(trainer, item, 7).item()
+    assert len({round(loss, 6) for loss in found.values()}) == len(SWITCHES)
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.5, 5, 27), (1.0, 32, 32)])
+def test_prompt_dropout_trains_without_prompt(
+    share: float, low: int, high: int, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    changes = training_world.flow(prompt_dropout=share)
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        text, seen = trainer.task.text, []  # type: ignore[attr-defined]
+
+        def listening(prompts: list[str]) -> Tensor:
+            seen.extend(prompts)
+            return text(prompts)
+
+        trainer.task.text = listening  # type: ignore[attr-defined]
+        losses(trainer, trainer.batches["generator"].dataset[0], 3, samples=32)
+    assert len(seen) == 32
+    assert low <= seen.count("") <= high
+
+
+@pytest.mark.parametrize("task", ["distillation", "ode", "diffusion"])
+def test_one_batch_equals_its_parts(
+    task: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """For the ODE loss the denominator is the count of noisy frames of the whole batch."""
+    changes = {"ode": training_world.ode(), "diffusion": training_world.flow()}.get(task, {})
+    for size in (1, 4):
+        config = training_world.config(tmp_path, batch_size=size, max_steps=3, **changes)
+        train(config, tmp_path / f"{size}")
+    # Adam makes a step of lr = 1e-3 of any gradient, so rounding near zero is seen in the weights.
+    assert_close_states(final_state(tmp_path / "1"), final_state(tmp_path / "4"), 1e-4)
+    assert_same_course(tmp_path / "1", tmp_path / "4")
+
+
+@pytest.mark.parametrize("task", ["distillation", "diffusion"])
+def test_gradient_checkpointing_changes_nothing(
+    task: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    changes = training_world.flow(**SWITCHES["teacher forcing"]) if task == "diffusion" else {}
+    for on in (False, True):
+        config = training_world.config(tmp_path, gradient_checkpointing=on, max_steps=3, **changes)
+        train(config, tmp_path / f"{on}")
+    assert_close_states(final_state(tmp_path / "True"), final_state(tmp_path / "False"), 1e-6)
+
+
+def test_videos_and_their_latents_give_one_loss(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    videos, latents = tmp_path / "videos", tmp_path / "latents"
+    videos.mkdir()
+    latents.mkdir()
+    frames = (255 * torch.rand(9, 16, 32, 3, generator=torch.Generator().manual_seed(1))).byte()
+    with VideoWriter(videos / "a.mp4", 16) as writer:
+        writer.write(frames.numpy())
+    (videos / "a.txt").write_text("the sea", encoding="utf-8")
+    raw = training_world.flow(data_path=str(videos), load_raw_video=True)
+    with trainer_of(training_world, tmp_path / "raw", **raw) as trainer:
+        item = trainer.batches["generator"].dataset[0]
+        assert item["prompt"] == "the sea"
+        of_video = losses(trainer, item, 5, samples=2)
+        vae: WanVAE = trainer.task.vae  # type: ignore[attr-defined]
+        clip = item["video"].permute(0, 3, 1, 2)[None].float() / 127.5 - 1
+        encoded = vae.encode(clip).float()
+    assert encoded.shape == (1, FRAMES, *LATENT)
+    write_shard(latents / "a.safetensors", encoded, ["the sea"])
+    stored = training_world.flow(data_path=str(latents))
+    with trainer_of(training_world, tmp_path / "stored", **stored) as trainer:
+        assert trainer.task.vae is None  # type: ignore[attr-defined]
+        of_latents = losses(trainer, trainer.batches["generator"].dataset[0], 5, samples=2)
+    torch.testing.assert_close(of_latents, of_video, atol=1e-5, rtol=1e-5)
+
+
+# --- distillation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_of_the_generator_loss_is_the_normalised_gradient_of_the_kl(
+    masked: bool,
+) -> None:
+    latents = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    fake, cond, real = torch.randn(3, 2, 4, 3, 2, 2, dtype=torch.float64)
+    counts = torch.tensor([False, True, True, True]) if masked else None
+    result = generator_loss(latents, Scores(fake, cond, real), counts)
+    (gradient,) = torch.autograd.grad(result.loss, latents)
+    distance = (latents.detach() - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    expected = (fake - real) / distance
+    assert torch.equal(dmd_gradient(latents.detach(), Scores(fake, cond, real)), expected)
+    if counts is not None:
+        expected = expected * counts[:, None, None, None]
+    numel = 2 * (3 if masked else 4) * 3 * 2 * 2
+    torch.testing.assert_close(gradient, expected / numel)
+
+
+def test_a_gradient_step_moves_samples_from_the_critic_to_the_teacher() -> None:
+    """The sign: against the gradient is towards what the teacher believes."""
+    latents = torch.zeros(1, 2, 1, 1, 1, requires_grad=True)
+    scores = Scores(torch.full((1, 2, 1, 1, 1), -1.0), latents.detach(), latents.detach() + 1)
+    generator_loss(latents, scores).loss.backward()
+    assert latents.grad is not None
+    assert (latents.grad < 0).all()
+
+
+def score_times(trainer: Trainer, updates: int) -> dict[int, list[float]]:
+    """Timesteps at which the critic is trained, by the level at which the rollout stopped."""
+    task = trainer.task
+    assert isinstance(task, Distillation)
+    found: dict[int, list[float]] = {}
+    for update in range(updates):
+        level = plan_rollout(trainer.config, update).exit_levels[0]
+        draws = Draws(trainer.config.seed, update, tuple(range(8)))
+        with torch.no_grad():
+            metrics = task.loss("critic", {"prompt": ["grass"] * 8}, draws).metrics
+        found.setdefault(level, []).extend(metrics["critic/timesteps"].tolist())
+    return found
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_ts_schedule_keeps_scores_above_the_next_level(
+    on: bool, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    changes = {"method": "self_forcing", "ts_schedule": on, "timestep_shift": 3.0}
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        found = score_times(trainer, 8)
+    assert set(found) == {0, 1, 2}
+    for level, following in ((0, 600), (1, 300)):
+        lowest = shift_timesteps(torch.tensor(float(following)), 3.0).item()
+        assert (min(found[level]) >= lowest - 1e-3) is on
+    assert min(found[2]) < shift_timesteps(torch.tensor(300.0), 3.0), "nothing follows the last"
+
+
+def test_last_step_only_and_levels_of_their_own(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    def levels(**changes: Any) -> list[tuple[int, ...]]:
+        config = training_world.config(tmp_path, method="self_forcing", **changes)
+        return [plan_rollout(config, update).exit_levels for update in range(50)]
+
+    shared = levels()
+    assert all(len(set(each)) == 1 for each in shared)
+    assert {each[0] for each in shared} == {0, 1, 2}
+    assert {level for each in levels(last_step_only=True) for level in each} == {2}
+    own = levels(same_step_across_blocks=False)
+    assert any(len(set(each)) > 1 for each in own)
+    assert [each[0] for each in own] == [each[0] for each in shared]
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_reencoding_replaces_the_first_frame_of_longer_rollouts(
+    on: bool, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    clips = {}
+    for reencode in (False, on):
+        changes = {"reencode_first_frame": reencode, "num_training_frames": FRAMES + 2}
+        with trainer_of(training_world, tmp_path, **changes) as trainer:
+            task, config = trainer.task, trainer.config
+            assert isinstance(task, Distillation)
+            assert (task.vae is not None) is reencode
+            update = next(n for n in range(99) if plan_rollout(config, n).num_blocks == 5)
+            text = task.text(["grass"])
+            clip, counts, _ = task._rollout(text, Draws(0, update, (0,)), grad=False)
+            assert counts is not None
+            assert counts.tolist() == [False, True, True]
+            clips[reencode] = clip
+    if on:
+        assert torch.equal(clips[True][:, 1:], clips[False][:, 1:])
+        assert not torch.allclose(clips[True][:, :1], clips[False][:, :1], atol=1e-3)
