@@ -3,7 +3,7 @@
 Inference, self-rollouts in training, prompt changes and continuation are callers of `Rollout.step`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch import Tensor
 
 from pipeline.sampling import BlockNoise, StepRule
 from pipeline.schedule import BlockLayout, Schedule, Window
-from wan.context import CachedContext
+from wan.context import AttentionContext, CachedContext
 from wan.dit import TextContext, WanDiT
 from wan.flow import add_noise, x0_from_flow
 from wan.kv_cache import ContextPolicy, KVCache
+
+ContextWrapper = Callable[[CachedContext, Window | None], AttentionContext]
+"""Puts another context around that of a pass: of a window, or (None) of a clean pass."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Rollout:
 
     A finished block is handed out before its clean pass runs: the clean pass waits until a later
     window is about to read it, so one that nobody reads is never run. Window passes only read the
-    cache. `text` may be replaced between steps.
+    cache. `text` may be replaced between steps, and so may `wrap_context`, through which every
+    pass's attention goes where it is set.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Rollout:
         self.text = text
         self.guidance_scale = guidance_scale
         self.context_noise = context_noise
+        self.wrap_context: ContextWrapper | None = None
         self.index = 0
         self._in_flight: dict[int, Tensor] = {}
         self._unwritten: dict[int, Tensor] = dict(enumerate(prefix))
@@ -89,7 +94,7 @@ class Rollout:
         joined = torch.cat(noisy, dim=1)  # [B, q, C, H, W]
         per_frame = torch.cat(timesteps).to(joined.device).expand(joined.shape[:2])  # [B, q]
         with torch.set_grad_enabled(grad):
-            flow = self._velocity(joined, per_frame)
+            flow = self._velocity(joined, per_frame, window)
             x0 = x0_from_flow(joined, flow, per_frame)
         finished = self._advance(window, noisy, flow.detach())
         self.index += 1
@@ -142,14 +147,16 @@ class Rollout:
                 noise = self.noise(block, len(self.rule.timesteps))
                 context = add_noise(clean, noise, timesteps)
             if self.policy.reads(self.cache.finished, frames):
-                self._velocity(context, timesteps, clean_pass=True)
+                self._velocity(context, timesteps)
             self.cache.commit(self._rows(clean))
             del self._unwritten[block]
 
-    def _velocity(self, latents: Tensor, timesteps: Tensor, *, clean_pass: bool = False) -> Tensor:
-        """The generator's one call: `[B, q, C, H, W] -> [B, q, C, H, W]`."""
+    def _velocity(self, latents: Tensor, timesteps: Tensor, window: Window | None = None) -> Tensor:
+        """The generator's one call: `[B, q, C, H, W] -> [B, q, C, H, W]`; no window: clean pass."""
+        clean_pass = window is None
         view = self.policy.view(self.cache.finished, latents.shape[1], clean_pass=clean_pass)
-        context = CachedContext(
+        context: AttentionContext
+        context = cached = CachedContext(
             self.cache,
             view,
             self.grid,
@@ -157,6 +164,8 @@ class Rollout:
             write=clean_pass,
             backend=self.dit.attention_backend,
         )
+        if self.wrap_context is not None:
+            context = self.wrap_context(cached, window)
         flow = self.dit(self._rows(latents), self._rows(timesteps), self.text, context)
         if self.guidance_scale is None:
             return flow

@@ -259,18 +259,37 @@ def measure(frames: Frames, prompt: Attributes | str, *, fps: float = FPS) -> Me
     Raises:
         UserError: if the frames are no square video, or the caption is none of this world.
     """
-    prompt = parse_caption(prompt) if isinstance(prompt, str) else prompt
-    expected = PALETTE[[_index(COLOURS, shape.colour) for shape in prompt.shapes]]
-    seen = observe(frames, fps=fps, colours=expected)
-    background = _index(BACKGROUNDS, prompt.background)
-    pairs = zip(prompt.shapes, seen.shapes, strict=True)
-    return Measures(
-        prompt=prompt,
-        seen=seen,
-        background_right=(seen.background == background).astype(float),
-        background_error=_distance(seen.edges, EDGES[background]).mean(1),
-        shapes=tuple(_measure_shape(track, shape, fps) for shape, track in pairs),
-    )
+    _check_square(frames, 2)
+    meter = ShapeMeter(prompt, fps=fps)
+    meter.add(frames)
+    return meter.measures()
+
+
+class ShapeMeter:
+    """`measure` for a video that comes in pieces: the same measures, without keeping the frames."""
+
+    def __init__(self, prompt: Attributes | str, *, fps: float = FPS) -> None:
+        """Raises UserError if the caption is none of this world."""
+        self.prompt = parse_caption(prompt) if isinstance(prompt, str) else prompt
+        expected = PALETTE[[_index(COLOURS, shape.colour) for shape in self.prompt.shapes]]
+        self._observer = Observer(expected, fps=fps)
+
+    def add(self, frames: Frames) -> None:
+        """The next frames, uint8 [n, S, S, 3]; UserError if they are not square."""
+        self._observer.add(frames)
+
+    def measures(self) -> Measures:
+        """The video is over; UserError if it had fewer than two frames."""
+        seen = self._observer.observation()
+        background = _index(BACKGROUNDS, self.prompt.background)
+        pairs = zip(self.prompt.shapes, seen.shapes, strict=True)
+        return Measures(
+            prompt=self.prompt,
+            seen=seen,
+            background_right=(seen.background == background).astype(float),
+            background_error=_distance(seen.edges, EDGES[background]).mean(1),
+            shapes=tuple(_measure_shape(track, shape, seen.fps) for shape, track in pairs),
+        )
 
 
 def _measure_shape(track: ShapeTrack, shape: ShapeAttributes, fps: float) -> ShapeMeasures:
@@ -386,7 +405,6 @@ class _Reading(NamedTuple):
     num_shapes: Indices  # [F]
     artefacts: Array  # [F]
     sharpness: Array  # [F]
-    clear: Bools  # [F, S, S], pixels of background alone
     present: Bools  # [F, K]
     rgb: Array  # [F, K, 3]
     kind: Indices  # [F, K]
@@ -405,24 +423,71 @@ def observe(frames: Frames, *, fps: float = FPS, colours: Array | None = None) -
     Raises:
         UserError: if the frames are no square video of two frames or more.
     """
-    video_meter.check_frames(frames)
+    _check_square(frames, 2)
+    observer = Observer(_fullest(frames[:16]) if colours is None else colours, fps=fps)
+    observer.add(frames)
+    return observer.observation()
+
+
+class Observer:
+    """`observe` for a video that comes in pieces, whatever their lengths: at most 32 are kept."""
+
+    def __init__(self, colours: Array, *, fps: float = FPS) -> None:
+        """`colours` [K, 3] are followed, as in `observe`."""
+        self._followed = np.asarray(colours, np.float32)
+        self._fps = fps
+        self._waiting: list[Frames] = []  # fewer than a chunk
+        self._last: tuple[Frames, Bools] | None = None  # the frame before, and where it is clear
+        self._readings: list[_Reading] = []
+        self._brightness: list[float] = []
+        self._change: list[float] = []
+
+    def add(self, frames: Frames) -> None:
+        """The next frames, uint8 [n, S, S, 3]; UserError if they are not square."""
+        _check_square(frames, 0)
+        video = np.concatenate([*self._waiting, frames])
+        whole = len(video) - len(video) % _CHUNK
+        for start in range(0, whole, _CHUNK):
+            self._take(video[start : start + _CHUNK])
+        self._waiting = [video[whole:].copy()]
+
+    def observation(self) -> Observation:
+        """The video is over; UserError if it had fewer than two frames."""
+        rest = np.concatenate(self._waiting) if self._waiting else np.empty((0, 1, 1, 3), np.uint8)
+        if len(rest):
+            self._take(rest)
+        self._waiting = []
+        if len(self._brightness) < 2:
+            raise UserError(f"A meter needs at least 2 frames, not {len(self._brightness)}.")
+        seen = _Reading(*(np.concatenate(parts) for parts in zip(*self._readings, strict=True)))
+        differences = _distance(seen.edges[:, None], EDGES).mean(2)  # [F, backgrounds]
+        return Observation(
+            fps=self._fps,
+            background=differences.argmin(1),
+            edges=seen.edges,
+            count=seen.num_shapes,
+            artefacts=seen.artefacts,
+            sharpness=seen.sharpness,
+            brightness=np.array(self._brightness),
+            change=np.array(self._change),
+            shapes=tuple(_track(seen, slot, self._fps) for slot in range(len(self._followed))),
+        )
+
+    def _take(self, frames: Frames) -> None:
+        reading, clear = _read(frames, self._followed)
+        self._readings.append(reading)
+        self._brightness += [frame.mean() for frame in frames]
+        if self._last is not None:
+            before, before_clear = self._last
+            frames, clear = np.concatenate([before, frames]), np.concatenate([before_clear, clear])
+        self._change += _background_change(frames, clear)
+        self._last = frames[-1:].copy(), clear[-1:].copy()
+
+
+def _check_square(frames: Frames, at_least: int) -> None:
+    video_meter.check_frames(frames, at_least)
     if frames.shape[1] != frames.shape[2]:
         raise UserError(f"The shapes world is square, not {frames.shape[2]} x {frames.shape[1]}.")
-    followed = _fullest(frames[:16]) if colours is None else np.asarray(colours, np.float32)
-    chunks = [_read(frames[i : i + _CHUNK], followed) for i in range(0, len(frames), _CHUNK)]
-    seen = _Reading(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
-    differences = _distance(seen.edges[:, None], EDGES).mean(2)  # [F, backgrounds]
-    return Observation(
-        fps=fps,
-        background=differences.argmin(1),
-        edges=seen.edges,
-        count=seen.num_shapes,
-        artefacts=seen.artefacts,
-        sharpness=seen.sharpness,
-        brightness=np.array([frame.mean() for frame in frames]),
-        change=_background_change(frames, seen.clear),
-        shapes=tuple(_track(seen, slot, fps) for slot in range(len(followed))),
-    )
 
 
 def _track(seen: _Reading, slot: int, fps: float) -> ShapeTrack:
@@ -441,12 +506,12 @@ def _track(seen: _Reading, slot: int, fps: float) -> ShapeTrack:
     )
 
 
-def _background_change(frames: Frames, clear: Bools) -> Array:
+def _background_change(frames: Frames, clear: Bools) -> list[float]:
     changes = []
     for before, after, shared in zip(frames, frames[1:], clear[1:] & clear[:-1], strict=False):
         moved = np.abs(after[shared].astype(np.int16) - before[shared])
-        changes.append(moved.mean() if moved.size else np.nan)
-    return np.array(changes)
+        changes.append(float(moved.mean()) if moved.size else np.nan)
+    return changes
 
 
 def _fullest(frames: Frames) -> Array:
@@ -457,7 +522,8 @@ def _fullest(frames: Frames) -> Array:
     return np.nan_to_num(rgb[best, : max(1, min(2, present[best].sum()))])
 
 
-def _read(frames: Frames, followed: Array) -> _Reading:
+def _read(frames: Frames, followed: Array) -> tuple[_Reading, Bools]:
+    """What the frames show, and which pixels [F, S, S] are background alone."""
     pixels = frames.astype(np.float32)
     edges = _fit_background(pixels)
     base = _rows(edges, frames.shape[1])
@@ -468,16 +534,16 @@ def _read(frames: Frames, followed: Array) -> _Reading:
     cover, unexplained = _unmix(pixels, base, rgb, present)
     keep = len(followed)
     firm = np.clip((cover - 0.5) / 0.7 + 0.5, 0, 1)  # below 0.15 is noise, above 0.85 is all
-    return _Reading(
+    reading = _Reading(
         edges=edges,
         num_shapes=present.sum(1),
         artefacts=unexplained.mean((1, 2)),
         sharpness=_sharpness(cover.sum(1)),
-        clear=(firm == 0).all(1) & ~unexplained,
         present=present[:, :keep],
         rgb=rgb[:, :keep],
         **_fit_outlines(firm[:, :keep], present[:, :keep])._asdict(),
     )
+    return reading, (firm == 0).all(1) & ~unexplained
 
 
 def _fit_background(pixels: Array) -> Array:

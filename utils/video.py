@@ -210,6 +210,25 @@ def read_video(path: str | Path, first: int = 0, count: int | None = None) -> to
     return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, height, width, 3)
 
 
+def read_video_chunks(path: str | Path, frames: int = 64) -> Iterator[torch.Tensor]:
+    """A video file in pieces uint8 `[<= frames, height, width, 3]`, one in memory at a time.
+
+    Raises:
+        UserError: the file is missing or holds no readable video.
+    """
+    with _open_video(path) as (meta, source):
+        width, height = meta["size"]
+        while chunk := list(islice(source, frames)):
+            pixels = bytearray(b"".join(chunk))
+            yield torch.frombuffer(pixels, dtype=torch.uint8).view(-1, height, width, 3)
+
+
+def frame_rate(path: str | Path) -> float:
+    """Frames per second of a video file; UserError if it is missing or not readable."""
+    with _open_video(path) as (meta, _):
+        return float(meta["fps"])
+
+
 def probe_video(path: str | Path) -> VideoInfo:
     """Number of frames, frame rate and size of a video file (decoded once, without keeping it).
 

@@ -88,13 +88,19 @@ def report(frames: Frames, *, fps: float = 16, first: int = 9, block: int = 12) 
     Raises:
         UserError: if the frames are not such a video of two frames or more.
     """
-    seen = statistics(frames)
+    return report_statistics(statistics(frames), fps=fps, first=first, block=block)
+
+
+def report_statistics(
+    seen: FrameStatistics, *, fps: float = 16, first: int = 9, block: int = 12
+) -> VideoReport:
+    """`report` from the statistics of the frames."""
     curves = {
         name: per_second(getattr(seen, name), fps).tolist()
         for name in ("brightness", "contrast", "sharpness", "change")
     }
     return VideoReport(
-        seconds=len(frames) / fps,
+        seconds=len(seen.change) / fps,
         drift=video_drift(seen, fps),
         flicker=flicker(seen.change[1:], first, block),
         brightness_flicker=flicker(np.abs(np.diff(seen.brightness)), first, block),
@@ -110,16 +116,36 @@ def statistics(frames: Frames) -> FrameStatistics:
         UserError: if the frames are not such a video of two frames or more.
     """
     check_frames(frames)
-    rows = []
-    before = frames[0].astype(np.float32)
-    for frame in frames:
-        pixels = frame.astype(np.float32)
-        luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-        flat = pixels.reshape(-1, 3)
-        change = np.abs(pixels - before).mean()
-        rows.append((flat.mean(0), flat.std(0), luma.std(), _laplacian(luma).var(), change))
-        before = pixels
-    return FrameStatistics(*(np.array(column, np.float64) for column in zip(*rows, strict=True)))
+    meter = VideoMeter()
+    meter.add(frames)
+    return meter.statistics()
+
+
+class VideoMeter:
+    """`statistics` of a video that comes in pieces, of any lengths; one frame is kept."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple] = []
+        self._before: Array | None = None
+
+    def add(self, frames: Frames) -> None:
+        """The next frames, uint8 [n, H, W, 3]; UserError if they are not such frames."""
+        check_frames(frames, 0)
+        for frame in frames:
+            pixels = frame.astype(np.float32)
+            luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+            flat = pixels.reshape(-1, 3)
+            change = 0.0 if self._before is None else np.abs(pixels - self._before).mean()
+            row = (flat.mean(0), flat.std(0), luma.std(), _laplacian(luma).var(), change)
+            self._rows.append(row)
+            self._before = pixels
+
+    def statistics(self) -> FrameStatistics:
+        """Of all frames so far; UserError if they are fewer than two."""
+        if len(self._rows) < 2:
+            raise UserError(f"A meter needs at least 2 frames, not {len(self._rows)}.")
+        columns = zip(*self._rows, strict=True)
+        return FrameStatistics(*(np.array(column, np.float64) for column in columns))
 
 
 def video_drift(seen: FrameStatistics, fps: float) -> VideoDrift:
@@ -180,9 +206,10 @@ def flicker(changes: Array, first: int = 9, block: int = 12) -> Flicker:
     return Flicker(at, inside, (at + _STILL) / (inside + _STILL))
 
 
-def check_frames(frames: Frames) -> None:
-    """Raise UserError unless frames are uint8 [F, H, W, 3] with F of at least two."""
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) < 2:
+def check_frames(frames: Frames, at_least: int = 2) -> None:
+    """Raise UserError unless frames are uint8 [F, H, W, 3] with F of `at_least` that many."""
+    shaped = frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3
+    if not shaped or len(frames) < at_least:
         raise UserError(
             f"A meter needs uint8 frames [2 or more, height, width, 3], "
             f"not {frames.dtype} {list(frames.shape)}."

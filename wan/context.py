@@ -139,6 +139,7 @@ class CachedContext:
         backend: Backend = "auto",
     ) -> None:
         self.cache = cache
+        self.view = view
         self.backend: Backend = backend
         self.past = cache.slots(view.frames) if view.frames else None
         self.key_turn = rotation(view.positions, grid, head_dim, cache.device)
@@ -149,15 +150,17 @@ class CachedContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `AttentionContext`."""
+        return attention(*self.gather(layer, q, k, v), backend=self.backend)
+
+    def gather(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, rotated keys and values of all that is seen, the past first.
+
+        A clean pass stores its own keys and values here, so this is called once per layer.
+        """
         keys, values = k, v
         if self.past is not None:
             past_k, past_v = self.cache.read(layer, self.past)
             keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         if self.destination is not None:
             self.cache.write(layer, self.destination, k, v)
-        return attention(
-            apply_rope(q, self.query_turn),
-            apply_rope(keys, self.key_turn),
-            values,
-            backend=self.backend,
-        )
+        return apply_rope(q, self.query_turn), apply_rope(keys, self.key_turn), values

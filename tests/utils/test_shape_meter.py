@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.shape_meter import measure, observe, report, survival
+from utils.shape_meter import ShapeMeter, measure, observe, report, survival
 from utils.shapes import COLOURS, KINDS, Attributes, Scene, Shape, caption, render, sample_scene
 from utils.video_meter import to_json
 
@@ -339,3 +339,26 @@ def test_what_is_no_square_video_is_refused():
         observe(np.zeros((4, 64, 64, 3)))
     with pytest.raises(UserError, match="shapes world"):
         measure(np.zeros((4, 64, 64, 3), np.uint8), "a dog")
+
+
+@pytest.mark.parametrize("lengths", [[9, 12], [1, 40], [64]])
+def test_a_video_in_pieces_measures_as_the_whole(lengths):
+    scene = SCENES[2]
+    frames = render(scene, NUM_FRAMES)
+    meter = ShapeMeter(scene.attributes)
+    start = 0
+    while start < NUM_FRAMES:
+        length = lengths.pop(0) if len(lengths) > 1 else lengths[0]
+        meter.add(frames[start : start + length])
+        start += length
+    whole, pieces = (to_json(m) for m in (measure(frames, scene.attributes), meter.measures()))
+    assert json.dumps(whole) == json.dumps(pieces)
+
+
+def test_a_video_in_pieces_needs_two_frames():
+    meter = ShapeMeter(SCENES[0].attributes)
+    meter.add(render(SCENES[0], 1))
+    with pytest.raises(UserError, match="at least 2 frames"):
+        meter.measures()
+    with pytest.raises(UserError, match="square"):
+        meter.add(np.zeros((3, 8, 16, 3), np.uint8))

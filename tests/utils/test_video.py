@@ -12,10 +12,12 @@ from utils.video import (
     VideoWriter,
     contact_sheet,
     fit_frames,
+    frame_rate,
     part_path,
     probe_video,
     read_image,
     read_video,
+    read_video_chunks,
     to_float,
     to_uint8,
     write_png,
@@ -163,7 +165,18 @@ def test_encoder_failure_is_a_user_error_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("read", [read_video, probe_video, read_image])
+def test_chunks_join_to_the_whole_video(clip):
+    chunks = list(read_video_chunks(clip, 4))
+    assert [len(chunk) for chunk in chunks] == [4, 2]
+    assert torch.equal(torch.cat(chunks), read_video(clip))
+    assert frame_rate(clip) == 12
+
+
+def all_chunks(path):
+    return list(read_video_chunks(path))
+
+
+@pytest.mark.parametrize("read", [read_video, probe_video, read_image, all_chunks, frame_rate])
 def test_unreadable_files_are_user_errors(tmp_path, clip, read):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:40] + b"nonsense" * 20)

@@ -108,3 +108,14 @@ def test_a_report_is_json():
 def test_what_is_no_video_is_refused(frames):
     with pytest.raises(UserError, match="uint8 frames"):
         video_meter.report(frames)
+
+
+def test_a_video_in_pieces_measures_as_the_whole():
+    video = walk(50)
+    meter = video_meter.VideoMeter()
+    for first, last in [(0, 1), (1, 13), (13, 50)]:
+        meter.add(video[first:last])
+    pieces = video_meter.report_statistics(meter.statistics())
+    assert video_meter.to_json(pieces) == video_meter.to_json(video_meter.report(video))
+    with pytest.raises(UserError, match="at least 2 frames"):
+        video_meter.VideoMeter().statistics()

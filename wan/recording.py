@@ -1,0 +1,61 @@
+"""Looking at attention while it happens: how much of it falls on each frame that is seen."""
+
+from collections.abc import Callable, Container, Sequence
+
+import torch
+from torch import Tensor
+
+from wan.attention import attention
+from wan.context import CachedContext
+
+CHUNK_ELEMENTS = 2**23
+"""Scores held at a time, in float32."""
+
+
+class RecordingContext:
+    """A cached context that also tells where the attention of some layers went.
+
+    What comes out is what the inner context gives, bit for bit. `blocks` are the frames of each
+    block of queries; for each layer of `layers` `record(layer, masses)` is called, with the masses
+    of `frame_masses`.
+    """
+
+    def __init__(
+        self,
+        inner: CachedContext,
+        blocks: Sequence[int],
+        layers: Container[int],
+        record: Callable[[int, Tensor], None],
+    ) -> None:
+        self.inner = inner
+        self.blocks = blocks
+        self.layers = layers
+        self.record = record
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionContext`."""
+        q, keys, values = self.inner.gather(layer, q, k, v)
+        if layer in self.layers:
+            tokens = keys.shape[1] // len(self.inner.view.positions)
+            self.record(layer, frame_masses(q, keys, tokens, self.blocks))
+        return attention(q, keys, values, backend=self.inner.backend)
+
+
+@torch.no_grad()
+def frame_masses(q: Tensor, keys: Tensor, tokens: int, blocks: Sequence[int]) -> Tensor:
+    """Softmax mass on each key frame, averaged over batch, heads and the queries of a block.
+
+    q `[B, sum(blocks) * tokens, H, D]`, keys `[B, F * tokens, H, D]`, both rotated ->
+    `[blocks, F]`, float32 on the CPU; every row sums to 1.
+    """
+    keys = keys.float()
+    chunk = max(1, CHUNK_ELEMENTS // (keys.shape[0] * keys.shape[1] * keys.shape[2]))
+    rows = []
+    for queries in q.split([frames * tokens for frames in blocks], dim=1):
+        total = torch.zeros(keys.shape[1] // tokens, device=q.device)
+        for part in queries.split(chunk, dim=1):
+            scores = torch.einsum("bqhd,bkhd->bhqk", part.float(), keys) * q.shape[-1] ** -0.5
+            masses = scores.softmax(-1).unflatten(-1, (-1, tokens)).sum(-1)  # [B, H, chunk, F]
+            total += masses.mean((0, 1)).sum(0)
+        rows.append(total / queries.shape[1])
+    return torch.stack(rows).cpu()
