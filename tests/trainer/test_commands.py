@@ -1,0 +1,207 @@
+"""train.py on the command line, with and without torchrun, and its estimate of memory."""
+
+import json
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as entry
+from tests.tiny_training import (
+    TrainingWorld,
+    assert_close_states,
+    assert_same_state,
+    course,
+    final_state,
+    finish,
+    start,
+    states,
+    train,
+)
+from trainer.estimate import GIB, network_memory
+from utils.cli import run_main
+from utils.config import ROOT, load_config
+from wan.checkpoints import empty_dit
+from wan.dit import DiTConfig
+
+
+def flags(config: Path, logdir: Path) -> list[str]:
+    return ["--config_path", str(config), "--logdir", str(logdir), "--disable-wandb"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# --- without training ---------------------------------------------------------------------------
+
+
+def test_dry_run_says_what_a_rank_will_hold_and_writes_nothing(
+    training_world: TrainingWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = training_world.write(tmp_path / "c.yaml", batch_size=1, global_batch_size=16)
+    command = [*flags(config, tmp_path / "run"), "--dry_run", "--world_size", "8"]
+    assert run_main(entry.main, command) == 0
+    said = capsys.readouterr().out
+    assert "data: 7 items" in said
+    assert "8 ranks x 1 videos x 2 micro-batches = 16 videos per update" in said
+    for role, name in (("generator", "Student"), ("real_score", "Teacher"), ("fake_score", "C")):
+        assert re.search(rf"^{role} +{name}", said, re.MULTILINE), said
+    assert "all together" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("dfake_gen_update_ratios=5", "did you mean 'dfake_gen_update_ratio'"),
+        ("data_path=nowhere.txt", "nowhere.txt does not exist"),
+        ("global_batch_size=5", "5 videos cannot be split over 2 ranks"),
+        ("real_name=Missing", "Missing does not exist"),
+        ("trainer=gan", "trainer"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    override: str,
+    said: str,
+    training_world: TrainingWorld,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = training_world.write(tmp_path / "c.yaml")
+    command = [*flags(config, tmp_path / "run"), "--dry_run", "--world_size", "2", override]
+    assert run_main(entry.main, command) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert said in errors[-1]
+    assert errors[-1].startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("strategy", ["full", "hybrid_full", "none"])
+def test_estimate_is_what_the_networks_take(strategy: str) -> None:
+    """Against modules of the real sizes without storage, and the moments AdamW gives them."""
+    config = load_config(
+        ROOT / "configs" / "rolling_forcing_dmd.yaml", [f"sharding_strategy={strategy}"]
+    )
+    shards = {"full": 16, "hybrid_full": 8, "none": 1}[strategy]
+    total = 0
+    for role, name in (
+        ("generator", "Wan2.1-T2V-1.3B"),
+        ("real_score", "Wan2.1-T2V-14B"),
+        ("fake_score", "Wan2.1-T2V-1.3B"),
+    ):
+        preset = ROOT / "configs" / "models" / f"{name}.json"
+        sizes = DiTConfig.from_dict(json.loads(preset.read_text(encoding="utf-8")))
+        memory = network_memory(config, role, name, sizes, 16, 8)
+        dit = empty_dit(sizes)
+        if role == "real_score":
+            dit.to(torch.bfloat16)
+        weights = sum(p.numel() * p.element_size() for p in dit.parameters())
+        moments = 0
+        if role != "real_score":
+            optimiser = torch.optim.AdamW(dit.parameters(), foreach=False)
+            for parameter in dit.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            optimiser.step()
+            held = [t for state in optimiser.state.values() for t in state.values() if t.ndim]
+            moments = sum(t.numel() * t.element_size() for t in held)
+        assert memory.weights == pytest.approx(weights / shards, abs=8)
+        assert memory.optimiser == pytest.approx(moments / shards, abs=16)
+        total += memory.weights + memory.optimiser
+    if strategy == "hybrid_full":
+        assert total < 80e9
+        assert total > 1 * GIB
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dashes", [["--"], []])
+def test_plain_python_with_and_without_the_lone_dashes(
+    dashes: list[str], training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """The real text encoder; `--no_save` and `--no_visualize` leave only the log."""
+    values = {"text_embeddings": None, "sample_every": 1, "max_steps": 2}
+    config = training_world.write(tmp_path / "c.yaml", **values)
+    extra = ["--no_save", "--no_visualize", "lr=2e-3"]
+    command = ["train.py", *dashes, *flags(config, tmp_path / "run"), *extra]
+    code, said = finish(start(command))
+    assert code == 0, said
+    assert [line["step"] for line in course(tmp_path / "run")] == [1, 2]
+    assert course(tmp_path / "run")[0]["generator/lr"] == 2e-3
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "tensorboard"}
+
+
+@pytest.mark.slow
+def test_the_published_command_line(training_world: TrainingWorld, tmp_path: Path) -> None:
+    config = training_world.write(tmp_path / "c.yaml", max_steps=2)
+    launch = ["--rdzv_backend=c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    command = ["train.py", "--", *flags(config, tmp_path / "run")]
+    code, said = finish(start(command, 2, *launch))
+    assert code == 0, said
+    assert said.count("2 ranks x 1 videos x 2 micro-batches") == 1, "only the main rank speaks"
+    assert len(states(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
+def test_two_nodes(training_world: TrainingWorld, tmp_path: Path) -> None:
+    """Two torchrun agents that meet at one address; hybrid means one copy per node then."""
+    config = training_world.write(tmp_path / "c.yaml", max_steps=3)
+    launch = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=tiny"]
+    launch += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    command = ["train.py", "--", *flags(config, tmp_path / "run")]
+    nodes = [start(command, 1, *launch) for _ in range(2)]
+    ends = [finish(node) for node in nodes]
+    assert [code for code, _ in ends] == [0, 0], ends
+    train(training_world.config(tmp_path, max_steps=3), tmp_path / "one")
+    assert_close_states(final_state(tmp_path / "run"), final_state(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_sigterm_ends_with_0_and_the_same_command_goes_on(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    config = training_world.write(tmp_path / "experiment.yaml", max_steps=None)
+    command = ["train.py", "--", *flags(config, tmp_path / "run")]
+    process = start(command)
+    deadline = time.monotonic() + 90
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not log.exists() or len(log.read_text(encoding="utf-8").splitlines()) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, said = finish(process)
+    assert code == 0, said
+    (kept,) = states(tmp_path / "run")
+    stopped = int(kept.name.removeprefix("step_"))
+    assert f"saved at step {stopped}" in said
+    code, said = finish(start([*command, f"max_steps={stopped + 1}"]))
+    assert code == 0, said
+    assert f"going on at step {stopped}" in said
+    train(training_world.config(tmp_path, max_steps=stopped + 1), tmp_path / "once")
+    assert_same_state(final_state(tmp_path / "run"), final_state(tmp_path / "once"))
+
+    code, said = finish(start([*command, "lr=0.5"]))
+    assert code == 2
+    assert "lr (0.001 -> 0.5)" in said
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_with_1(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    config = training_world.write(tmp_path / "c.yaml", lr=1e30, lr_critic=1e30, max_steps=9)
+    code, said = finish(start(["train.py", *flags(config, tmp_path / "run")]))
+    assert code == 1
+    assert "stopped: step" in said
+    assert "Traceback" not in said
+    assert list((tmp_path / "run").glob("emergency_*/diagnosis.json"))
