@@ -21,7 +21,7 @@ from wan.flow import (
 )
 
 ON_TABLE = 1e-4
-OFF_TABLE = 3e-3  # of the largest value, per unit of time between a query and its table entry
+OFF_TABLE = 4e-3  # of the largest value, per unit of time between a query and its table entry
 
 
 class Recording(NamedTuple):
