@@ -231,6 +231,8 @@ class VideoPipeline:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings `[B, L, text_dim]`, zeros behind each prompt's tokens, L <= text_len."""
+        if isinstance(prompts, str):
+            raise UserError(f"prompts must be a list of texts: write ['{prompts[:20]}…']")
         return self._text(prompts)
 
     def free_text_encoder(self) -> None:

@@ -65,7 +65,8 @@ class CounterNoise:
 class RecordedNoise:
     """Given noise: `initial` `[B, F, C, H, W]` and `renoise` `[blocks, T-1, B, f, C, H, W]`.
 
-    Batch rows are addressed as samples: row b of the batch is `sample` b.
+    Batch rows are addressed as samples: row b of the batch is `sample` b. Of a block that is
+    shorter than f (an independent first frame) the first frames of `renoise` are taken.
     """
 
     initial: Tensor
@@ -74,7 +75,7 @@ class RecordedNoise:
 
     def __call__(self, sample: int, block: int, level: int) -> Tensor:
         """See `NoiseSource`."""
-        if level > 0:
-            return self.renoise[block, level - 1, sample].float().cpu()
         start, end = self.block_starts[block], self.block_starts[block + 1]
+        if level > 0:
+            return self.renoise[block, level - 1, sample, : end - start].float().cpu()
         return self.initial[sample, start:end].float().cpu()

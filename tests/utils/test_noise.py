@@ -130,3 +130,5 @@ def test_recorded_noise_is_addressed_by_block_and_level() -> None:
     assert torch.equal(given(1, 0, 0), initial[1, :2])
     assert torch.equal(given(0, 1, 0), initial[0, 2:5])
     assert torch.equal(given(1, 1, 3), renoise[1, 2, 1])
+    # a shorter block takes as many frames of what brings it to later levels
+    assert torch.equal(given(1, 0, 1), renoise[0, 0, 1, :2])
