@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.components import ModelFiles, video_shape
+from pipeline.prefix import Prefix
 from pipeline.stream import PrefixFrames
 from pipeline.text_to_video import VideoPipeline, load_pipeline
 from utils.config import Config, find_file, fingerprint, save_config, to_dict
@@ -30,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_LATENT_FRAMES = 21
 MIB = 2**20
-# Settings of the machine: they may move the last bits of a video but do not make it another one.
-MACHINE_KEYS = ("device", "attention_backend", "text_encoder_device")
+# Settings that do not make a video another one: the machine may move its last bits at most.
+UNRELATED_KEYS = ("device", "attention_backend", "text_encoder_device", "num_samples")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Outputs:
     def length(self, shape: VideoShape, fps: int) -> tuple[int, int]:
         """(latent frames to generate, video frames to keep)."""
         if self.duration is not None:
+            if not math.isfinite(self.duration):
+                raise UserError(f"--duration {self.duration} must be a number of seconds")
             frames = round(self.duration * fps)
             if frames < 1:
                 raise UserError(f"--duration {self.duration} is shorter than one frame")
@@ -140,13 +144,17 @@ class BatchRun:
         self.files.require(self.files.vae)
         if not self.config.text_embeddings:
             self.files.require(self.files.text_encoder, self.files.tokenizer)
-        self.outputs.folder.mkdir(parents=True, exist_ok=True)
-        if self.ranks.is_main:
-            save_config(self.config, self.outputs.folder / "config.yaml")
+        folder = self.outputs.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the output folder {folder}: {error.strerror}") from error
         pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
         texts = self._encode(pipe, missing)
-        for job in missing:
+        for index, job in enumerate(missing):
             self._make(pipe, job, texts[job.prompt])
+            if index == 0 and self.ranks.is_main:
+                save_config(self.config, folder / "config.yaml")
 
     def _encode(self, pipe: VideoPipeline, jobs: Sequence[Job]) -> dict[str, Tensor]:
         """Text embeddings `[1, L, dim]` by prompt, on the CPU; then the encoder is freed."""
@@ -154,8 +162,9 @@ class BatchRun:
         prompts = list(dict.fromkeys(job.prompt for job in jobs))
         for prompt in tqdm(prompts, "encoding prompts", disable=not self._shows_progress(prompts)):
             texts[prompt] = pipe.encode_prompts([prompt]).cpu()
-        if self.config.distilled:
-            pipe.free_text_encoder()
+        if not self.config.distilled:
+            pipe.encode_prompts([self.config.negative_prompt])  # the pipeline remembers it
+        pipe.free_text_encoder()
         return texts
 
     def _shows_progress(self, items: Sequence[Any]) -> bool:
@@ -166,17 +175,18 @@ class BatchRun:
         timings: dict[str, float] = {}
         start = time.perf_counter()
         prefix = pipe.encode_prefix(image=job.image, video=job.video)
+        latent_frames, video_frames = self._length_with(prefix)
         with (
             pipe.open_stream(
                 text.to(pipe.device),
-                num_latent_frames=self.latent_frames,
+                num_latent_frames=latent_frames,
                 samples=[job.sample],
                 prefix=prefix,
                 prefix_frames=self.outputs.prefix_frames,
             ) as stream,
             VideoWriter(path, self.config.fps) as writer,
             tqdm(
-                total=self.video_frames,
+                total=video_frames,
                 desc=job.name[:40],
                 unit=" frames",
                 disable=not self.ranks.is_main,
@@ -184,7 +194,7 @@ class BatchRun:
         ):
             for frames in stream:
                 timings.setdefault("first_frame_s", time.perf_counter() - start)
-                kept = frames[: self.video_frames - writer.frames_written]
+                kept = frames[: video_frames - writer.frames_written]
                 writer.write(kept)
                 bar.update(len(kept))
                 bar.set_postfix_str(f"first frame after {timings['first_frame_s']:.2f} s")
@@ -192,6 +202,15 @@ class BatchRun:
         timings["total_s"] = time.perf_counter() - start
         timings["fps"] = written / timings["total_s"]
         self._describe(job, written, timings)
+
+    def _length_with(self, prefix: Prefix | None) -> tuple[int, int]:
+        """(latent frames to generate, video frames to write); a duration is that of the file."""
+        if prefix is None or self.outputs.prefix_frames == "reconstructed":
+            return self.latent_frames, self.video_frames
+        hidden = self.shape.video_frames(prefix.latents.shape[1])
+        if self.outputs.duration is None:
+            return self.latent_frames, self.video_frames - hidden
+        return self.shape.latent_frames(hidden + self.video_frames), self.video_frames
 
     def _describe(self, job: Job, frames: int, timings: dict[str, float]) -> None:
         """Write the video's JSON: what made it, with what, how fast."""
@@ -227,15 +246,15 @@ class BatchRun:
         return (self.outputs.folder / job.name).with_suffix(".json")
 
     def _common_settings(self) -> dict[str, Any]:
-        values = {k: v for k, v in to_dict(self.config).items() if k not in MACHINE_KEYS}
-        weights = self.checkpoint or next(self.files.folder.glob("**/*.safetensors"), None)
+        values = {k: v for k, v in to_dict(self.config).items() if k not in UNRELATED_KEYS}
+        weights = [self.checkpoint] if self.checkpoint else network_files(self.files.folder)
         return {
             "seed": self.config.seed,
             "latent_frames": self.latent_frames,
             "video_frames": self.video_frames,
             "prefix_frames": self.outputs.prefix_frames,
             "config": fingerprint(values),
-            "checkpoint": file_hash(weights) if weights else None,
+            "checkpoint": "+".join(map(file_hash, weights)),
             "network": "generator_ema" if self.use_ema else "generator",
         }
 
@@ -249,6 +268,11 @@ class BatchRun:
         if self.config.device.startswith("cuda"):
             return torch.cuda.get_device_name(torch.device(self.config.device))
         return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def network_files(folder: Path) -> list[Path]:
+    """The transformer's files of a model folder, in order."""
+    return sorted(folder.glob("**/diffusion_pytorch_model*.safetensors"))
 
 
 def file_hash(path: Path) -> str:

@@ -127,6 +127,27 @@ def test_image_to_video_folder(tiny_world: TinyWorld, tmp_path: Path) -> None:
         assert probe_video(out / "a cat-0.mp4").frames == frames
 
 
+def test_duration_is_that_of_the_file_without_its_prefix(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    """The frames of the prefix that are not written were taken off the duration."""
+    write_png(tmp_path / "dot.png", torch.zeros(1, 1, 3, dtype=torch.uint8))
+    flags = [*model_flags(tiny_world), "--prompt", "a", "--image", str(tmp_path / "dot.png")]
+    flags += ["--prefix_frames", "none", "--duration", "1", "--output_folder", str(tmp_path)]
+    assert run_main(main, flags) == 0
+    assert probe_video(tmp_path / "a-0.mp4").frames == 16
+
+
+def test_more_samples_keep_the_ones_that_are_there(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    flags = [*model_flags(tiny_world), "--prompt", "a", "--num_output_frames", "1"]
+    flags += ["--output_folder", str(tmp_path), "--num_samples"]
+    assert run_main(main, [*flags, "1"]) == 0
+    made = (tmp_path / "a-0.mp4").stat().st_mtime_ns
+    assert run_main(main, [*flags, "2"]) == 0
+    assert (tmp_path / "a-0.mp4").stat().st_mtime_ns == made
+    assert (tmp_path / "a-1.mp4").is_file()
+
+
 BAD_INPUT = {
     "no_prompt": ([], "say what to generate"),
     "missing_prompt_file": (["--data_path", "nowhere.txt"], "nowhere.txt"),
@@ -135,14 +156,24 @@ BAD_INPUT = {
     "empty_prompt": (["--prompt", " "], "empty"),
     "folder_for_prompt_file": (["--data_path", "{tmp}"], "--i2v"),
     "frames_below_one": (["--prompt", "x", "--num_output_frames", "0"], "at least 1"),
+    "duration_not_a_number": (["--prompt", "x", "--duration", "nan"], "number of seconds"),
+    "duration_without_end": (["--prompt", "x", "--duration", "inf"], "number of seconds"),
     "resolution": (["--prompt", "x", "height=100"], "multiple of 16"),
     "unknown_key": (["--prompt", "x", "hight=96"], "'height'"),
     "no_gpu": (["--prompt", "x", "--device", "cuda"], "no GPU"),
+    "other_device": (["--prompt", "x", "--device", "meta"], "use cpu, cuda"),
+    "float16_on_a_cpu": (["--prompt", "x", "--dtype", "float16"], "float16 needs a GPU"),
+    "output_folder_is_a_file": (["--prompt", "x", "--output_folder", "{tmp}/empty.txt"], "folder"),
+    "image_fills_the_video": (
+        ["--prompt", "x", "--image", "{tmp}/dot.png", "--num_output_frames", "3"],
+        "fills 3 latent frames",
+    ),
     "missing_image": (["--prompt", "x", "--image", "nowhere.png"], "nowhere.png"),
     "image_and_video": (["--prompt", "x", "--image", "a", "--video", "b"], "not both"),
     "missing_model": (["--prompt", "x", "generator_name=Nothing"], "download.py"),
     "no_ema": (["--prompt", "x", "--checkpoint_path", "{tmp}/plain.pt", "--use_ema"], "ema"),
     "wrong_checkpoint": (["--prompt", "x", "--checkpoint_path", "{tmp}/vae.pt"], "VAE"),
+    "cut_checkpoint": (["--prompt", "x", "--checkpoint_path", "{tmp}/cut.pt"], "cut.pt"),
     "missing_checkpoint": (["--prompt", "x", "--checkpoint_path", "gone.pt"], "gone.pt"),
     "missing_config": (["--prompt", "x", "--config_path", "gone.yaml"], "gone.yaml"),
 }
@@ -157,6 +188,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
     torch.save({"generator": {"x": torch.zeros(1)}}, tmp_path / "plain.pt")
     torch.save({"decoder.conv1.weight": torch.zeros(1)}, tmp_path / "vae.pt")
+    (tmp_path / "cut.pt").write_bytes(tiny_world.checkpoint.read_bytes()[:20_000])
+    write_png(tmp_path / "dot.png", torch.zeros(1, 1, 3, dtype=torch.uint8))
     arguments, words = BAD_INPUT[case]
     out = tmp_path / "out"
     code = run_main(
@@ -171,8 +204,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert code == 2
     assert said.startswith("error: ")
     assert words in said
-    assert not list(out.glob("*.mp4"))
-    assert not list(out.glob("*.part*"))
+    assert not list(out.glob("*")), "nothing is left behind"
 
 
 def test_without_flags_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
