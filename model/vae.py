@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from model.result import LossResult
 from wan.vae import decode_moments, encode_moments
 
+QUIET_LOG_VARIANCE = -6.0
+
 
 class Autoencoder(nn.Module):
     """Encoder, sample, decoder as one forward pass, so that it can be sharded as one module."""
@@ -27,6 +29,27 @@ class Autoencoder(nn.Module):
         space, time = config["scale_factor_spatial"], config["scale_factor_temporal"]
         frames, _, height, width = video.shape[1:]
         return 1 + (frames - 1) // time, config["z_dim"], height // space, width // space
+
+
+@torch.no_grad()
+def init_autoencoder(model: AutoencoderKLWan, seed: int) -> None:
+    """Weights to train from scratch; a pure function of `seed`.
+
+    Convolutions keep the scale of what goes through them (LeCun normal, zero bias): with PyTorch's
+    default a deep decoder starts out blind to its input. Latents start out nearly free of noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            std = module.weight[0].numel() ** -0.5
+            nn.init.normal_(module.weight, std=std, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    to_moments = model.quant_conv
+    assert to_moments.bias is not None
+    channels = to_moments.out_channels // 2
+    to_moments.weight[channels:] *= 0.1
+    to_moments.bias[channels:] = QUIET_LOG_VARIANCE
 
 
 def vae_loss(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.lora import add_lora, with_adapters
-from model.vae import Autoencoder
+from model.vae import Autoencoder, init_autoencoder
 from pipeline.components import ModelFiles
 from pipeline.text import TextSource
 from trainer.ema import EMA
@@ -174,7 +174,8 @@ def build_trained_vae(config: Config, world: World) -> Autoencoder:
     """The VAE to train, sharded: from scratch with `random_init`, else the student's folder's."""
     if config.random_init:
         sizes = config.vae
-        vae = WanVAE.random(sizes.base_dim, dim_mult=sizes.dim_mult, seed=config.seed)
+        vae = WanVAE.random(sizes.base_dim, dim_mult=sizes.dim_mult)
+        init_autoencoder(vae.model, config.seed)
     else:
         vae = build_vae(config, world)
     module = Autoencoder(vae.to(world.device).model.requires_grad_(True).train())

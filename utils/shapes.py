@@ -403,6 +403,22 @@ def parse_caption(text: str) -> Attributes:
     raise UserError(f'No caption of the shapes world: "{text}". Write it like this: "{example}"')
 
 
+def attribute_classes() -> list[int]:
+    """How many values each number of `attribute_labels` takes."""
+    slot = [len(KINDS), len(COLOURS), len(SIZES), len(DIRECTIONS), len(SPEEDS)]
+    return [len(BACKGROUNDS), 2, *slot, *slot]
+
+
+def attribute_labels(attributes: Attributes) -> list[int]:
+    """Attributes as class numbers: background, number of shapes, then each shape's; -1: none."""
+    tables: list[list[str]] = [list(t) for t in (KINDS, COLOURS, SIZES, DIRECTIONS, SPEEDS)]
+    labels = [list(BACKGROUNDS).index(attributes.background), len(attributes.shapes) - 1]
+    for shape in attributes.shapes:
+        values = (shape.kind, shape.colour, shape.size, shape.direction, shape.speed)
+        labels += [table.index(value) for table, value in zip(tables, values, strict=True)]
+    return labels + [-1] * (len(attribute_classes()) - len(labels))
+
+
 def _direction_words(name: str) -> str:
     return _TOWARDS.get(name, f"to the {name}")
 

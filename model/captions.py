@@ -1,0 +1,47 @@
+"""Training a text encoder where there is no pretrained one: every token has to know the caption.
+
+A linear probe on each token's embedding predicts each attribute of the caption (for instance the
+colour of the second shape). Cross-attention has no positions of its own, so what belongs to what has
+to be in the embeddings; with this objective it is, in every one of them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.result import LossResult
+
+
+class CaptionReader(nn.Module):
+    """A text encoder with one linear probe over all attributes.
+
+    `classes`: how many values each attribute has.
+    """
+
+    def __init__(self, encoder: nn.Module, dim: int, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classes = tuple(classes)
+        self.probe = nn.Linear(dim, sum(classes))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids and mask `[B, L]` -> logits of all attributes `[B, L, sum(classes)]`."""
+        return self.probe(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
+
+
+def caption_loss(reader: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> LossResult:
+    """Mean cross-entropy over tokens and attributes; `labels` `[B, attributes]`, -1: no value."""
+    classes: Sequence[int] = reader.classes  # type: ignore[assignment]
+    parts = reader(ids, mask).split(list(classes), dim=-1)  # [B, L, classes] each
+    valid = mask.bool()
+    losses, right = [], []
+    for index, logits in enumerate(parts):
+        wanted = labels[:, index, None].expand_as(ids).masked_fill(~valid, -1)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1))
+        counted = wanted >= 0
+        right.append((logits.argmax(-1) == wanted)[counted].float().mean())
+    loss = torch.stack(losses).nan_to_num().mean()
+    accuracy = torch.stack(right).nan_to_num(1.0)
+    return LossResult(loss, {"caption/accuracy": accuracy.mean(), "caption/worst": accuracy.min()})
