@@ -72,8 +72,8 @@ def read_config(args: argparse.Namespace, ranks: Ranks) -> Config:
     """The experiment file with the flags and overrides on top."""
     overrides = list(args.overrides)
     for key in ("seed", "num_samples", "fps", "dtype"):
-        if getattr(args, key) is not None:
-            overrides.append(f"{key}={getattr(args, key)}")
+        if (value := vars(args)[key]) is not None:
+            overrides.append(f"{key}={value}")
     config = load_config(args.config_path or SHIPPED_CONFIG, overrides)
     config.device = ranks.device_name(args.device or config.device)
     config.i2v = config.i2v or args.i2v

@@ -430,7 +430,7 @@ def check(args: argparse.Namespace) -> None:
 
 def open_pipeline(args: argparse.Namespace) -> VideoPipeline:
     """The pipeline of the command line; `args.preset` becomes the preset that is used, if any."""
-    given = [f"{key}={getattr(args, key)}" for key in ("device", "dtype") if getattr(args, key)]
+    given = [f"{key}={vars(args)[key]}" for key in ("device", "dtype") if vars(args)[key]]
     config = load_config(args.config_path, [*args.overrides, *given])
     if config.schedule == "full":
         raise UserError("a bidirectional model cannot stream; give the config of a causal one")
