@@ -1,8 +1,8 @@
 """Training a text encoder where there is no pretrained one: every token has to know the caption.
 
 A linear probe on each token's embedding predicts each attribute of the caption (for instance the
-colour of the second shape). Cross-attention has no positions of its own, so what belongs to what has
-to be in the embeddings; with this objective it is, in every one of them.
+colour of the second shape). Cross-attention has no positions of its own, so what belongs to what
+has to be in the embeddings; with this objective it is, in every one of them.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,9 @@ from trainer.sharding import World, full_tensor
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.video import to_float
+from wan.text_encoder import official_umt5_weights
 from wan.vae import WanVAE, encode_moments
+from wan.weights import save_weights
 
 PARTIAL = ".partial"
 STATISTICS_CLIPS = 64
@@ -57,6 +59,21 @@ def export_vae(folder: Path, player: Player, data: Dataset, world: World) -> Non
     vae.fold_statistics(*latent_moments(vae, data))
     partial = _fresh(folder.with_suffix(PARTIAL))
     vae.save_official(partial / "Wan2.1_VAE.pth")
+    _give_name(partial, folder)
+
+
+def export_text_encoder(folder: Path, player: Player, *, is_main: bool) -> None:
+    """Write `models_t5_umt5-xxl-enc-bf16.pth`, in bf16 as the official file; no probe."""
+    state = gathered(weights_of(player)["generator"], is_main=is_main)
+    if not is_main:
+        return
+    encoder = {
+        key.removeprefix("encoder."): value.to(torch.bfloat16)
+        for key, value in state.items()
+        if key.startswith("encoder.")
+    }
+    partial = _fresh(folder.with_suffix(PARTIAL))
+    save_weights(official_umt5_weights(encoder), partial / "models_t5_umt5-xxl-enc-bf16.pth")
     _give_name(partial, folder)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from model.captions import CaptionReader
 from model.lora import add_lora, with_adapters
 from model.vae import Autoencoder, init_autoencoder
 from pipeline.components import ModelFiles
@@ -17,6 +18,7 @@ from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard
 from utils.config import Config, find_file
 from wan.checkpoints import check_keys, empty_dit, load_dit_config, read_state_dict
 from wan.dit import DiTConfig, WanDiT
+from wan.text_encoder import WanTextEncoder
 from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
@@ -168,6 +170,34 @@ def build_text(config: Config, world: World, text_len: int) -> TextSource:
         shard_module(model, list(model.encoder.block), mesh, None)
         text.remembers = False
     return text
+
+
+def build_text_encoder(config: Config, world: World) -> WanTextEncoder:
+    """The text encoder of the student's folder, in fp32, to be trained."""
+    files = ModelFiles.find(config, config.generator_name)
+    files.require(files.text_encoder, files.tokenizer)
+    return WanTextEncoder.from_official(
+        files.text_encoder,
+        files.tokenizer,
+        device=world.device,
+        dtype=torch.float32,
+        text_len=load_dit_config(files.folder).text_len,
+    )
+
+
+def build_caption_reader(
+    config: Config, world: World, encoder: WanTextEncoder, classes: list[int]
+) -> CaptionReader:
+    """The encoder with a linear probe, sharded."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        reader = CaptionReader(encoder.model, encoder.dim, classes).to(world.device)
+    reader.requires_grad_(True).train()
+    low = compute_dtype(config)
+    if world.size > 1 or low is not None:
+        mesh = make_mesh(strategy_of(config, "text_encoder"), world, config.hybrid_shard_size)
+        shard_module(reader, [], mesh, low)
+    return reader
 
 
 def build_trained_vae(config: Config, world: World) -> Autoencoder:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.captions import caption_loss
 from model.dmd import critic_loss, generator_loss, predict_scores, raw_timesteps, score_timesteps
 from model.flow_matching import flow_matching_loss
 from model.ode_regression import block_levels, ode_regression_loss
@@ -28,13 +29,15 @@ from pipeline.components import ModelFiles, block_layout, video_shape
 from pipeline.sampling import BlockNoise
 from pipeline.text_to_video import VideoPipeline
 from trainer.data import BatchPlan
-from trainer.export import export_generator, export_vae
+from trainer.export import export_generator, export_text_encoder, export_vae
 from trainer.metrics import Timer, latent_statistics
 from trainer.networks import (
     Player,
+    build_caption_reader,
     build_generator,
     build_score,
     build_text,
+    build_text_encoder,
     build_trained_vae,
     build_vae,
     make_player,
@@ -44,11 +47,13 @@ from utils.config import Config
 from utils.datasets import Dataset, OdePairDataset
 from utils.draws import Draws, Purpose, TrainingNoise
 from utils.errors import UserError
+from utils.shapes import attribute_classes, attribute_labels, parse_caption
 from utils.video import to_float
 from wan.context import AttentionContext, MaskedContext, frame_mask
 from wan.dit import WanDiT
 from wan.flops import forward_flops, training_flops
 from wan.flow import add_noise, denoising_timesteps, shift_timesteps
+from wan.text_encoder import clean_prompt
 
 Batch = dict[str, Any]
 
@@ -420,7 +425,41 @@ class VaeTraining(Task):
         export_vae(folder, self.players["vae"], self.data, self.world)
 
 
+class TextEncoderTraining(Task):
+    """A umt5 encoder whose tokens know the caption, where no pretrained one fits (shapes)."""
+
+    def __init__(
+        self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
+    ) -> None:
+        super().__init__(config, world, plan, timer, data)
+        self.encoder = build_text_encoder(config, world)
+        self.reader = build_caption_reader(config, world, self.encoder, attribute_classes())
+        self.players = {"text": make_player(config, "text", self.reader)}
+
+    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+        """See `Task`."""
+        prompts = [clean_prompt(prompt) for prompt in batch["prompt"]]
+        tokens = self.encoder.tokenizer(prompts, self.encoder.text_len)
+        labels = [attribute_labels(parse_caption(prompt)) for prompt in batch["prompt"]]
+        device = self.world.device
+        used = int(tokens.mask.sum(dim=1).max())
+        return caption_loss(
+            self.reader,
+            tokens.ids[:, :used].to(device),
+            tokens.mask[:, :used].to(device),
+            torch.tensor(labels, device=device),
+        )
+
+    def flops(self, phase: str, draws: Draws) -> None:
+        """See `Task`."""
+
+    def export(self, folder: Path) -> None:
+        """See `Task`."""
+        export_text_encoder(folder, self.players["text"], is_main=self.world.is_main)
+
+
 TASKS: dict[str, type[Task]] = {
+    "text_encoder": TextEncoderTraining,
     "vae": VaeTraining,
     "score_distillation": Distillation,
     "ode": OdeInitialisation,

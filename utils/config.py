@@ -163,7 +163,7 @@ class Config:
     attention_backend: str
     text_encoder_device: str
     # training, objective
-    trainer: Literal["score_distillation", "ode", "diffusion", "vae"]
+    trainer: Literal["score_distillation", "ode", "diffusion", "vae", "text_encoder"]
     distribution_loss: Literal["dmd"]
     denoising_loss_type: Literal["flow"]
     guidance_scale: float
