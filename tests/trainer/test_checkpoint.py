@@ -34,6 +34,7 @@ from wan.checkpoints import networks_in, read_state_dict
 SLOW_WRITER = ROOT / "tests" / "trainer" / "slow_writer.py"
 
 
+@pytest.mark.slow
 def test_only_the_newest_states_are_kept_and_every_export(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
@@ -47,6 +48,7 @@ def test_only_the_newest_states_are_kept_and_every_export(
     assert exports == [f"checkpoint_model_{step:06d}" for step in (1, 2, 3, 4)]
 
 
+@pytest.mark.slow
 def test_garbage_among_the_states_is_passed_over(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_failing_to_write_is_said_at_the_next_save(
     assert not states(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["model.pt", "safetensors"])
 def test_exports_load_as_they_are(file: str, training_world: TrainingWorld, tmp_path: Path) -> None:
     """`model.<official name>` in the .pt, official names in safetensors; both networks."""

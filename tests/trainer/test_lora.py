@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from model.lora import ADAPTER_A, ADAPTER_B, BASE, merge_lora
@@ -23,6 +24,7 @@ LORA = {"lora": {"rank": 2, "alpha": 6, "targets": ["q", "v", "ffn.0"]}, "keep_c
 WEIGHTS = "/players/generator/weights/"
 
 
+@pytest.mark.slow
 def test_training_moves_adapters_alone_and_goes_on_bit_for_bit(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:

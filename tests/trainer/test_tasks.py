@@ -110,6 +110,7 @@ def test_prompt_dropout_trains_without_prompt(
     assert low <= seen.count("") <= high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["distillation", "ode", "diffusion"])
 def test_one_batch_equals_its_parts(
     task: str, training_world: TrainingWorld, tmp_path: Path
@@ -126,6 +127,7 @@ def test_one_batch_equals_its_parts(
             assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4), metric
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["distillation", "diffusion"])
 def test_gradient_checkpointing_changes_nothing(
     task: str, training_world: TrainingWorld, tmp_path: Path

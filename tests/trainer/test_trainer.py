@@ -58,6 +58,7 @@ def test_stopping_and_going_on_changes_no_bit(
     assert json.loads(left["/run"])["positions"][players[-1]] == 7 * 4
 
 
+@pytest.mark.slow
 def test_every_state_of_a_run_is_the_one_of_its_step(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ def poison(trainer: Trainer, what: str, phase: str = "critic") -> None:
         parameter.register_hook(lambda gradient: gradient * float("nan"))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
@@ -247,6 +249,7 @@ def test_another_config_is_refused_by_the_names_of_its_keys(
     train(training_world.config(tmp_path, **changed | {"max_steps": 3}), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_end_of_a_cosine_belongs_to_the_course_of_a_run(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
@@ -257,6 +260,7 @@ def test_the_end_of_a_cosine_belongs_to_the_course_of_a_run(
         train(training_world.config(tmp_path, max_steps=4, **values), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_does_nothing(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
@@ -268,6 +272,7 @@ def test_a_finished_run_started_again_does_nothing(
     assert course(tmp_path / "run") == lines
 
 
+@pytest.mark.slow
 def test_sample_videos_leave_the_training_as_it_is(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
