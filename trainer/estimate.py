@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model.lora import add_lora
 from pipeline.components import ModelFiles, new_cache
 from trainer.data import open_training_data, plan_batches
 from trainer.networks import compute_dtype
@@ -41,25 +42,28 @@ def network_memory(
 ) -> NetworkMemory:
     """Weights, Adam moments, gradients and average of one network, per rank.
 
-    Trained networks have fp32 weights, two fp32 moments and fp32 gradients; frozen ones their
-    weights in the compute dtype.
+    The student and the critic have fp32 weights, and what is trained of them (with LoRA the
+    adapters) two fp32 moments, an fp32 gradient and, for the student, an fp32 average; the teacher
+    has its weights in the compute dtype.
     """
-    count = sum(parameter.numel() for parameter in empty_dit(sizes).parameters())
+    dit = empty_dit(sizes)
+    frozen = role == "real_score"
+    if role == "generator" and config.lora is not None:
+        add_lora(dit, config.lora.rank, config.lora.alpha, config.lora.targets)
+    count = sum(p.numel() for p in dit.parameters())
+    trained = 0 if frozen else sum(p.numel() for p in dit.parameters() if p.requires_grad)
     shards = shards_of(strategy_of(config, role), world, local_world, config.hybrid_shard_size)
-    share = -(-count // shards)
+    share, moving = -(-count // shards), -(-trained // shards) * FP32
     low = compute_dtype(config)
-    if role == "real_score":
-        return NetworkMemory(
-            role, name, count, shards, share * (low.itemsize if low else FP32), 0, 0, 0
-        )
-    average = share * FP32 if role == "generator" and config.ema_weight > 0 else 0
-    return NetworkMemory(
-        role, name, count, shards, share * FP32, 2 * share * FP32, share * FP32, average
-    )
+    size = low.itemsize if frozen and low else FP32
+    average = moving if role == "generator" and config.ema_weight > 0 else 0
+    return NetworkMemory(role, name, count, shards, share * size, 2 * moving, moving, average)
 
 
 def networks_of(config: Config) -> dict[str, str]:
-    """Role -> model folder of the networks that a run has."""
+    """Role -> model folder of the transformers that a run has."""
+    if config.trainer in ("vae", "text_encoder"):
+        return {}
     roles = {"generator": config.generator_name}
     if config.trainer == "score_distillation":
         roles |= {"real_score": config.real_name, "fake_score": config.fake_name}
@@ -107,5 +111,10 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
         cache = cache_bytes(config, sizes_of(config, config.generator_name))
         lines.append(f"{'KV cache':64} {cache / GIB:8.2f}".rstrip())
         total += cache
-    lines.append(f"all together {total / GIB:.2f} GiB per rank")
+    if total == 0:
+        lines[-2:] = [
+            f"trainer: {config.trainer} holds no transformer; its memory is not estimated"
+        ]
+    else:
+        lines.append(f"all together {total / GIB:.2f} GiB per rank")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ In order of precedence (numbers are the defaults of `Rules`; every value is the 
 - *latents collapsing*: `generated/std` is not within 0.5 to 2 times its reference, or not finite.
 - *static*: `generated/motion` is below 0.05, or below 0.25 times its reference.
 - *critic lags*: `critic/ratio`, the error of the critic's x_0 on noised samples of the student over
-  that of the teacher's, is above 0.98 after 20 generator updates. A critic that has seen the
+  that of the teacher's, is above 0.99 after 20 generator updates. A critic that has seen the
   student's samples must predict them better than a teacher that has not.
 
 A metric that an objective does not log skips its rule.
@@ -33,7 +33,7 @@ class Rules:
     std_range: tuple[float, float] = (0.5, 2.0)
     min_motion: float = 0.05
     min_motion_ratio: float = 0.25
-    max_critic_ratio: float = 0.98
+    max_critic_ratio: float = 0.99
     max_loss_ratio: float = 2.0
 
 
