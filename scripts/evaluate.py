@@ -1,0 +1,322 @@
+"""Measure a model, or videos that are there already.
+
+    python scripts/evaluate.py --config_path configs/shapes/rolling_forcing.yaml \\
+        --checkpoint_path checkpoints/shapes_rolling_forcing.pt \\
+        --prompts 16 --seeds 3 --seconds 60 --json out.json --plot out.png
+    python scripts/evaluate.py --videos videos --json out.json
+
+Videos of held-out prompts of the shapes world (or of `--data_path`) are streamed and measured block
+by block. Where the prompt is a caption of that world they are held against the truth
+(`utils/shape_meter.py`), else by their own beginning (`utils/video_meter.py`); docs/shapes.md has
+the formulas. Results are kept one by one beside the JSON file, so the same command goes on where it
+was stopped. Under torchrun the ranks share the videos, also several ranks on one GPU:
+
+    torchrun --nproc_per_node 8 scripts/evaluate.py ...
+"""
+
+import argparse
+import json
+import math
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.batch import file_hash
+from pipeline.components import ModelFiles, block_layout, choose_device, video_shape
+from pipeline.evaluation import (
+    Evaluation,
+    device_name,
+    frames_per_block,
+    held_out_captions,
+    plan_trials,
+    vbench_name,
+)
+from utils.cli import run_main, set_up_logging
+from utils.config import fingerprint, load_config
+from utils.distributed import Ranks
+from utils.errors import UserError
+from utils.evaluation import Judge, Result, ResultLog, draw_curves, summarise, table, write_json
+from utils.prompts import read_prompts
+from utils.video import frame_rate, read_video_chunks
+from wan.checkpoints import load_dit_config
+
+HELD_OUT_PROMPTS = 16
+VBENCH_SAMPLES = 5
+VBENCH_DIMENSIONS = (  # those that VBench has for any video, without its own prompts
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config_path", help="experiment file")
+    parser.add_argument("--checkpoint_path", help="distilled weights, .pt or .safetensors")
+    parser.add_argument("--use_ema", action="store_true", help="use its generator_ema weights")
+    parser.add_argument("--videos", type=Path, help="measure the mp4 files of this folder instead")
+    parser.add_argument("--data_path", help="prompt file (default: held-out shapes captions)")
+    parser.add_argument(
+        "--prompts", type=int, help=f"the first so many (default: {HELD_OUT_PROMPTS}; a file: all)"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="videos per prompt (default: 1)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length (default: 60)")
+    parser.add_argument("--json", type=Path, default=Path("evaluation.json"), help="the figures")
+    parser.add_argument("--plot", type=Path, help="draw the per-second curves into this PNG")
+    parser.add_argument("--vbench", type=Path, help="put the videos there, named as for VBench")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make what is missing; when all is there, sum it up."""
+    args = build_parser().parse_args([item for item in argv if item != "--"])
+    ranks = Ranks.from_environment()
+    set_up_logging(quiet=not ranks.is_main)
+    check_flags(args)
+    run = videos_run(args) if args.videos is not None else generated_run(args, ranks)
+    log = ResultLog(args.json, fingerprint(run.identity), ranks.rank)
+    kept = log.read()
+    mine = ranks.share(run.keys)
+    missing = [key for key in mine if key not in kept or not run.is_there(key)]
+    if missing:
+        run.prepare(missing)
+    for key in tqdm(missing, "videos", disable=not ranks.is_main):
+        log.append(key, run.measure(key))
+    kept = log.read()
+    left = [key for key in run.keys if key not in kept]
+    if left:
+        print(f"{len(left)} of {len(run.keys)} videos are still being made by other ranks")
+        return 0
+    finish(args, run, [kept[key] for key in run.keys], ranks)
+    return 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for what can be known to be wrong before anything is loaded."""
+    if args.videos is None and args.config_path is None:
+        raise UserError("say what to measure: --config_path (and --checkpoint_path), or --videos")
+    if args.videos is not None and (args.data_path or args.checkpoint_path):
+        raise UserError("--videos measures what is there; leave out what generates")
+    if min(args.seeds, 1 if args.prompts is None else args.prompts) < 1:
+        raise UserError("--prompts and --seeds must be at least 1")
+    if not (math.isfinite(args.seconds) and args.seconds > 0):
+        raise UserError(f"--seconds {args.seconds:g} must be a length above 0")
+    for path in (args.json, args.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"the folder of {path} does not exist; make it first")
+
+
+# --- what is measured ----------------------------------------------------------------------------
+
+
+class Run:
+    """Videos to measure, each by a key; `identity` is what their results depend on."""
+
+    def __init__(
+        self,
+        keys: Sequence[str],
+        measure: Callable[[str], Result],
+        *,
+        identity: dict[str, Any],
+        settings: dict[str, Any],
+        prepare: Callable[[Sequence[str]], None] = lambda missing: None,
+        is_there: Callable[[str], bool] = lambda key: True,
+    ) -> None:
+        """`settings` describe the run in the JSON file; `prepare` loads what `measure` needs."""
+        self.keys, self.measure, self.identity = list(keys), measure, identity
+        self.settings, self.prepare, self.is_there = settings, prepare, is_there
+
+
+def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
+    """Videos that a model makes."""
+    config = load_config(args.config_path, args.overrides)
+    config.device = str(choose_device(ranks.device_name(args.device or config.device)))
+    if args.data_path is None:
+        prompts = held_out_captions(args.prompts or HELD_OUT_PROMPTS)
+    else:
+        prompts = read_prompts(args.data_path)[: args.prompts]
+    evaluation = Evaluation(
+        config,
+        args.checkpoint_path,
+        use_ema=args.use_ema,
+        seconds=args.seconds,
+        export=args.vbench,
+    )
+    trials = {t.key: t for t in plan_trials(prompts, args.seeds, config.seed)}
+    identity = evaluation.settings()
+
+    def is_there(key: str) -> bool:
+        path = evaluation.export_path(trials[key])
+        return path is None or path.is_file()
+
+    return Run(
+        list(trials),
+        lambda key: evaluation(trials[key]),
+        identity=identity,
+        settings={
+            **identity,
+            "config": args.config_path,
+            "overrides": args.overrides,
+            "checkpoint": args.checkpoint_path,
+            "prompts": args.data_path or "held-out captions of the shapes world",
+            "seconds": args.seconds,
+            "seeds": sorted({trial.seed for trial in trials.values()}),
+            "device": device_name(config.device),
+        },
+        prepare=lambda missing: evaluation.load([trials[key] for key in missing]),
+        is_there=is_there,
+    )
+
+
+def videos_run(args: argparse.Namespace) -> Run:
+    """Files of a folder; with a config its blocks are used for the flicker."""
+    if not args.videos.is_dir():
+        raise UserError(f"--videos {args.videos} is not a folder")
+    found = sorted(args.videos.glob("*.mp4"))
+    files = {f"{file_hash(f)} {f.name}": f for f in found if not f.name.endswith(".part.mp4")}
+    if not files:
+        raise UserError(f"--videos {args.videos} holds no .mp4 file")
+    first, block = 9, 12
+    if args.config_path is not None:
+        config = load_config(args.config_path, args.overrides)
+        dit = load_dit_config(ModelFiles.find(config, config.generator_name).folder)
+        first, block = frames_per_block(block_layout(config), video_shape(config, dit))
+
+    def measure(key: str) -> Result:
+        result = measure_file(files[key], first, block)
+        if args.vbench is not None:
+            export(files[key], args.vbench / vbench_name(*prompt_of(files[key])))
+        return result
+
+    def is_there(key: str) -> bool:
+        name = vbench_name(*prompt_of(files[key]))
+        return args.vbench is None or (args.vbench / name).is_file()
+
+    settings = {"frames_in_first_block": first, "frames_per_block": block}
+    return Run(
+        list(files),
+        measure,
+        identity=settings,
+        settings={**settings, "videos": str(args.videos)},
+        is_there=is_there,
+    )
+
+
+def measure_file(path: Path, first: int, block: int) -> Result:
+    """One video file; its prompt says against what."""
+    prompt, sample = prompt_of(path)
+    judge = Judge(prompt, fps=frame_rate(path), first=first, block=block)
+    frames = 0
+    for chunk in read_video_chunks(path):
+        judge.add(chunk.numpy())
+        frames += len(chunk)
+    return {
+        "file": path.name,
+        "prompt": prompt,
+        "seed": sample,
+        "kind": judge.kind,
+        "frames": frames,
+        "report": judge.report(),
+    }
+
+
+def prompt_of(path: Path) -> tuple[str, int]:
+    """Prompt and sample of a video: from the JSON beside it, else from its name."""
+    match = re.fullmatch(r"(?s)(.*)-(\d+)(?:_ema|_regular)?", path.stem)
+    prompt, sample = (match[1], int(match[2])) if match else (path.stem, 0)
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        return prompt, sample
+    try:
+        record = json.loads(beside.read_text(encoding="utf-8"))
+        return str(record["prompt"]), int(record.get("sample", sample))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{beside} does not say which prompt {path.name} shows") from error
+
+
+# --- what becomes of it --------------------------------------------------------------------------
+
+
+def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks: Ranks) -> None:
+    """Sum up, write, print, draw, and let VBench judge if that is wanted."""
+    kinds = sorted({result["kind"] for result in results})
+    summary = {kind: summarise([r for r in results if r["kind"] == kind]) for kind in kinds}
+    content = {
+        "settings": run.settings,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
+        },
+        "summary": summary,
+        "videos": list(results),
+    }
+    write_json(args.json, content, tag=f".{ranks.rank}")
+    for kind in kinds:
+        print(table(kind, summary[kind]))
+    if args.plot is not None:
+        for kind in kinds:
+            name = args.plot if len(kinds) == 1 else args.plot.with_stem(f"{args.plot.stem}_{kind}")
+            draw_curves(kind, {args.json.stem: summary[kind]}, name)
+            print(name)
+    print(args.json)
+    if args.vbench is not None:
+        content["vbench"] = run_vbench(args.vbench, results, args.device)
+        write_json(args.json, content, tag=f".{ranks.rank}")
+
+
+def export(source: Path, target: Path) -> None:
+    """Copy a video under VBench's name."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(".part")
+        shutil.copyfile(source, part)
+        part.replace(target)
+    except OSError as error:
+        raise UserError(f"Cannot write {target}: {error.strerror}.") from error
+
+
+def run_vbench(folder: Path, results: Sequence[Result], device: str | None) -> Any:
+    """VBench's scores of the folder, or None, with a sentence, where it is not installed."""
+    samples: dict[str, int] = {}
+    for result in results:
+        samples[result["prompt"]] = samples.get(result["prompt"], 0) + 1
+    few = sum(count < VBENCH_SAMPLES for count in samples.values())
+    if few:
+        print(f"{few} prompts have fewer than the {VBENCH_SAMPLES} videos of VBench's protocol")
+    try:
+        import vbench
+    except ImportError:
+        print(
+            f"VBench is not installed: the videos lie in {folder}, named for it; to score them, "
+            "pip install vbench and repeat this command"
+        )
+        return None
+    scores = folder / "vbench_results"
+    info = Path(vbench.__file__).parent / "VBench_full_info.json"
+    judge = vbench.VBench(choose_device(device or "auto"), str(info), str(scores))
+    judge.evaluate(
+        videos_path=str(folder),
+        name="videos",
+        dimension_list=list(VBENCH_DIMENSIONS),
+        mode="custom_input",
+    )
+    return json.loads((scores / "videos_eval_results.json").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

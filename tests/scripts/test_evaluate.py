@@ -1,0 +1,229 @@
+"""The evaluation: true clips are right, a killed run goes on, figures are those of the videos."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import scripts.evaluate
+from pipeline import load_pipeline
+from pipeline.evaluation import held_out_captions
+from scripts.evaluate import main
+from utils.cli import run_main
+from utils.evaluation import Judge, ResultLog, mean_and_spread, numbers, summarise
+from utils.shapes import render, sample_scene
+from utils.video import VideoWriter, read_image, read_video
+
+SQUARE = ["height=32", "width=32"]
+
+
+def evaluate(*arguments):
+    return run_main(main, [str(argument) for argument in arguments])
+
+
+def model(world):
+    given = ["--config_path", world.config, "--checkpoint_path", world.checkpoint]
+    return [*given, "--device", "cpu", *SQUARE]
+
+
+def untimed(value):
+    """A result without what differs from run to run."""
+    if isinstance(value, dict):
+        skipped = ("timings", "fps", "first_frame_s")
+        return {k: untimed(v) for k, v in value.items() if k not in skipped}
+    return [untimed(item) for item in value] if isinstance(value, list) else value
+
+
+def write_clip(path, scene, frames, *, beside=None):
+    with VideoWriter(path) as writer:
+        writer.write(render(scene, frames))
+    if beside is not None:
+        path.with_suffix(".json").write_text(json.dumps(beside))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Two scenes of one shape, by name; two of two shapes, whose captions stand beside them."""
+    folder = tmp_path_factory.mktemp("clips")
+    scenes = [sample_scene(0, index) for index in range(20)]
+    for scene in [s for s in scenes if len(s.shapes) == 1][:2]:
+        write_clip(folder / f"{scene.caption}-0.mp4", scene, 96)
+    for number, scene in enumerate([s for s in scenes if len(s.shapes) == 2][:2]):
+        beside = {"prompt": scene.caption, "sample": 1}
+        write_clip(folder / f"{number}-0_ema.mp4", scene, 96, beside=beside)
+    return folder
+
+
+def test_true_clips_are_right(clips, tmp_path, capsys):
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    assert evaluate("--videos", clips, "--json", out, "--plot", plot) == 0
+    content = json.loads(out.read_text())
+    summary = content["summary"]["shapes"]
+    assert (summary["videos"], summary["prompts"], summary["seeds"]) == (4, 4, 2)
+    measures = {name: value["mean"] for name, value in summary["measures"].items()}
+    for name in ("background", "colour", "kind", "size", "direction", "speed"):
+        assert measures[f"accuracy.{name}"] == 1
+    assert measures["late.right"] > 0.97
+    assert measures["motion"] > 0.9
+    assert measures["survival.5s"] == 1
+    assert "survival.60s" not in measures
+    assert abs(measures["drift.colour_error"]) < 3
+    assert summary["survival"] == [1.0] * 6
+    assert len(summary["per_second"]["colour_error"]["mean"]) == 6
+    assert min(read_image(plot).shape[:2]) > 300
+    printed = capsys.readouterr().out
+    assert "shapes: 4 videos, 4 prompts, 2 seeds" in printed
+    assert "direction" in printed
+
+
+def test_other_videos_are_held_against_their_beginning(tmp_path):
+    scene = sample_scene(0, 0)
+    write_clip(tmp_path / "a boat at dawn-0.mp4", scene, 40)
+    assert evaluate("--videos", tmp_path, "--json", tmp_path / "out.json") == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    (result,) = content["videos"]
+    assert (result["prompt"], result["seed"], result["kind"]) == ("a boat at dawn", 0, "video")
+    assert set(content["summary"]) == {"video"}
+    assert content["summary"]["video"]["measures"]["motion"]["spread"] is None
+
+
+def test_a_model_is_measured_and_the_file_says_how(tiny_world, tmp_path, capsys):
+    out, videos = tmp_path / "out.json", tmp_path / "videos"
+    given = ["--prompts", 1, "--seeds", 2, "--seconds", 1.5, "--json", out, "--vbench", videos]
+    assert evaluate(*model(tiny_world), "seed=5", *given) == 0
+    content = json.loads(out.read_text())
+    settings = content["settings"]
+    assert settings["seeds"] == [5, 6]
+    assert settings["video_frames"] == 24
+    assert len(settings["config_hash"]) == len(settings["checkpoint_hash"]) == 16
+    assert content["versions"]["torch"] == torch.__version__
+    (prompt,) = held_out_captions(1)
+    assert [(r["prompt"], r["seed"], r["frames"]) for r in content["videos"]] == [
+        (prompt, 5, 24),
+        (prompt, 6, 24),
+    ]
+    measures = content["summary"]["shapes"]["measures"]
+    assert measures["fps"]["mean"] > 0
+    assert measures["motion"]["spread"] is not None
+    # what was measured is what inference gives for this prompt and seed
+    pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", SQUARE)
+    frames = pipe.generate([prompt], 7, seed=6)[0, :24]
+    judge = Judge(prompt, fps=16)
+    judge.add(frames.numpy())
+    assert judge.report() == content["videos"][1]["report"]
+    files = sorted(videos.glob("*.mp4"))
+    assert [f.stem.rsplit("-", 1)[1] for f in files] == ["0", "1"]
+    assert len(read_video(files[0])) == 24
+    assert "VBench is not installed" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tiny_world, tmp_path, monkeypatch):
+    given = [*model(tiny_world), "--prompts", 2, "--seeds", 2, "--seconds", 1, "--json"]
+    assert evaluate(*given, tmp_path / "whole.json") == 0
+    made, append = [], ResultLog.append
+
+    def dies_after_two(log, key, result):
+        append(log, key, result)
+        made.append(key)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResultLog, "append", dies_after_two)
+    assert evaluate(*given, tmp_path / "part.json") == 130
+    assert not (tmp_path / "part.json").exists()
+    with (tmp_path / "part.videos.0.jsonl").open("a") as file:
+        file.write('{"settings": "cut o')
+    assert evaluate(*given, tmp_path / "part.json") == 0
+    assert len(made) == len(set(made)) == 4
+    whole, part = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("whole", "part"))
+    assert untimed(whole) == untimed(part)
+    assert len(whole["videos"]) == 4
+    # the same command again makes nothing; another checkpoint's results are not mixed in
+    assert evaluate(*given, tmp_path / "part.json") == 0
+    assert len(made) == 4
+    assert evaluate(*given, tmp_path / "part.json", "--use_ema") == 0
+    assert len(made) == 8
+
+
+def test_ranks_share_the_videos_and_the_last_one_sums_up(tiny_world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    given = [*model(tiny_world), "--prompts", 3, "--seconds", 0.5, "--json", out]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert evaluate(*given) == 0
+    assert not out.exists()
+    assert "2 of 3 videos are still being made" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    assert evaluate(*given) == 0
+    assert [r["prompt"] for r in json.loads(out.read_text())["videos"]] == held_out_captions(3)
+
+
+def test_vbench_is_called_where_it_is_installed(clips, tmp_path, monkeypatch):
+    calls = []
+
+    class FakeVBench:
+        def __init__(self, device, full_info, output):
+            self.output = output
+            calls.append((str(device), full_info))
+
+        def evaluate(self, **options):
+            calls.append(options)
+            folder = scripts.evaluate.Path(self.output)
+            folder.mkdir(parents=True)
+            (folder / "videos_eval_results.json").write_text('{"motion_smoothness": [0.9, []]}')
+
+    package = SimpleNamespace(__file__="/x/vbench/__init__.py", VBench=FakeVBench)
+    monkeypatch.setitem(sys.modules, "vbench", package)
+    out, named = tmp_path / "out.json", tmp_path / "named"
+    assert evaluate("--videos", clips, "--json", out, "--vbench", named, "--device", "cpu") == 0
+    assert calls[0] == ("cpu", "/x/vbench/VBench_full_info.json")
+    assert calls[1]["mode"] == "custom_input"
+    assert calls[1]["videos_path"] == str(named)
+    assert json.loads(out.read_text())["vbench"] == {"motion_smoothness": [0.9, []]}
+    prompts = {r["prompt"]: r["seed"] for r in json.loads(out.read_text())["videos"]}
+    assert {f.name for f in named.glob("*.mp4")} == {f"{p}-{i}.mp4" for p, i in prompts.items()}
+
+
+def test_spread_is_that_of_the_seeds_means():
+    table = np.array([[0.0], [1.0], [2.0], [np.nan], [4.0]])
+    mean, spread = mean_and_spread(table, [0, 0, 1, 1, 2])
+    assert mean[0] == pytest.approx(7 / 4)
+    assert spread[0] == pytest.approx(np.std([0.5, 2, 4], ddof=1))
+    assert np.isnan(mean_and_spread(table, [0] * 5)[1][0])
+
+
+def test_curves_of_unequal_length_count_while_they_last():
+    def result(seed, curve):
+        report = {"seconds": len(curve), "motion": None, "per_second": {"change": curve}}
+        return {"prompt": "x", "seed": seed, "kind": "video", "report": report}
+
+    summary = summarise([result(0, [1.0, 2.0]), result(1, [3.0, None, 5.0])])
+    assert summary["per_second"]["change"]["mean"] == [2.0, 2.0, 5.0]
+    assert summary["per_second"]["change"]["spread"] == [pytest.approx(2**0.5), None, None]
+    assert summary["measures"]["motion"] == {"mean": None, "spread": None}
+    assert numbers({"a": {"b": 1, "per_second": {}}, "c": True}) == {"a.b": 1.0, "c": 1.0}
+
+
+def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
+    wide = model(tiny_world)[:-2]
+    short = ["--prompts", 1, "--seconds", 0.5, "--json", tmp_path / "out.json"]
+    broken = tmp_path / "broken"
+    write_clip(broken / "x-0.mp4", sample_scene(0, 0), 5, beside={"no": "prompt"})
+    for arguments, message in [
+        ([], "say what to measure"),
+        (["--videos", tmp_path / "none"], "is not a folder"),
+        (["--videos", tmp_path], "holds no .mp4"),
+        (["--videos", broken], "does not say which prompt"),
+        (["--videos", clips, "--checkpoint_path", "x"], "leave out"),
+        ([*model(tiny_world), "--seeds", 0], "at least 1"),
+        ([*model(tiny_world), "--seconds", "nan"], "--seconds nan"),
+        ([*model(tiny_world), "--seconds", 0.001], "shorter than one frame"),
+        ([*model(tiny_world), "--json", tmp_path / "no" / "out.json"], "does not exist"),
+        ([*model(tiny_world), "--data_path", "none.txt"], "none.txt does not exist"),
+        ([*wide, *short], "square"),
+    ]:
+        assert evaluate(*arguments) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
