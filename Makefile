@@ -29,7 +29,7 @@ test-all: test test-slow
 lint: venv  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy wan model pipeline trainer utils inference.py
+	$(BIN)/mypy wan model pipeline trainer utils inference.py train.py scripts
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -135,11 +135,8 @@ def draw_table(axis: Any, maps: Sequence[AttentionMap], title: str, *, per_frame
     names = group_names(maps)
     values = np.array(group_table(maps, names, per_frame=per_frame))
     shown = np.log2(np.maximum(values, 2**-6)) if per_frame else values
-    norm = (
-        CenteredNorm(0, max(1.0, np.nanmax(np.abs(shown))))
-        if per_frame
-        else Normalize(0, np.nanmax(values))
-    )
+    farthest = max(1.0, float(np.nanmax(np.abs(shown))))
+    norm = CenteredNorm(0, farthest) if per_frame else Normalize(0, np.nanmax(values))
     axis.set_facecolor("#e9ebee")  # where nothing is in view
     image = axis.imshow(shown, norm=norm, cmap="RdBu_r" if per_frame else "viridis", aspect="auto")
     axis.set_title(title, fontweight="bold")
@@ -160,7 +157,7 @@ def draw_table(axis: Any, maps: Sequence[AttentionMap], title: str, *, per_frame
     bar = axis.figure.colorbar(image, ax=axis, pad=0.02, aspect=25)
     bar.outline.set_visible(False)
     if per_frame:
-        ticks = [tick for tick in range(-6, 7) if abs(tick) <= norm.halfrange]
+        ticks = [tick for tick in range(-6, 7) if abs(tick) <= farthest]
         bar.set_ticks(ticks, labels=[f"{2.0**tick:g}" for tick in ticks])
 
 

@@ -205,9 +205,10 @@ def hub_files(download: Download) -> tuple[str, dict[str, int]]:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    repo = {"repo_id": download.repo_id, "repo_type": download.repo_type}
-    commit = HfApi().repo_info(**repo).sha
-    tree = HfApi().list_repo_tree(**repo, revision=commit, recursive=True)
+    name, kind = download.repo_id, download.repo_type
+    commit = HfApi().repo_info(name, repo_type=kind).sha
+    assert commit is not None, "the hub names the commit of every repository"
+    tree = HfApi().list_repo_tree(name, repo_type=kind, revision=commit, recursive=True)
     there = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
     sizes = {}
     for pattern in download.files:
