@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.components import ModelFiles, video_shape
-from pipeline.prefix import Prefix
+from pipeline.components import ModelFiles, block_layout, video_shape
+from pipeline.prefix import whole_blocks
 from pipeline.stream import PrefixFrames
 from pipeline.text_to_video import VideoPipeline, load_pipeline
 from utils.config import Config, find_file, fingerprint, save_config, to_dict
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.prompts import output_names, read_extended_prompts, read_image_prompts, read_prompts
-from utils.video import VideoWriter
+from utils.video import VideoWriter, check_image, probe_video
 from wan.checkpoints import load_dit_config
 from wan.geometry import VideoShape
 
@@ -136,11 +136,11 @@ class BatchRun:
         share = self.ranks.share(jobs)
         missing = [job for job in share if self.outputs.overwrite or not self._is_done(job)]
         if len(missing) < len(share):
-            logger.info(
-                "%d videos are there already; --overwrite redoes them", len(share) - len(missing)
-            )
+            done = len(share) - len(missing)
+            logger.info("there already, --overwrite redoes: %d of %d videos", done, len(share))
         if not missing:
             return
+        self._check_prefixes(missing)
         self.files.require(self.files.vae)
         if not self.config.text_embeddings:
             self.files.require(self.files.text_encoder, self.files.tokenizer)
@@ -155,6 +155,24 @@ class BatchRun:
             self._make(pipe, job, texts[job.prompt])
             if index == 0 and self.ranks.is_main:
                 save_config(self.config, folder / "config.yaml")
+
+    def _check_prefixes(self, jobs: Sequence[Job]) -> None:
+        """Images and videos to continue have to be readable and leave something to generate."""
+        layout = block_layout(self.config)
+        given: dict[Path, int] = {}
+        for path in {job.image for job in jobs if job.image is not None}:
+            check_image(path)
+            given[path] = 1
+        for path in {job.video for job in jobs if job.video is not None}:
+            given[path] = whole_blocks(probe_video(path).frames, layout, self.shape)
+        for path, blocks in given.items():
+            frames = layout.start(blocks)
+            latent_frames, _ = self._length_with(frames)
+            if latent_frames <= frames:
+                raise UserError(
+                    f"{path} fills {frames} latent frames already; ask for more than "
+                    f"{latent_frames} (--num_output_frames)"
+                )
 
     def _encode(self, pipe: VideoPipeline, jobs: Sequence[Job]) -> dict[str, Tensor]:
         """Text embeddings `[1, L, dim]` by prompt, on the CPU; then the encoder is freed."""
@@ -175,7 +193,8 @@ class BatchRun:
         timings: dict[str, float] = {}
         start = time.perf_counter()
         prefix = pipe.encode_prefix(image=job.image, video=job.video)
-        latent_frames, video_frames = self._length_with(prefix)
+        given = 0 if prefix is None else prefix.latents.shape[1]
+        latent_frames, video_frames = self._length_with(given)
         with (
             pipe.open_stream(
                 text.to(pipe.device),
@@ -203,11 +222,11 @@ class BatchRun:
         timings["fps"] = written / timings["total_s"]
         self._describe(job, written, timings)
 
-    def _length_with(self, prefix: Prefix | None) -> tuple[int, int]:
+    def _length_with(self, prefix_frames: int) -> tuple[int, int]:
         """(latent frames to generate, video frames to write); a duration is that of the file."""
-        if prefix is None or self.outputs.prefix_frames == "reconstructed":
+        if self.outputs.prefix_frames == "reconstructed":
             return self.latent_frames, self.video_frames
-        hidden = self.shape.video_frames(prefix.latents.shape[1])
+        hidden = self.shape.video_frames(prefix_frames)
         if self.outputs.duration is None:
             return self.latent_frames, self.video_frames - hidden
         return self.shape.latent_frames(hidden + self.video_frames), self.video_frames

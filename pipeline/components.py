@@ -160,12 +160,14 @@ def new_schedule(config: Config, num_blocks: int | None, first_block: int = 0) -
 def memory_report(config: Config, files: ModelFiles, dtype: torch.dtype, batch: int = 1) -> str:
     """One line: what will be in memory, estimated from sizes alone, before anything is loaded."""
     dit = load_dit_config(files.folder)
-    cache = new_cache(config, dit, batch=batch, dtype=dtype, device=torch.device("meta"))
+    rows = batch if config.distilled else 2 * batch  # guidance runs every video twice
+    cache = new_cache(config, dit, batch=rows, dtype=dtype, device=torch.device("meta"))
+    text = 0 if config.text_embeddings else _file_bytes(files.text_encoder)
     parts = {
         "transformer": memory_estimate(dit, dtype),
         "cache": cache.num_bytes,
-        "VAE": _file_bytes(files.vae),
-        "text encoder": 0 if config.text_embeddings else _file_bytes(files.text_encoder),
+        "VAE": _file_bytes(files.vae) * dtype.itemsize // 4,  # the published file is in fp32
+        "text encoder": text * dtype.itemsize // 2,  # and this one in bf16
     }
     listed = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items())
     return f"memory needed: about {_readable(sum(parts.values()))} ({listed}) and activations"

@@ -41,8 +41,7 @@ def image_clip(image: Frames, layout: BlockLayout, shape: VideoShape) -> Tensor:
     One frame if the model's first frame is a block of its own.
     """
     pixels = read_image(image) if isinstance(image, str | Path) else image
-    if pixels.ndim == 4:
-        pixels = pixels[0]
+    pixels = _pixels(pixels[0] if pixels.ndim == 4 else pixels, 3)
     still = fit_frames(pixels[None], shape.height, shape.width)
     return still.expand(prefix_frames(1, layout, shape), -1, -1, -1)
 
@@ -52,19 +51,32 @@ def video_clip(video: Frames, layout: BlockLayout, shape: VideoShape) -> Tensor:
 
     What is cut off in front is said in one line; UserError if not even one block is filled.
     """
-    frames = read_video(video) if isinstance(video, str | Path) else video
-    blocks = 0
-    while prefix_frames(blocks + 1, layout, shape) <= len(frames):
-        blocks += 1
-    if blocks == 0:
-        raise UserError(
-            f"the video to continue has {len(frames)} frames; at least "
-            f"{prefix_frames(1, layout, shape)} are needed"
-        )
-    kept = prefix_frames(blocks, layout, shape)
+    frames = read_video(video) if isinstance(video, str | Path) else _pixels(video, 4)
+    kept = prefix_frames(whole_blocks(len(frames), layout, shape), layout, shape)
     if kept < len(frames):
         logger.info("continuing the last %d of %d frames (whole blocks)", kept, len(frames))
     return fit_frames(frames[-kept:], shape.height, shape.width)
+
+
+def whole_blocks(frames: int, layout: BlockLayout, shape: VideoShape) -> int:
+    """Blocks that `frames` video frames fill; UserError if it is not even one."""
+    blocks = 0
+    while prefix_frames(blocks + 1, layout, shape) <= frames:
+        blocks += 1
+    if blocks == 0:
+        raise UserError(
+            f"the video to continue has {frames} frames; at least "
+            f"{prefix_frames(1, layout, shape)} are needed"
+        )
+    return blocks
+
+
+def _pixels(frames: Tensor, axes: int) -> Tensor:
+    """`frames` if they are pixels, uint8 `[(n,) H, W, 3]`."""
+    if frames.dtype != torch.uint8 or frames.ndim != axes or frames.shape[-1] != 3:
+        wanted = "[n, H, W, 3]" if axes == 4 else "[H, W, 3]"
+        raise UserError(f"give frames as uint8 {wanted}, not {frames.dtype} {list(frames.shape)}")
+    return frames
 
 
 def encode_prefix(clip: Tensor, vae: WanVAE) -> Prefix:

@@ -106,6 +106,7 @@ class Rollout:
             "index": self.index,
             "in_flight": {block: x.clone() for block, x in self._in_flight.items()},
             "unwritten": {block: x.clone() for block, x in self._unwritten.items()},
+            "timesteps": self.rule.timesteps.tolist(),
             "rule": self.rule.state_dict(),
             "cache": self.cache.state_dict(),
         }
@@ -113,6 +114,11 @@ class Rollout:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another rollout of the same sizes stood."""
         device = self.cache.device
+        if state["timesteps"] != self.rule.timesteps.tolist():
+            raise ValueError(
+                f"this state was made with levels {state['timesteps']}, "
+                f"not {self.rule.timesteps.tolist()}"
+            )
         self.cache.load_state_dict(state["cache"])
         self.rule.load_state_dict(state["rule"], device)
         self.index = state["index"]

@@ -318,10 +318,15 @@ class VideoPipeline:
         samples: Sequence[int] | None,
         batch: int,
     ) -> BlockNoise:
-        if isinstance(noise, tuple):
+        if isinstance(noise, tuple | list):
             initial, renoise = noise
             count = self.layout.blocks_for(initial.shape[1])
             starts = [self.layout.start(block) for block in range(count + 1)]
+            if initial.shape[1] != starts[-1]:
+                raise UserError(
+                    f"the given noise has {initial.shape[1]} latent frames, which is no whole "
+                    f"number of blocks; give {starts[-1]}"
+                )
             return BlockNoise(RecordedNoise(initial, renoise, starts), range(batch), self.device)
         if noise is None:
             noise = CounterNoise(

@@ -427,21 +427,15 @@ def _check_keys(layer: Mapping[str, Any], schema: type, path: Path) -> None:
 
 
 def _validate(config: Config) -> None:
+    for holds, sentence in (*_video_checks(config), *_training_checks(config)):
+        if not holds:
+            raise UserError(sentence)
+    _validate_window(config)
+
+
+def _video_checks(config: Config) -> list[tuple[bool, str]]:
     steps = config.denoising_step_list
-    ours = config.max_steps
-    checks = [
-        (ours is None or ours >= 1, "max_steps must be at least 1"),
-        (
-            1 <= config.num_train_timestep <= 1000,
-            "num_train_timestep must be between 1 and 1000",
-        ),
-        (config.dfake_gen_update_ratio >= 1, "dfake_gen_update_ratio must be at least 1"),
-        (config.batch_size >= 1, "batch_size must be at least 1"),
-        (config.log_iters >= 1, "log_iters must be at least 1"),
-        (config.keep_checkpoints >= 1, "keep_checkpoints must be at least 1"),
-        (0 <= config.rolling_probability <= 1, "rolling_probability must be between 0 and 1"),
-        (0 <= config.prompt_dropout <= 1, "prompt_dropout must be between 0 and 1"),
-        (0 <= config.ema_weight <= 1, "ema_weight must be between 0 and 1"),
+    return [
         (config.height >= 16 and config.height % 16 == 0, "height must be a multiple of 16"),
         (config.width >= 16 and config.width % 16 == 0, "width must be a multiple of 16"),
         (
@@ -469,10 +463,24 @@ def _validate(config: Config) -> None:
             "denoising_step_list must fall from step to step",
         ),
     ]
-    for holds, sentence in checks:
-        if not holds:
-            raise UserError(sentence)
-    _validate_window(config)
+
+
+def _training_checks(config: Config) -> list[tuple[bool, str]]:
+    most = config.max_steps
+    return [
+        (most is None or most >= 1, "max_steps must be at least 1"),
+        (
+            1 <= config.num_train_timestep <= 1000,
+            "num_train_timestep must be between 1 and 1000",
+        ),
+        (config.dfake_gen_update_ratio >= 1, "dfake_gen_update_ratio must be at least 1"),
+        (config.batch_size >= 1, "batch_size must be at least 1"),
+        (config.log_iters >= 1, "log_iters must be at least 1"),
+        (config.keep_checkpoints >= 1, "keep_checkpoints must be at least 1"),
+        (0 <= config.rolling_probability <= 1, "rolling_probability must be between 0 and 1"),
+        (0 <= config.prompt_dropout <= 1, "prompt_dropout must be between 0 and 1"),
+        (0 <= config.ema_weight <= 1, "ema_weight must be between 0 and 1"),
+    ]
 
 
 def _validate_window(config: Config) -> None:

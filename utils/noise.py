@@ -76,6 +76,11 @@ class RecordedNoise:
     def __call__(self, sample: int, block: int, level: int) -> Tensor:
         """See `NoiseSource`."""
         start, end = self.block_starts[block], self.block_starts[block + 1]
+        if level > self.renoise.shape[1]:
+            raise ValueError(
+                f"the given noise ends at level {self.renoise.shape[1]}, but level {level} is "
+                "asked for (context_noise above 0 needs one more); use a seed instead"
+            )
         if level > 0:
             return self.renoise[block, level - 1, sample, : end - start].float().cpu()
         return self.initial[sample, start:end].float().cpu()

@@ -280,6 +280,16 @@ def read_image(path: str | Path) -> torch.Tensor:
         raise UserError(f"Cannot read {path} as an image: give a PNG, JPEG or WebP.") from error
 
 
+def check_image(path: str | Path) -> None:
+    """Raise UserError unless the file is an image, as far as can be told without decoding it."""
+    _require_file(path)
+    try:
+        with Image.open(path) as file:
+            file.verify()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"Cannot read {path} as an image: give a PNG, JPEG or WebP.") from error
+
+
 def fit_frames(frames: Frames, height: int, width: int) -> torch.Tensor:
     """Resize (antialiased, aspect kept) until the frame is covered, then crop the centre.
 

@@ -73,6 +73,8 @@ def empty_dit(config: DiTConfig) -> WanDiT:
 def read_state_dict(source: Path, network: Network = "generator") -> StateDict:
     """Official names to (memory-mapped) tensors of one network."""
     if source.is_dir():
+        if network != "generator":
+            _raise_absent(source, network, ["one network"])
         state = _read_folder(source)
     elif source.is_file():
         state = _read_file(source, network)
@@ -141,6 +143,8 @@ def _read_file(path: Path, network: Network) -> StateDict:
         if network not in content:
             _raise_absent(path, network, [name for name in NETWORKS if name in content])
         content = _as_dict(content[network], path)
+    elif network != "generator":
+        _raise_absent(path, network, ["one network"])
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -151,8 +155,8 @@ def _choose(state: StateDict, network: Network, path: Path) -> StateDict:
     if chosen:
         return chosen
     others = [name for name in NETWORKS if any(key.startswith(f"{name}.") for key in state)]
-    if others:
-        _raise_absent(path, network, others)
+    if others or network != "generator":
+        _raise_absent(path, network, others or ["one network"])
     return state
 
 

@@ -236,3 +236,32 @@ def test_compiled_blocks_change_only_rounding(tiny_world: TinyWorld, pipe: Video
     embeddings = pipe.encode_prompts(["a ball"])
     eager, fast = (p.generate_latents(embeddings, 27, seed=0) for p in (pipe, compiled))
     torch.testing.assert_close(fast, eager, atol=1e-4, rtol=0)
+
+
+def test_inputs_of_another_form_are_refused_in_words(pipe: VideoPipeline) -> None:
+    with pytest.raises(UserError, match="uint8"):
+        pipe.stream("x", image=torch.rand(32, 48, 3))
+    with pytest.raises(UserError, match="uint8"):
+        pipe.stream("x", video=moving_clip(9).permute(0, 3, 1, 2))
+    channels, height, width = pipe.shape.latent
+    initial = torch.randn(1, 10, channels, height, width)
+    renoise = torch.randn(4, 4, 1, 3, channels, height, width)
+    with pytest.raises(UserError, match="give 12"):
+        pipe.generate_latents(torch.zeros(1, 2, 32), 10, noise=(initial, renoise))
+
+
+def test_state_of_other_levels_is_refused(tiny_world: TinyWorld, pipe: VideoPipeline) -> None:
+    other = load_pipeline(
+        tiny_world.config,
+        tiny_world.checkpoint,
+        device="cpu",
+        overrides=["denoising_step_list=[1000,900,800,700,600]"],
+    )
+    with pytest.raises(ValueError, match="levels"):
+        pipe.stream("a ball").load_state_dict(other.stream("a ball").state_dict())
+
+
+def test_average_that_is_not_there_is_refused(tiny_world: TinyWorld) -> None:
+    """It used to be ignored for bare weights, and the record said it was used."""
+    with pytest.raises(UserError, match="no generator_ema"):
+        load_pipeline(tiny_world.config, device="cpu", use_ema=True)
