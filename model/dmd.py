@@ -56,13 +56,15 @@ def predict_scores(
 def dmd_gradient(latents: Tensor, scores: Scores, *, normalise: bool = True) -> Tensor:
     """Gradient of the KL with respect to the samples (DMD, eq. 7), `[B, F, C, h, w]`.
 
-    (x_fake - x_real) / mean|x - x_real|, the mean over one sample (eq. 8).
+    (x_fake - x_real) / mean|x - x_real|, the mean over one sample (eq. 8). A score that is not
+    finite stays so: it has to stop the training.
     """
-    gradient = scores.fake - scores.real
-    if normalise:
-        distance = (latents - scores.real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-        gradient = gradient / distance
-    return torch.nan_to_num(gradient)
+    difference = scores.fake - scores.real
+    if not normalise:
+        return difference
+    distance = (latents - scores.real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    normalised = torch.nan_to_num(difference / distance)  # 0 / 0: nothing to move
+    return torch.where(difference.isfinite(), normalised, difference)
 
 
 def generator_loss(latents: Tensor, scores: Scores, mask: Tensor | None = None) -> LossResult:

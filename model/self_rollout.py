@@ -42,9 +42,7 @@ def plan_rollout(config: Config, update: int) -> RolloutPlan:
     """Draw schedule, number of blocks and r for one update."""
     draw = philox(config.seed, Purpose.ROLLOUT_PLAN, (update,))
     rolling = bool(draw.random() < config.rolling_probability)
-    layout = block_layout(config)
-    fewest = layout.blocks_for(scored_frames(config))
-    most = max(fewest, layout.blocks_for(config.num_training_frames))
+    fewest, most = rollout_blocks(config)
     blocks = int(draw.integers(fewest, most + 1))
     levels = draw.integers(0, config.num_levels, size=blocks)
     if config.last_step_only:
@@ -54,6 +52,16 @@ def plan_rollout(config: Config, update: int) -> RolloutPlan:
     return RolloutPlan(
         "rolling" if rolling else "block", blocks, tuple(int(level) for level in levels)
     )
+
+
+def rollout_blocks(config: Config) -> tuple[int, int]:
+    """Fewest and most blocks of a training rollout: all scored frames, and none too many."""
+    layout = block_layout(config)
+    fewest = layout.blocks_for(scored_frames(config))
+    most = layout.blocks_for(config.num_training_frames)
+    if layout.start(most) > config.num_training_frames:
+        most -= 1
+    return fewest, max(fewest, most)
 
 
 def scored_frames(config: Config) -> int:
@@ -99,7 +107,7 @@ def scored_clip(
 
     A longer video's clip has to look like the start of one: its first frame is replaced by the
     re-encoded image of that moment (one latent frame is one video frame there), and its first
-    block does not count. Without a VAE the frame is left as it is.
+    block, of `block_frames` frames, does not count. Without a VAE the frame is left as it is.
     """
     if latents.shape[1] == scored:
         return latents, None

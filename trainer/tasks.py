@@ -19,6 +19,7 @@ from model.result import LossResult
 from model.self_rollout import (
     RolloutPlan,
     plan_rollout,
+    rollout_blocks,
     rollout_flops,
     scored_clip,
     scored_frames,
@@ -196,8 +197,8 @@ class Distillation(GeneratorTask):
         return rollout + fake + 2 * forward_flops(self.real_score.config, frames, frames, tokens)
 
     def _needs_vae(self) -> bool:
-        config = self.config
-        return config.reencode_first_frame and config.num_training_frames > scored_frames(config)
+        longest = self.layout.start(rollout_blocks(self.config)[1])
+        return self.config.reencode_first_frame and longest > scored_frames(self.config)
 
     def _rollout(
         self, embeddings: Tensor, draws: Draws, *, grad: bool
@@ -219,7 +220,7 @@ class Distillation(GeneratorTask):
                 latents,
                 self.vae,
                 scored=scored_frames(config),
-                block_frames=config.num_frame_per_block,
+                block_frames=self.layout.frames(0),
             )
         return clip, counts, plan
 
@@ -233,12 +234,20 @@ class Distillation(GeneratorTask):
         return timesteps.to(on)[:, None].expand(-1, clip.shape[1]), noise.to(on)
 
     def _lowest(self, plan: RolloutPlan) -> int:
-        """With `ts_schedule`, scores stay above the next level of a Self Forcing rollout."""
-        steps = self.config.denoising_step_list or []
-        following = plan.exit_levels[0] + 1
-        if not self.config.ts_schedule or plan.schedule != "block" or following >= len(steps):
+        """With `ts_schedule`, scores stay above the next level of a Self Forcing rollout.
+
+        In timesteps before the shift. There is no such level where every block has its own.
+        """
+        config, following = self.config, plan.exit_levels[0] + 1
+        steps = config.denoising_step_list or []
+        shared = plan.schedule == "block" and config.same_step_across_blocks
+        if not config.ts_schedule or not shared or following >= len(steps):
             return 0
-        return int(steps[following])
+        if config.warp_denoising_step:
+            return round(steps[following])
+        return round(
+            shift_timesteps(torch.tensor(steps[following]), 1 / config.generator_shift).item()
+        )
 
     def _generator_loss(self, batch: Batch, draws: Draws) -> LossResult:
         cond = self.text(batch["prompt"])
@@ -370,7 +379,7 @@ class FlowMatching(GeneratorTask):
             draws.normal(Purpose.NOISE, latents.shape[1:]).to(device),
             self._timesteps(draws, frames).to(device),
             self.generator.encode_text(self.text(prompts)),
-            shift=config.timestep_shift,
+            shift=config.generator_shift,
             context=context,
             clean=clean,
             clean_timesteps=clean_timesteps,
@@ -390,7 +399,7 @@ class FlowMatching(GeneratorTask):
             blocks = self.layout.blocks_for(frames)
             starts = [self.layout.start(block) for block in range(blocks)]
             uniform = block_levels(draws.uniform(Purpose.TIMESTEP, (frames,)), starts)
-        return shift_timesteps(1000 * (1 - uniform), self.config.timestep_shift)
+        return shift_timesteps(1000 * (1 - uniform), self.config.generator_shift)
 
 
 class VaeTraining(Task):

@@ -1,5 +1,6 @@
 """Self-rollouts: against the published training code, and against our own inference."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,13 @@ def test_plan_is_a_function_of_seed_and_update(rolling: Config) -> None:
     assert {plan.num_blocks for plan in plans} == {7, 8, 9}
     assert {plan.exit_levels[0] for plan in plans} == set(range(5))
     assert all(len(set(plan.exit_levels)) == 1 for plan in plans)
+
+
+@pytest.mark.parametrize("longest", [24, 25, 26])
+def test_no_rollout_is_longer_than_asked_for(rolling: Config, longest: int) -> None:
+    """A length that is no whole number of blocks was rounded up."""
+    config = replace(rolling, num_training_frames=longest)
+    assert {plan_rollout(config, update).num_blocks for update in range(50)} == {7, 8}
 
 
 def test_scored_clip_without_reencoding_keeps_the_frame(tmp_path: Path) -> None:

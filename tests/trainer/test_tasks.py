@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.dmd import Scores, dmd_gradient, generator_loss
-from model.self_rollout import plan_rollout
+from model.self_rollout import RolloutPlan, plan_rollout
 from tests.tiny_training import (
     FRAMES,
     LATENT,
@@ -196,6 +196,17 @@ def test_a_gradient_step_moves_samples_from_the_critic_to_the_teacher() -> None:
     assert (latents.grad < 0).all()
 
 
+@pytest.mark.parametrize("score", ["fake", "real"])
+def test_scores_that_are_not_finite_are_not_taken_for_a_zero_gradient(score: str) -> None:
+    """One NaN of the teacher made every gradient zero, and training went on without a word."""
+    latents, good = torch.zeros(2, 1, 1, 2, 2), torch.ones(2, 1, 1, 2, 2)
+    bad = good.clone()
+    bad[0, 0, 0, 0, 0] = float("nan")
+    scores = Scores(**{"fake": good, "real_cond": good, "real": good, score: bad})
+    assert generator_loss(latents, scores).loss.isnan()
+    assert not dmd_gradient(good, Scores(good, good, good)).any(), "0 / 0: nothing to move"
+
+
 def score_times(trainer: Trainer, updates: int) -> dict[int, list[float]]:
     """Timesteps at which the critic is trained, by the level at which the rollout stopped."""
     task = trainer.task
@@ -222,6 +233,22 @@ def test_ts_schedule_keeps_scores_above_the_next_level(
         lowest = shift_timesteps(torch.tensor(float(following)), 3.0).item()
         assert (min(found[level]) >= lowest - 1e-3) is on
     assert min(found[2]) < shift_timesteps(torch.tensor(300.0), 3.0), "nothing follows the last"
+
+
+def test_ts_schedule_without_warp_and_with_levels_of_their_own(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """It shifted levels that were shifted already, and took block 0's level for all blocks."""
+    changes: dict[str, Any] = {"method": "self_forcing", "ts_schedule": True, "timestep_shift": 3.0}
+    stops = RolloutPlan("block", 3, (0, 0, 0))
+    with trainer_of(training_world, tmp_path, **changes, warp_denoising_step=False) as trainer:
+        assert isinstance(trainer.task, Distillation)
+        lowest = torch.tensor(trainer.task._lowest(stops))
+    assert shift_timesteps(lowest, 3.0).item() == pytest.approx(600, abs=2)
+    changes["same_step_across_blocks"] = False
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        assert isinstance(trainer.task, Distillation)
+        assert trainer.task._lowest(stops) == 0
 
 
 def test_last_step_only_and_levels_of_their_own(
@@ -260,3 +287,29 @@ def test_reencoding_replaces_the_first_frame_of_longer_rollouts(
     if on:
         assert torch.equal(clips[True][:, 1:], clips[False][:, 1:])
         assert not torch.allclose(clips[True][:, :1], clips[False][:, :1], atol=1e-3)
+
+
+def test_a_first_block_of_one_frame_masks_one_frame(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """All of `num_frame_per_block` frames were masked, as if the first block were a full one."""
+    changes = {"independent_first_frame": True, "num_frame_per_block": 2}
+    changes |= {"num_training_frames": FRAMES + 2, "max_attention_frames": 9}
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        task = trainer.task
+        assert isinstance(task, Distillation)
+        update = next(n for n in range(99) if plan_rollout(trainer.config, n).num_blocks == 3)
+        _, counts, _ = task._rollout(task.text(["grass"]), Draws(0, update, (0,)), grad=False)
+    assert counts is not None
+    assert counts.tolist() == [False, True, True]
+
+
+def test_rollouts_that_whole_blocks_make_longer_are_reencoded_too(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Three scored frames in blocks of two are four: without a VAE nothing was re-encoded."""
+    changes = {"num_frame_per_block": 2, "num_training_frames": FRAMES, "max_attention_frames": 9}
+    changes["reencode_first_frame"] = True
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        assert trainer.task.vae is not None  # type: ignore[attr-defined]
+        assert {plan_rollout(trainer.config, n).num_blocks for n in range(20)} == {2}
