@@ -4,10 +4,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from utils.config import Config
-from utils.datasets import Dataset, GlobalOrder, VideoDataset, collate, open_dataset
+from utils.datasets import (
+    UNLIMITED,
+    Dataset,
+    GlobalOrder,
+    LatentDataset,
+    OdePairDataset,
+    ShapesVideos,
+    VideoDataset,
+    collate,
+    open_dataset,
+)
 from utils.draws import Draws, Purpose
+from utils.embeddings import EmbeddingStore
 from utils.errors import UserError
+from wan.flow import denoising_timesteps
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,13 @@ class BatchPlan:
 def plan_batches(config: Config, ranks: int) -> BatchPlan:
     """Accumulation from `global_batch_size` > `total_batch_size` > the given accumulation."""
     notes: list[str] = []
+    for name, value in (
+        ("global_batch_size", config.global_batch_size),
+        ("total_batch_size", config.total_batch_size),
+        ("gradient_accumulation_steps", config.gradient_accumulation_steps),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1")
     wanted = config.global_batch_size or config.total_batch_size
     per_step = config.batch_size * ranks
     given = config.gradient_accumulation_steps
@@ -117,6 +138,72 @@ def open_training_data(config: Config) -> Dataset:
         width=config.width,
         extended_path=config.extended_data_path,
     )
+
+
+def check_training_data(config: Config, data: Dataset, latent: Sequence[int]) -> None:
+    """Raise UserError unless the data are what a transformer's objective trains on.
+
+    `latent`: `[C, h, w]` of this config's videos.
+    """
+    size = (config.image_or_video_shape[1], *latent)
+    if config.trainer == "ode":
+        _check_trajectories(config, data, size)
+    elif config.trainer == "diffusion" and isinstance(data, LatentDataset):
+        if data.item_shape != size:
+            raise UserError(
+                f"the latents in {config.data_path} are of {data.item_shape}, the config of "
+                f"{size}: encode the videos again with this config"
+            )
+    elif config.trainer == "diffusion":
+        videos = isinstance(data, VideoDataset | ShapesVideos)
+        if not (videos and config.load_raw_video):
+            raise UserError(
+                f"{config.data_path} holds no latents; with videos set load_raw_video=true, or "
+                "encode them once with scripts/encode_videos.py"
+            )
+    if config.text_embeddings:
+        _check_embeddings(config, data)
+
+
+def _check_trajectories(config: Config, data: Dataset, size: tuple[int, ...]) -> None:
+    """They have to be at this config's levels, of this config's size."""
+    if not isinstance(data, OdePairDataset):
+        raise UserError(
+            f"{config.data_path} holds no trajectories; make them with "
+            "scripts/generate_ode_pairs.py"
+        )
+    levels = denoising_timesteps(
+        config.denoising_step_list or [], config.generator_shift, warp=config.warp_denoising_step
+    )
+    stored, meant = torch.tensor(data.timesteps), torch.cat([levels, torch.zeros(1)])
+    if stored.shape != meant.shape or not torch.allclose(stored, meant):
+        raise UserError(
+            f"the trajectories are at timesteps {stored.tolist()}, the config means "
+            f"{meant.tolist()}: make them again with this config"
+        )
+    if data.item_shape[1:] != size:
+        raise UserError(
+            f"the trajectories are of {data.item_shape[1:]} latents, the config of {size}"
+        )
+
+
+def _check_embeddings(config: Config, data: Dataset) -> None:
+    """Every text that the training will ask for has to be stored."""
+    store = EmbeddingStore(config.text_embeddings or "")
+    if len(data) < UNLIMITED:
+        store.require(data.prompt(index) for index in range(len(data)))
+    needed = list(config.sample_prompts) if config.sample_every else []
+    if config.trainer == "score_distillation" or (config.sample_every and not config.distilled):
+        needed.append(config.negative_prompt)
+    if config.prompt_dropout > 0:
+        needed.append("")
+    for prompt in needed:
+        if prompt not in store:
+            raise UserError(
+                f"{store.folder} has no embedding of the prompt '{prompt[:60]}', which this config "
+                "needs beside those of the data: scripts/encode_prompts.py stores it from a .txt "
+                "file, and the negative and the empty prompt with --negative_prompt"
+            )
 
 
 def first_prompts(dataset: Dataset, count: int) -> Sequence[str]:

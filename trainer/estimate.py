@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from model.lora import add_lora
-from pipeline.components import ModelFiles, new_cache
-from trainer.data import open_training_data, plan_batches
+from pipeline.components import ModelFiles, new_cache, video_shape
+from trainer.data import check_training_data, open_training_data, plan_batches
 from trainer.networks import compute_dtype
 from trainer.sharding import shards_of, strategy_of
 from utils.config import ROOT, Config
@@ -96,6 +96,9 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
     plan = plan_batches(config, world)
     dataset = open_training_data(config)
     local = local_world or min(world, 8)
+    if networks_of(config):
+        sizes = sizes_of(config, config.generator_name)
+        check_training_data(config, dataset, video_shape(config, sizes).latent)
     lines = [f"data: {len(dataset)} items in {config.data_path}", plan.describe(), *plan.notes]
     lines.append(f"memory per rank of {world} (GiB), without activations:")
     header = f"{'network':12} {'folder':20} {'parameters':>14} {'shards':>6}"

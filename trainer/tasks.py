@@ -29,7 +29,7 @@ from model.vae import vae_loss
 from pipeline.components import ModelFiles, block_layout, video_shape
 from pipeline.sampling import BlockNoise
 from pipeline.text_to_video import VideoPipeline
-from trainer.data import BatchPlan
+from trainer.data import BatchPlan, check_training_data
 from trainer.export import export_generator, export_text_encoder, export_vae
 from trainer.metrics import Timer, latent_statistics
 from trainer.networks import (
@@ -45,11 +45,12 @@ from trainer.networks import (
 )
 from trainer.sharding import World
 from utils.config import Config
-from utils.datasets import Dataset, OdePairDataset
+from utils.datasets import Dataset
 from utils.draws import Draws, Purpose, TrainingNoise
 from utils.errors import UserError
 from utils.shapes import attribute_classes, attribute_labels, parse_caption
 from utils.video import to_float
+from wan.checkpoints import load_dit_config
 from wan.context import AttentionContext, MaskedContext, frame_mask
 from wan.dit import WanDiT
 from wan.flops import forward_flops, training_flops
@@ -110,8 +111,9 @@ class GeneratorTask(Task):
         self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
     ) -> None:
         super().__init__(config, world, plan, timer, data)
+        self.shape = video_shape(config, load_dit_config(self.files.folder))
+        check_training_data(config, data, self.shape.latent)
         self.generator: WanDiT = build_generator(config, world)
-        self.shape = video_shape(config, self.generator.config)
         self.layout = block_layout(config)
         self.text = build_text(config, world, self.generator.config.text_len)
         self.vae = build_vae(config, world) if self._needs_vae() else None
@@ -133,11 +135,7 @@ class GeneratorTask(Task):
         """Clean latents of a batch `[B, F, C, h, w]`, encoded here if the data are videos."""
         if "latents" in batch:
             return batch["latents"].to(self.world.device)
-        if self.vae is None:
-            raise UserError(
-                "the data hold no latents; with videos set load_raw_video=true, or encode them "
-                "once with scripts/encode_videos.py"
-            )
+        assert self.vae is not None, "load_raw_video loads it"
         with self.timer.phase("encode"):
             return self.vae.encode(self._video(batch)).float()
 
@@ -297,7 +295,6 @@ class OdeInitialisation(GeneratorTask):
             config.denoising_step_list, config.generator_shift, warp=config.warp_denoising_step
         )
         self.timesteps = torch.cat([levels, torch.zeros(1)])  # [S]
-        self._check_data()
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
@@ -320,25 +317,6 @@ class OdeInitialisation(GeneratorTask):
         frames = scored_frames(self.config)
         forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)
         return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
-
-    def _check_data(self) -> None:
-        """The trajectories have to be at this config's levels, of this config's size."""
-        if not isinstance(self.data, OdePairDataset):
-            raise UserError(
-                f"{self.config.data_path} holds no trajectories; make them with "
-                "scripts/generate_ode_pairs.py"
-            )
-        stored = torch.tensor(self.data.timesteps)
-        if stored.shape != self.timesteps.shape or not torch.allclose(stored, self.timesteps):
-            raise UserError(
-                f"the trajectories are at timesteps {stored.tolist()}, the config means "
-                f"{self.timesteps.tolist()}: make them again with this config"
-            )
-        size = (scored_frames(self.config), *self.shape.latent)
-        if self.data.item_shape[1:] != size:
-            raise UserError(
-                f"the trajectories are of {self.data.item_shape[1:]} latents, the config of {size}"
-            )
 
     def _levels(self, draws: Draws, frames: int) -> Tensor:
         drawn = draws.integers(Purpose.TIMESTEP, len(self.timesteps), (frames,))

@@ -65,6 +65,10 @@ def test_dry_run_says_what_a_rank_will_hold_and_writes_nothing(
         ("global_batch_size=5", "5 videos cannot be split over 2 ranks"),
         ("real_name=Missing", "Missing does not exist"),
         ("trainer=gan", "trainer"),
+        ("trainer=ode", "prompts.txt holds no trajectories"),
+        ("trainer=diffusion", "prompts.txt holds no latents"),
+        ("negative_prompt=red", "no embedding of the prompt 'red'"),
+        ("gradient_accumulation_steps=0", "gradient_accumulation_steps must be at least 1"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
