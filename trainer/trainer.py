@@ -45,6 +45,9 @@ FREE_KEYS = {
     *("wandb_host", "wandb_key", "wandb_entity", "wandb_project"),
 }
 
+# Phases that are no part of training a step: they follow it, and count in the next one's seconds.
+BETWEEN_STEPS = ("samples", "save", "export")
+
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is not a finite number; the optimiser did not step."""
@@ -98,13 +101,15 @@ class Trainer:
         """Run until `max_steps`, or until SIGTERM asks to stop; the last state is saved."""
         progress = Progress(self.config.max_steps, self.step, enabled=self.world.is_main)
         saved_at = self.step
+        self.timer.read()  # what loading took belongs to no step
         with self._asked_to_stop():
             while not self._is_done():
                 metrics = self.train_step()
                 progress.update(metrics, str(metrics["health"]).partition(":")[0])
                 if self.samples and self.step % self.config.sample_every == 0:
-                    for name, path in self.samples(self.step).items():
-                        self.log.video(self.step, name, path)
+                    with self.timer.phase("samples"):
+                        for name, path in self.samples(self.step).items():
+                            self.log.video(self.step, name, path)
                 stopping = any_rank(self._stop_signal is not None, self.world.device)
                 if self.step % self.config.log_iters == 0 or self._is_done() or stopping:
                     self.save()
@@ -138,9 +143,16 @@ class Trainer:
         """Write the resumable state (behind the training's back) and the published weights."""
         if not self.saves:
             return
-        self.store.save(self.step, self._state())
+        with self.timer.phase("save"):
+            self.store.save(self.step, self._state())
+        self._export()
+
+    def _export(self) -> None:
         with self.timer.phase("export"):
-            self.task.export(self.logdir / f"checkpoint_model_{self.step:06d}")
+            self.task.export(self._export_folder())
+
+    def _export_folder(self) -> Path:
+        return self.logdir / f"checkpoint_model_{self.step:06d}"
 
     def _update(self, player: Player, draws: Draws) -> dict[str, Tensor | float]:
         """One optimiser step of a player over all its micro-batches."""
@@ -177,7 +189,8 @@ class Trainer:
             metrics[f"{name}/updates"] = player.updates
         seconds = self.timer.read()
         metrics["seconds"] = seconds
-        metrics["tflops_per_second"] = operations / self.world.size / seconds["step"] / 1e12
+        trained = seconds["step"] - sum(seconds.get(name, 0.0) for name in BETWEEN_STEPS)
+        metrics["tflops_per_second"] = operations / self.world.size / trained / 1e12
         metrics["memory_gib"] = peak_memory(self.world.device)
         if len(self.task.players) == 1:
             metrics["loss"] = metrics[f"{next(iter(self.task.players))}/loss"]
@@ -251,6 +264,9 @@ class Trainer:
         self.health.load_state_dict(run["health"])
         self.log.resume(self.step + 1)
         logger.info("going on at step %d from %s", self.step, latest)
+        missing = self.world.is_main and not self._export_folder().is_dir()
+        if self.saves and any_rank(missing, self.world.device):
+            self._export()  # killed after the state was whole, before these weights were
         if run["ranks"] != self.world.size:
             logger.info(
                 "%d ranks instead of %d: same videos per update and same draws, only rounding "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,21 @@ def test_a_finished_run_started_again_does_nothing(
     train(config, tmp_path / "run")
     assert_same_state(final_state(tmp_path / "run"), before)
     assert course(tmp_path / "run") == lines
+
+
+def test_weights_that_a_kill_kept_from_being_exported_are_when_the_run_goes_on(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Killed between the last state and its export, a finished run never had its weights."""
+    config = training_world.config(tmp_path, max_steps=1)
+    train(config, tmp_path / "run")
+    export = tmp_path / "run" / "checkpoint_model_000001" / "generator.safetensors"
+    whole = export.read_bytes()
+    shutil.rmtree(export.parent)
+    train(config, tmp_path / "run", save=False)
+    assert not export.parent.exists()
+    train(config, tmp_path / "run")
+    assert export.read_bytes() == whole
 
 
 @pytest.mark.slow
