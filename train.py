@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.checkpoint import claimed
 from trainer.estimate import dry_run_report
 from trainer.metrics import WandbSettings
 from trainer.sharding import open_world
@@ -50,11 +51,12 @@ def main(argv: Sequence[str]) -> int:
     if not args.disable_wandb:
         folder = Path(args.wandb_save_dir) if args.wandb_save_dir else None
         wandb = WandbSettings.from_config(config, folder)
-    with open_world(config.device) as world:
+    logdir = Path(args.logdir)
+    with open_world(config.device) as world, claimed(logdir, is_main=world.is_main):
         trainer = Trainer(
             config,
             world,
-            Path(args.logdir),
+            logdir,
             wandb=wandb,
             save=not args.no_save,
             visualise=not args.no_visualize,

@@ -11,10 +11,12 @@ A state is written under a temporary name and takes its own when it is whole, so
 moment leaves the last good one.
 """
 
+import fcntl
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,35 @@ logger = logging.getLogger(__name__)
 
 STATES = "states"
 PARTIAL = ".partial"
+LOCK = ".lock"
+
+
+@contextmanager
+def claimed(logdir: Path, *, is_main: bool) -> Iterator[None]:
+    """Keep other runs out of a run's folder meanwhile; UserError if there is one in it.
+
+    The main rank holds the lock. Where the file system has none, nobody is kept out.
+    """
+    if not is_main:
+        yield
+        return
+    logdir.mkdir(parents=True, exist_ok=True)
+    path = logdir / LOCK
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing to {logdir}: wait for its end, or use another --logdir"
+            ) from error
+        except OSError:
+            logger.warning("%s cannot be locked: start no other run in it", logdir)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                logdir.rmdir()  # only if nothing was written
 
 
 class CheckpointStore:

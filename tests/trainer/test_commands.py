@@ -22,6 +22,7 @@ from tests.tiny_training import (
     states,
     train,
 )
+from trainer.checkpoint import claimed
 from trainer.estimate import GIB, network_memory
 from utils.cli import run_main
 from utils.config import ROOT, load_config
@@ -153,6 +154,19 @@ def test_the_published_command_line(training_world: TrainingWorld, tmp_path: Pat
     assert code == 0, said
     assert said.count("2 ranks x 1 videos x 2 micro-batches") == 1, "only the main rank speaks"
     assert len(states(tmp_path / "run")) == 1
+
+
+def test_a_folder_takes_one_run_at_a_time(
+    training_world: TrainingWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second run broke the first one's states and took away its log."""
+    command = flags(training_world.write(tmp_path / "c.yaml", max_steps=1), tmp_path / "run")
+    with claimed(tmp_path / "run", is_main=True):
+        assert run_main(entry.main, command) == 2
+        assert "another run is writing to" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run_main(entry.main, command) == 0
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 @pytest.mark.slow
