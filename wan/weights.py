@@ -5,6 +5,7 @@ Nothing but tensors is ever unpickled, and files are mapped into memory, not cop
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ from torch import Tensor, nn
 from utils.errors import UserError
 
 Shapes = Mapping[str, Sequence[int]]
+# All that the unpickler raises on bytes that are no pickle, and torch on files that are not whole.
+UNPICKLING_ERRORS = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError),
+    *(IndexError, KeyError, AttributeError, TypeError, struct.error),
+)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -53,7 +59,7 @@ def read_pickle(path: Path) -> Any:
     try:
         mapped = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except UNPICKLING_ERRORS as error:
         raise _unreadable(path) from error
 
 

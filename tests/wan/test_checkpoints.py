@@ -324,6 +324,15 @@ def test_broken_file(suffix: str, tmp_path: Path) -> None:
             read()
 
 
+@pytest.mark.parametrize("content", [b"a red ball\n", b"", b"\x80\x02", b"(lp0", b"}]q"])
+def test_a_file_of_another_kind(content: bytes, tmp_path: Path) -> None:
+    """A text file under the name of a checkpoint ended in a traceback."""
+    path = tmp_path / "w.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"w\.pt is not a readable"):
+        load_dit(CONFIG, path)
+
+
 def test_not_a_dict(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save([torch.zeros(1)], path)
