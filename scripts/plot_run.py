@@ -20,6 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from trainer.health import Rules
 from trainer.metrics import flatten, read_metrics
 from utils.cli import run_main
 from utils.errors import UserError
@@ -232,7 +233,7 @@ def phases(axis: Any, runs: list[Run], panel: Panel, smooth: int) -> None:
             for index, layer in enumerate(layers):
                 width = float(layer[steps >= 0.75 * steps[-1]].mean())
                 label = names[index] if number == 0 else None
-                axis.barh(number, width, 0.6, left, color=PHASE_COLOURS[index % 8], label=label)
+                axis.barh(number, width, 0.6, left, color=phase_colour(index), label=label)
                 left += width
         axis.set_yticks(range(len(runs)), [run.name for run in runs])
         for number, tick in enumerate(axis.get_yticklabels()):
@@ -299,6 +300,11 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
+def phase_colour(index: int) -> str:
+    """The colour of phase number `index`, as a stack over steps has it."""
+    return PHASE_COLOURS[index % len(PHASE_COLOURS)]
+
+
 PHASE_COLOURS = (
     "#3b6ea5",
     "#7fb2d9",
@@ -308,6 +314,9 @@ PHASE_COLOURS = (
     "#b9a3cc",
     "#8a8f98",
     "#ccc",
+    "#d9b64a",
+    "#5aa7a0",
+    "#444a52",
 )
 
 BESIDE_TITLE: dict[str, Any] = {
@@ -346,7 +355,9 @@ PANELS = (
     ),
     Panel("DMD gradient", ("*gradient_norm",), lines),
     Panel("Critic's loss by timestep", ("critic/by_timestep/*",), buckets, log=True),
-    Panel("Critic's error / teacher's error", ("critic/ratio",), lines, level=1.0),
+    Panel(
+        "Critic's error / teacher's error", ("critic/ratio",), lines, level=Rules().max_critic_ratio
+    ),
     Panel(
         "Latents",
         ("generated/std", "generated/mean", "generated/channel_std"),
