@@ -7,6 +7,7 @@ The same command resumes a run that was stopped.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from trainer.trainer import NonFiniteError, Trainer
 from utils.cli import run_main, set_up_logging
 from utils.config import load_config
 from utils.distributed import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
     if not args.disable_wandb:
         folder = Path(args.wandb_save_dir) if args.wandb_save_dir else None
         wandb = WandbSettings.from_config(config, folder)
+        if wandb is None:
+            logger.info("no W&B log: set wandb_project=… for one")
     logdir = Path(args.logdir)
     with open_world(config.device) as world, claimed(logdir, is_main=world.is_main):
         trainer = Trainer(

@@ -83,9 +83,14 @@ class CheckpointStore:
         self._writing: Future[Any] | None = None
         self._named: Future[None] | None = None  # on the main rank
 
+    def _whole_states(self) -> list[Path]:
+        """Oldest first."""
+        whole = [path for path in self.folder.glob("step_*") if is_whole(path)]
+        return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
+
     def latest(self) -> Path | None:
         """The newest whole state."""
-        states = sorted(path for path in self.folder.glob("step_*") if is_whole(path))
+        states = self._whole_states()
         return states[-1] if states else None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -136,7 +141,7 @@ class CheckpointStore:
         try:
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-            states = sorted(path for path in self.folder.glob("step_*") if is_whole(path))
+            states = self._whole_states()
             for old in states[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
             named.set_result(None)

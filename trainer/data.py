@@ -140,6 +140,14 @@ def open_training_data(config: Config) -> Dataset:
     )
 
 
+def check_auxiliary_data(config: Config, data: Dataset) -> None:
+    """Raise UserError unless the data are what a VAE or a text encoder trains on."""
+    if config.trainer == "vae" and not isinstance(data, VideoDataset | ShapesVideos):
+        raise UserError(f"{config.data_path} holds no videos: set data_path to a folder of them")
+    if config.trainer == "text_encoder" and not isinstance(data, ShapesVideos):
+        raise UserError("the text encoder is trained on the shapes world: data_path=shapes:train")
+
+
 def check_training_data(config: Config, data: Dataset, latent: Sequence[int]) -> None:
     """Raise UserError unless the data are what a transformer's objective trains on.
 

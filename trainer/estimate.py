@@ -2,15 +2,17 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from model.lora import add_lora
 from pipeline.components import ModelFiles, new_cache, video_shape
-from trainer.data import check_training_data, open_training_data, plan_batches
+from trainer.data import check_auxiliary_data, check_training_data, open_training_data, plan_batches
 from trainer.networks import compute_dtype
 from trainer.sharding import shards_of, strategy_of
 from utils.config import ROOT, Config
+from utils.errors import UserError
 from wan.checkpoints import empty_dit, load_dit_config
 from wan.dit import DiTConfig
 
@@ -78,6 +80,24 @@ def sizes_of(config: Config, name: str) -> DiTConfig:
     return load_dit_config(ModelFiles.find(config, name).folder)
 
 
+def model_files(config: Config, name: str) -> ModelFiles | None:
+    """A model folder, if it is here yet."""
+    try:
+        return ModelFiles.find(config, name)
+    except UserError:
+        return None
+
+
+def missing_weights(config: Config) -> list[str]:
+    """Weights that the run will need and that have not been fetched."""
+    names = sorted(set(networks_of(config).values()))
+    missing = [f"{config.model_root}/{name}" for name in names if model_files(config, name) is None]
+    checkpoint = config.generator_ckpt
+    if checkpoint and not any((base / checkpoint).is_file() for base in (Path(), ROOT)):
+        missing.append(checkpoint)
+    return missing
+
+
 def cache_bytes(config: Config, sizes: DiTConfig) -> int:
     """KV cache of the longest training rollout."""
     cache = new_cache(
@@ -96,7 +116,9 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
     plan = plan_batches(config, world)
     dataset = open_training_data(config)
     local = local_world or min(world, 8)
-    if networks_of(config):
+    if not networks_of(config):
+        check_auxiliary_data(config, dataset)
+    else:
         sizes = sizes_of(config, config.generator_name)
         check_training_data(config, dataset, video_shape(config, sizes).latent)
     lines = [f"data: {len(dataset)} items in {config.data_path}", plan.describe(), *plan.notes]
@@ -114,6 +136,12 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
         cache = cache_bytes(config, sizes_of(config, config.generator_name))
         lines.append(f"{'KV cache':64} {cache / GIB:8.2f}".rstrip())
         total += cache
+    lines += [f"not here yet: {missing}" for missing in missing_weights(config)]
+    files = model_files(config, config.generator_name)
+    if networks_of(config) and files is not None and not config.text_embeddings:
+        where = "on the CPU" if config.text_encoder_device == "cpu" else "before sharding"
+        text = files.text_encoder.stat().st_size / GIB if files.text_encoder.is_file() else 0.0
+        lines.append(f"not counted: the text encoder, {text:.2f} GiB in its file, {where}")
     if total == 0:
         lines[-2:] = [
             f"trainer: {config.trainer} holds no transformer; its memory is not estimated"

@@ -29,7 +29,7 @@ from model.vae import vae_loss
 from pipeline.components import ModelFiles, block_layout, video_shape
 from pipeline.sampling import BlockNoise
 from pipeline.text_to_video import VideoPipeline
-from trainer.data import BatchPlan, check_training_data
+from trainer.data import BatchPlan, check_auxiliary_data, check_training_data
 from trainer.export import export_generator, export_text_encoder, export_vae
 from trainer.metrics import Timer, latent_statistics
 from trainer.networks import (
@@ -387,6 +387,7 @@ class VaeTraining(Task):
         self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
     ) -> None:
         super().__init__(config, world, plan, timer, data)
+        check_auxiliary_data(config, data)
         self.autoencoder = build_trained_vae(config, world)
         self.players = {"vae": make_player(config, "vae", self.autoencoder, ema=True)}
 
@@ -419,6 +420,7 @@ class TextEncoderTraining(Task):
         self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
     ) -> None:
         super().__init__(config, world, plan, timer, data)
+        check_auxiliary_data(config, data)
         self.encoder = build_text_encoder(config, world)
         self.reader = build_caption_reader(config, world, self.encoder, attribute_classes())
         self.players = {"text": make_player(config, "text", self.reader)}

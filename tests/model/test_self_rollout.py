@@ -101,10 +101,11 @@ def check_gradients(
         gradient = named[key].grad
         assert gradient is not None
         assert gradient.double().norm().item() == pytest.approx(norm, rel=tolerance), key
-    cross = facts["grad_norm_with_gradient_checkpointing"]["blocks.1.cross_attn.k.weight"]
-    ours = named["blocks.1.cross_attn.k.weight"].grad
-    assert ours is not None
-    assert ours.norm().item() == pytest.approx(cross, rel=0.2)
+    for key, norm in facts["grad_norm_with_gradient_checkpointing"].items():
+        if "cross_attn" in key:
+            ours = named[key].grad
+            assert ours is not None
+            assert ours.norm().item() == pytest.approx(norm, rel=0.2)
 
 
 @pytest.mark.golden
@@ -117,7 +118,10 @@ def test_recorded_scored_clip(tmp_path: Path) -> None:
     for key in [key for key in case.tensors if key.startswith("generated")]:
         size = key.removeprefix("generated")
         expected, mask = case.tensors[f"out{size}"], case.tensors[f"mask{size}"]
-        clip, counts = scored_clip(case.tensors[key], vae, scored=expected.shape[1], block_frames=3)
+        hidden = int((~mask[0, :, 0, 0, 0]).sum()) if mask.numel() else 0
+        clip, counts = scored_clip(
+            case.tensors[key], vae, scored=expected.shape[1], block_frames=hidden
+        )
         torch.testing.assert_close(clip, expected, atol=1e-4, rtol=0)
         if mask.numel():
             assert counts is not None
