@@ -7,7 +7,6 @@ and that of the samples themselves, tracked by the critic (`fake_score`).
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.result import LossResult
@@ -74,16 +73,17 @@ def generator_loss(latents: Tensor, scores: Scores, mask: Tensor | None = None) 
     """
     gradient = dmd_gradient(latents.detach(), scores)
     target = (latents.detach() - gradient).double()
-    current = latents.double()
-    if mask is not None:
-        current, target = current[:, mask], target[:, mask]
+    distance = (latents.double() - target).square().mean(dim=(0, 2, 3, 4))  # [F]
+    # Weights, not indices: a GPU need not wait to learn how many there are.
+    weights = torch.ones_like(distance) if mask is None else mask.to(distance.dtype)
+    loss = 0.5 * (distance * weights).sum() / weights.sum()
     samples = latents.detach()
     metrics = {
         "dmd/gradient_norm": gradient.abs().mean(),
         "critic/error": (scores.fake - samples).square().mean(),
         "teacher/error": (scores.real_cond - samples).square().mean(),
     }
-    return LossResult(0.5 * F.mse_loss(current, target), metrics)
+    return LossResult(loss, metrics)
 
 
 def critic_loss(

@@ -13,8 +13,13 @@ NUM_TIMESTEPS = 1000
 
 
 def sigma_of(timesteps: Tensor, like: Tensor) -> Tensor:
-    """s = t / 1000 in float32, with trailing axes of size one to broadcast against `like`."""
+    """s = t / 1000 in float32, with trailing axes of size one to broadcast against `like`.
+
+    A single timestep may be on the CPU whatever `like` is on: it stays a scalar.
+    """
     sigma = timesteps.to(torch.float32) / NUM_TIMESTEPS
+    if sigma.ndim == 0:
+        return sigma
     return sigma.reshape(sigma.shape + (1,) * (like.ndim - sigma.ndim))
 
 

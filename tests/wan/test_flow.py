@@ -161,3 +161,10 @@ def test_training_weight_has_mean_one(shift: float) -> None:
     weights = training_weight(training_timesteps(shift), shift)
     assert weights.mean().item() == pytest.approx(1, abs=1e-5)
     assert weights.min() == 0
+
+
+def test_a_single_timestep_stays_a_scalar() -> None:
+    """Levels are kept on the CPU; with axes of its own one could not meet latents on a GPU."""
+    latents = torch.zeros(1, 3, 4, 2, 2)
+    assert sigma_of(torch.tensor(500.0), latents).ndim == 0
+    assert sigma_of(torch.tensor([500.0]), latents).shape == (1, 1, 1, 1, 1)
