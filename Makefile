@@ -19,7 +19,7 @@ demo: venv  ## stream a video from the weights that ship
 	$(BIN)/python inference.py
 
 test: venv  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 test-slow: venv  ## the tests of more than a few seconds
 	$(BIN)/python -m pytest -m "slow and not gpu"

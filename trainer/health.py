@@ -1,7 +1,7 @@
 """Is this training healthy? One word and one sentence, from the metrics of the last updates.
 
 In order of precedence (numbers are the defaults of `Rules`; every value is the median over the last
-10 updates that logged it, a reference the mean over the first 5):
+10 updates that logged it, a reference its first value: the student before it was updated):
 
 - *latents collapsing*: `generated/std` is not within 0.5 to 2 times its reference, or not finite.
 - *static*: `generated/motion` is below 0.05, or below 0.25 times its reference.
@@ -28,7 +28,7 @@ class Rules:
     """Thresholds and spans; spans count the updates that logged the metric in question."""
 
     window: int = 10
-    reference: int = 5
+    reference: int = 1
     grace: int = 20
     std_range: tuple[float, float] = (0.5, 2.0)
     min_motion: float = 0.05
