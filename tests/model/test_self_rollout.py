@@ -212,6 +212,7 @@ def test_each_block_may_stop_at_its_own_level(tmp_path: Path) -> None:
 
 def test_gradient_of_a_window_by_finite_differences(rolling: Config) -> None:
     """Only windows w = r (mod T) carry gradient, and there it is the true one."""
+    torch.manual_seed(0)  # a draw with a small gradient would drown in float32 differences
     dit = random_dit(5).double().requires_grad_(True)
     text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim).double())
     plan = RolloutPlan("rolling", 7, (0,) * 7)
