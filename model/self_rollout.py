@@ -11,7 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.components import block_layout, context_policy, new_cache, video_shape
+from pipeline.components import (
+    block_layout,
+    context_policy,
+    level_timesteps,
+    new_cache,
+    video_shape,
+)
 from pipeline.rollout import Rollout, WindowResult
 from pipeline.sampling import BlockNoise, Renoise
 from pipeline.schedule import BlockLayout, Schedule
@@ -20,7 +26,6 @@ from utils.draws import Purpose
 from utils.noise import philox
 from wan.dit import DiTConfig, TextContext, WanDiT
 from wan.flops import pass_flops, training_flops
-from wan.flow import denoising_timesteps
 from wan.vae import WanVAE
 
 
@@ -131,9 +136,6 @@ def _engine(
     plan: RolloutPlan,
     layout: BlockLayout,
 ) -> Rollout:
-    timesteps = denoising_timesteps(
-        config.denoising_step_list or [], config.generator_shift, warp=config.warp_denoising_step
-    )
     frames = layout.start(plan.num_blocks)
     cache = new_cache(
         config,
@@ -150,7 +152,7 @@ def _engine(
         policy=context_policy(config),
         cache=cache,
         grid=video_shape(config, dit.config).grid,
-        rule=Renoise(timesteps, noise),
+        rule=Renoise(level_timesteps(config), noise),
         noise=noise,
         text=text,
         context_noise=config.context_noise,

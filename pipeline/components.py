@@ -102,15 +102,20 @@ def context_policy(config: Config) -> ContextPolicy:
     )
 
 
+def level_timesteps(config: Config) -> torch.Tensor:
+    """Timestep of each level of a distilled student: `[T]`, float32, on the CPU."""
+    steps = config.denoising_step_list or []
+    return denoising_timesteps(steps, config.generator_shift, warp=config.warp_denoising_step)
+
+
 def step_rule(config: Config, noise: BlockNoise, device: torch.device) -> StepRule:
     """How blocks move between levels: `step_rule`, by default what the weights are made for."""
-    steps, shift = config.denoising_step_list, config.generator_shift
-    if steps is None:
+    if config.denoising_step_list is None:
         ode = OdeStep.with_steps(
             config.sampler, config.sampling_steps, config.generator_shift, device
         )
         return Renoise(ode.timesteps, noise) if config.step_rule == "renoise" else ode
-    timesteps = denoising_timesteps(steps, shift, warp=config.warp_denoising_step)
+    timesteps = level_timesteps(config)
     if config.step_rule == "ode":
         return OdeStep.at(timesteps, device)
     return Renoise(timesteps, noise)

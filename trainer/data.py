@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pipeline.components import level_timesteps
 from utils.config import Config
 from utils.datasets import (
     UNLIMITED,
@@ -21,7 +22,6 @@ from utils.datasets import (
 from utils.draws import Draws, Purpose
 from utils.embeddings import EmbeddingStore
 from utils.errors import UserError
-from wan.flow import denoising_timesteps
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,8 @@ def _check_trajectories(config: Config, data: Dataset, size: tuple[int, ...]) ->
             f"{config.data_path} holds no trajectories; make them with "
             "scripts/generate_ode_pairs.py"
         )
-    levels = denoising_timesteps(
-        config.denoising_step_list or [], config.generator_shift, warp=config.warp_denoising_step
-    )
-    stored, meant = torch.tensor(data.timesteps), torch.cat([levels, torch.zeros(1)])
+    stored = torch.tensor(data.timesteps)
+    meant = torch.cat([level_timesteps(config), torch.zeros(1)])
     if stored.shape != meant.shape or not torch.allclose(stored, meant):
         raise UserError(
             f"the trajectories are at timesteps {stored.tolist()}, the config means "

@@ -26,7 +26,7 @@ from model.self_rollout import (
     self_rollout,
 )
 from model.vae import vae_loss
-from pipeline.components import ModelFiles, block_layout, video_shape
+from pipeline.components import ModelFiles, block_layout, level_timesteps, video_shape
 from pipeline.sampling import BlockNoise
 from pipeline.text_to_video import VideoPipeline
 from trainer.data import BatchPlan, check_auxiliary_data, check_training_data
@@ -54,7 +54,7 @@ from wan.checkpoints import load_dit_config
 from wan.context import AttentionContext, MaskedContext, frame_mask
 from wan.dit import WanDiT
 from wan.flops import forward_flops, training_flops
-from wan.flow import add_noise, denoising_timesteps, shift_timesteps
+from wan.flow import add_noise, shift_timesteps
 from wan.text_encoder import clean_prompt
 
 Batch = dict[str, Any]
@@ -291,10 +291,8 @@ class OdeInitialisation(GeneratorTask):
             raise UserError("ODE initialisation needs a denoising_step_list in the config")
         super().__init__(config, world, plan, timer, data)
         self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
-        levels = denoising_timesteps(
-            config.denoising_step_list, config.generator_shift, warp=config.warp_denoising_step
-        )
-        self.timesteps = torch.cat([levels, torch.zeros(1)])  # [S]
+        self.timesteps = torch.cat([level_timesteps(config), torch.zeros(1)])  # [S]
+        self.context = self._parallel_context()
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
@@ -308,7 +306,7 @@ class OdeInitialisation(GeneratorTask):
             self._levels(draws, frames).to(self.world.device),
             self.timesteps.to(self.world.device),
             self.generator.encode_text(self.text(batch["prompt"])),
-            self._parallel_context(),
+            self.context,
             frames_in_loss=max(1, counted) / (self.plan.ranks * self.plan.accumulation),
         )
 
@@ -334,6 +332,9 @@ class FlowMatching(GeneratorTask):
         if config.teacher_forcing and config.schedule == "full":
             raise UserError("teacher_forcing is for a block-causal network, not schedule=full")
         self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
+        self.context = None  # full attention
+        if config.schedule != "full":
+            self.context = self._parallel_context(teacher_forcing=config.teacher_forcing)
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
@@ -342,9 +343,6 @@ class FlowMatching(GeneratorTask):
         frames = latents.shape[1]
         kept = draws.uniform(Purpose.PROMPT_DROPOUT) >= config.prompt_dropout
         prompts = [p if k else "" for p, k in zip(batch["prompt"], kept.tolist(), strict=True)]
-        context = None
-        if config.schedule != "full":
-            context = self._parallel_context(teacher_forcing=config.teacher_forcing)
         clean, clean_timesteps = None, None
         if config.teacher_forcing:
             noise = draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]).to(device)
@@ -358,7 +356,7 @@ class FlowMatching(GeneratorTask):
             self._timesteps(draws, frames).to(device),
             self.generator.encode_text(self.text(prompts)),
             shift=config.generator_shift,
-            context=context,
+            context=self.context,
             clean=clean,
             clean_timesteps=clean_timesteps,
         )
