@@ -37,6 +37,19 @@ def test_equals_softmax_attention(dtype: torch.dtype, atol: float, masked: bool)
     torch.testing.assert_close(out.double(), naive(q, k, v, mask), atol=atol, rtol=0)
 
 
+def test_explicit_and_fused_attention_agree_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for limit in (module.MAX_EXPLICIT_SCORES, 0):
+        monkeypatch.setattr(module, "MAX_EXPLICIT_SCORES", limit)
+        heads = [some_heads(n, seed).bfloat16() for seed, n in enumerate((5, 9, 9))]
+        q, k, v = (x.requires_grad_() for x in heads)
+        out = attention(q, k, v)
+        out.float().square().sum().backward()
+        results.append([out.detach(), q.grad, k.grad, v.grad])
+    for explicit, fused in zip(*results, strict=True):
+        torch.testing.assert_close(explicit, fused, atol=5e-2, rtol=2e-2)
+
+
 def test_masked_keys_have_no_influence() -> None:
     q, k, v = (some_heads(4, seed) for seed in range(3))
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
