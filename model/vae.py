@@ -37,17 +37,21 @@ def init_autoencoder(model: AutoencoderKLWan, seed: int) -> None:
 
     Convolutions keep the scale of what goes through them (LeCun normal, zero bias): with PyTorch's
     default a deep decoder starts out blind to its input. In time they start with the newest frame
-    alone, so that a VAE trained on images first stays stable on clips of any length. Latents start
-    out nearly free of noise.
+    alone, and the layers that change the frame rate with copies of it, so that a VAE trained on
+    images first shows each latent frame's last image and is stable on clips of any length. Latents
+    start out nearly free of noise.
     """
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             times = module.weight.shape[2] if isinstance(module, nn.Conv3d) else 1
             std = (module.weight[0].numel() / times) ** -0.5
             nn.init.normal_(module.weight, std=std, generator=generator)
             if times > 1:
                 module.weight[:, :, :-1] = 0
+            if name.endswith("time_conv"):
+                copies = module.out_channels // module.in_channels
+                module.weight[:, :, -1, 0, 0] = torch.eye(module.in_channels).repeat(copies, 1)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     to_moments = model.quant_conv
