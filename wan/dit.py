@@ -234,6 +234,10 @@ class WanDiT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
                 nn.init.ones_(module.weight)
+                if isinstance(module, nn.LayerNorm):
+                    nn.init.zeros_(module.bias)
+        assert self.patch_embedding.bias is not None
+        nn.init.zeros_(self.patch_embedding.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1), generator=generator)
         for embedding in (self.text_embedding, self.time_embedding):
             for layer in (embedding[0], embedding[2]):

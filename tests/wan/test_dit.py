@@ -319,3 +319,17 @@ def test_unusable_sizes_are_refused() -> None:
         WanDiT(DiTConfig.from_dict(sizes | {"patch_size": [2, 2, 2]}))
     published = {"_class_name": "WanModel", "_diffusers_version": "0.30.0"}
     assert DiTConfig.from_dict(sizes | published).head_dim == 24
+
+
+def test_first_weights_are_a_function_of_the_seed_alone() -> None:
+    """Whatever the memory held before, as on a network that was made without memory."""
+    networks = [random_dit(), random_dit()]
+    for dit, before in zip(networks, (float("nan"), 1e9), strict=True):
+        with torch.no_grad():
+            for parameter in dit.parameters():
+                parameter.fill_(before)
+        dit.init_weights(3)
+    first, second = (dit.state_dict() for dit in networks)
+    for name, value in first.items():
+        assert value.isfinite().all(), name
+        assert torch.equal(value, second[name]), name
