@@ -15,8 +15,8 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-demo: venv  ## stream a video from the weights that ship
-	$(BIN)/python inference.py
+demo: venv  ## stream videos of the shapes world with the weights that ship
+	@$(BIN)/python inference.py --overwrite
 
 test: venv  ## the fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"

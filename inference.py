@@ -1,4 +1,4 @@
-"""Videos from prompts, block by block, of any length.
+"""Videos from prompts, block by block, of any length; without flags, a demo.
 
     python inference.py --config_path configs/rolling_forcing_dmd.yaml \\
         --checkpoint_path checkpoints/rolling_forcing_dmd.pt \\
@@ -12,21 +12,24 @@ from pathlib import Path
 
 import torch
 
-from pipeline.batch import BatchRun, Outputs, plan_jobs
+from pipeline import demo
+from pipeline.batch import BatchRun, Job, Outputs, plan_jobs
 from utils.cli import run_main, set_up_logging
-from utils.config import Config, load_config
+from utils.config import Config, find_file, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
 
-SHIPPED_CONFIG = "configs/shapes/rolling_forcing.yaml"
-SHIPPED_CHECKPOINT = "checkpoints/shapes_rolling_forcing.pt"
+DEFAULT_FOLDER = "videos"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: published flags first, then ours."""
     parser = argparse.ArgumentParser(
         prog="inference.py",
-        description="Turn prompts into videos of any length, written while they are generated.",
+        description="Turn prompts into videos of any length, written while they are generated. "
+        "Without --config_path the model that ships makes them; what else is left out then is as "
+        f"in the demo: the prompts of {demo.PROMPTS}, {demo.SECONDS:g} seconds each, a contact "
+        "sheet.",
         epilog="key=value overrides of the config may follow the flags, e.g. sampling_steps=20.",
         allow_abbrev=False,
     )
@@ -57,7 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--num_samples", type=int, help="videos per prompt")
     source.add_argument("--seed", type=int, help="the same seed gives the same videos")
     output = parser.add_argument_group("output")
-    output.add_argument("--output_folder", default="videos", help="(default: %(default)s)")
+    output.add_argument(
+        "--output_folder", help=f"(default: {DEFAULT_FOLDER}; of the demo {demo.FOLDER})"
+    )
+    output.add_argument(
+        "--contact_sheet", metavar="FILE.png", help="draw frames of all videos into one image"
+    )
     output.add_argument("--save_with_index", action="store_true", help="name files by number")
     output.add_argument("--overwrite", action="store_true", help="redo videos that are there")
     output.add_argument("--fps", type=int, help="frames per second of the files")
@@ -68,42 +76,59 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def fill_in_demo(args: argparse.Namespace) -> None:
+    """Give the flags that are left out their values in the demo."""
+    args.config_path = demo.CONFIG
+    args.checkpoint_path = args.checkpoint_path or demo.CHECKPOINT
+    args.output_folder = args.output_folder or demo.FOLDER
+    if not (args.prompt or args.data_path or args.i2v):
+        args.data_path = str(find_file(demo.PROMPTS, "prompt file"))
+    if args.duration is None and args.num_output_frames is None:
+        args.duration = demo.SECONDS
+    if args.contact_sheet is None:
+        args.contact_sheet = str(Path(args.output_folder) / demo.CONTACT_SHEET)
+
+
 def read_config(args: argparse.Namespace, ranks: Ranks) -> Config:
     """The experiment file with the flags and overrides on top."""
     overrides = list(args.overrides)
     for key in ("seed", "num_samples", "fps", "dtype"):
         if (value := vars(args)[key]) is not None:
             overrides.append(f"{key}={value}")
-    config = load_config(args.config_path or SHIPPED_CONFIG, overrides)
+    config = load_config(args.config_path, overrides)
     config.device = ranks.device_name(args.device or config.device)
     config.i2v = config.i2v or args.i2v
     return config
 
 
-def use_what_ships(args: argparse.Namespace) -> None:
-    """Without --config_path, the shapes model; one sentence if its weights are not here."""
-    if args.config_path is not None:
-        return
-    if args.checkpoint_path is None:
-        args.checkpoint_path = SHIPPED_CHECKPOINT
-    root = Path(__file__).resolve().parent
-    missing = [p for p in ("wan_models/Shapes", SHIPPED_CHECKPOINT) if not (root / p).exists()]
-    if missing:
-        raise UserError(
-            f"the model that ships is not in this checkout ({', '.join(missing)} missing); fetch "
-            "the published one with `python scripts/download.py wan2.1-1.3b rolling-forcing` and "
-            "give --config_path configs/rolling_forcing_dmd.yaml "
-            "--checkpoint_path checkpoints/rolling_forcing_dmd.pt --data_path PROMPTS"
-        )
+def check_contact_sheet(path: str | None) -> None:
+    """UserError now, not after an hour of videos, for a name that no PNG can have."""
+    if path is not None and (Path(path).suffix.lower() != ".png" or Path(path).is_dir()):
+        raise UserError(f"--contact_sheet {path} must be the name of a .png file")
+
+
+def model_flags(args: argparse.Namespace) -> list[str]:
+    """The flags that made the demo use another model than the one that ships."""
+    flags = []
+    if args.checkpoint_path != demo.CHECKPOINT:
+        flags += ["--checkpoint_path", str(demo.from_root(Path(args.checkpoint_path)))]
+    if args.use_ema:
+        flags.append("--use_ema")
+    return flags + args.overrides
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, plan, generate."""
+    """Parse, plan, generate, show."""
     args = build_parser().parse_args([item for item in argv if item != "--"])
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
-    use_what_ships(args)
+    is_demo = args.config_path is None
+    if is_demo:
+        fill_in_demo(args)
+    check_contact_sheet(args.contact_sheet)
     config = read_config(args, ranks)
+    if is_demo:
+        demo.require_model(config, args.checkpoint_path)
     jobs = plan_jobs(
         config,
         data_path=args.data_path,
@@ -115,7 +140,7 @@ def main(argv: Sequence[str]) -> int:
         ema=args.use_ema,
     )
     outputs = Outputs(
-        Path(args.output_folder),
+        Path(args.output_folder or DEFAULT_FOLDER),
         num_latent_frames=args.num_output_frames,
         duration=args.duration,
         prefix_frames=args.prefix_frames,
@@ -129,7 +154,19 @@ def main(argv: Sequence[str]) -> int:
             "the GPU has too little memory for this model; close other programs, or use a smaller "
             "resolution (height=… width=…)"
         ) from error
+    show(run, jobs, args, is_demo=is_demo)
     return 0
+
+
+def show(run: BatchRun, jobs: Sequence[Job], args: argparse.Namespace, *, is_demo: bool) -> None:
+    """Draw the contact sheet, close the demo; of several ranks the last to end does it."""
+    videos = run.made(jobs)
+    if args.contact_sheet is None or len(videos) < len(jobs):
+        return
+    sheet = Path(args.contact_sheet)
+    run.write_contact_sheet(list(videos), sheet)
+    if is_demo:
+        print(demo.closing_text(videos, sheet, run.config.fps, model_flags(args)))
 
 
 if __name__ == "__main__":

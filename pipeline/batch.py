@@ -18,19 +18,30 @@ from tqdm import tqdm
 
 from pipeline.components import ModelFiles, block_layout, video_shape
 from pipeline.prefix import whole_blocks
+from pipeline.progress import Progress
 from pipeline.stream import PrefixFrames
 from pipeline.text_to_video import VideoPipeline, load_pipeline
 from utils.config import Config, find_file, fingerprint, save_config, to_dict
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.prompts import output_names, read_extended_prompts, read_image_prompts, read_prompts
-from utils.video import VideoWriter, check_image, probe_video
+from utils.video import (
+    VideoWriter,
+    check_image,
+    contact_sheet,
+    probe_video,
+    spread_frames,
+    thumbnails,
+    write_png,
+)
 from wan.checkpoints import load_dit_config
 from wan.geometry import VideoShape
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_LATENT_FRAMES = 21
+SHEET_COLUMNS = 11  # of ten seconds: the first frame and one after each second
+SHEET_GAP = 4
 MIB = 2**20
 # Settings that do not make a video another one: the machine may move its last bits at most.
 UNRELATED_KEYS = ("device", "attention_backend", "text_encoder_device", "num_samples")
@@ -152,9 +163,25 @@ class BatchRun:
         pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
         texts = self._encode(pipe, missing)
         for index, job in enumerate(missing):
-            self._make(pipe, job, texts[job.prompt])
+            title = f"{index + 1}/{len(missing)} {job.name}"
+            self._make(pipe, job, texts[job.prompt], title)
             if index == 0 and self.ranks.is_main:
                 save_config(self.config, folder / "config.yaml")
+
+    def made(self, jobs: Sequence[Job]) -> dict[Path, dict[str, Any]]:
+        """Path and record of those videos that are there, complete and with these settings.
+
+        A record is what the JSON beside the video says: "prompt", "frames", "timings" and so on.
+        """
+        records = {self.outputs.folder / job.name: self._record(job) for job in jobs}
+        return {path: record for path, record in records.items() if record is not None}
+
+    def write_contact_sheet(self, videos: Sequence[Path], path: Path) -> None:
+        """Draw `videos` into the PNG `path`: a row for each, its frames at equal distances."""
+        rows = [thumbnails(spread_frames(video, SHEET_COLUMNS)) for video in videos]
+        own = path.with_stem(f"{path.stem}.{self.ranks.rank}")  # ranks may end at the same time
+        write_png(own, contact_sheet(rows, SHEET_COLUMNS, SHEET_GAP))
+        own.replace(path)
 
     def _check_prefixes(self, jobs: Sequence[Job]) -> None:
         """Images and videos to continue have to be readable and leave something to generate."""
@@ -188,14 +215,17 @@ class BatchRun:
     def _shows_progress(self, items: Sequence[Any]) -> bool:
         return self.ranks.is_main and len(items) > 1
 
-    def _make(self, pipe: VideoPipeline, job: Job, text: Tensor) -> None:
+    def _make(self, pipe: VideoPipeline, job: Job, text: Tensor, title: str) -> None:
         path = self.outputs.folder / job.name
-        timings: dict[str, float] = {}
         start = time.perf_counter()
         prefix = pipe.encode_prefix(image=job.image, video=job.video)
         given = 0 if prefix is None else prefix.latents.shape[1]
         latent_frames, video_frames = self._length_with(given)
+        progress = Progress(
+            title, video_frames, self.config.fps, start=start, shown=self.ranks.is_main
+        )
         with (
+            progress,
             pipe.open_stream(
                 text.to(pipe.device),
                 num_latent_frames=latent_frames,
@@ -204,23 +234,12 @@ class BatchRun:
                 prefix_frames=self.outputs.prefix_frames,
             ) as stream,
             VideoWriter(path, self.config.fps) as writer,
-            tqdm(
-                total=video_frames,
-                desc=job.name[:40],
-                unit=" frames",
-                disable=not self.ranks.is_main,
-            ) as bar,
         ):
             for frames in stream:
-                timings.setdefault("first_frame_s", time.perf_counter() - start)
-                kept = frames[: video_frames - writer.frames_written]
+                kept = frames[: video_frames - progress.frames]
+                progress.add(len(kept))
                 writer.write(kept)
-                bar.update(len(kept))
-                bar.set_postfix_str(f"first frame after {timings['first_frame_s']:.2f} s")
-            written = writer.frames_written
-        timings["total_s"] = time.perf_counter() - start
-        timings["fps"] = written / timings["total_s"]
-        self._describe(job, written, timings)
+        self._describe(job, progress.frames, progress.timings())
 
     def _length_with(self, prefix_frames: int) -> tuple[int, int]:
         """(latent frames to generate, video frames to write); a duration is that of the file."""
@@ -251,15 +270,18 @@ class BatchRun:
         partial.rename(path)
 
     def _is_done(self, job: Job) -> bool:
+        return self._record(job) is not None
+
+    def _record(self, job: Job) -> dict[str, Any] | None:
+        """What the JSON beside a video says; None unless both are there, with these settings."""
         path = self._record_path(job)
         if not (self.outputs.folder / job.name).is_file() or not path.is_file():
-            return False
+            return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))["settings"] == self._settings_of(
-                job
-            )
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return record if record["settings"] == self._settings_of(job) else None
         except (ValueError, KeyError):
-            return False
+            return None
 
     def _record_path(self, job: Job) -> Path:
         return (self.outputs.folder / job.name).with_suffix(".json")

@@ -164,6 +164,7 @@ BAD_INPUT = {
     "other_device": (["--prompt", "x", "--device", "meta"], "use cpu, cuda"),
     "float16_on_a_cpu": (["--prompt", "x", "--dtype", "float16"], "float16 needs a GPU"),
     "output_folder_is_a_file": (["--prompt", "x", "--output_folder", "{tmp}/empty.txt"], "folder"),
+    "contact_sheet_is_no_png": (["--prompt", "x", "--contact_sheet", "sheet.jpg"], ".png"),
     "image_fills_the_video": (
         ["--prompt", "x", "--image", "{tmp}/dot.png", "--num_output_frames", "3"],
         "fills 3 latent frames",

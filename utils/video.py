@@ -28,6 +28,7 @@ from utils.prompts import clip_utf8
 Frames = torch.Tensor | np.ndarray
 
 MAX_NAME_BYTES = 255  # of one file name, on every common file system
+THUMBNAIL_WIDTHS = (128, 256)  # pixels: frames narrower than the first are doubled
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,25 @@ def read_video_chunks(path: str | Path, frames: int = 64) -> Iterator[torch.Tens
             yield torch.frombuffer(pixels, dtype=torch.uint8).view(-1, height, width, 3)
 
 
+def spread_frames(path: str | Path, count: int) -> torch.Tensor:
+    """`count` frames spread evenly over a video file: uint8 `[count, height, width, 3]`.
+
+    The first and the last are always among them (one: the first); a file of fewer frames repeats
+    some. Memory does not depend on the length of the video.
+
+    Raises:
+        UserError: the file is missing or holds no readable video.
+    """
+    chosen = np.linspace(0, probe_video(path).frames - 1, count).round().astype(int)
+    kept: list[torch.Tensor] = []
+    start = 0
+    for chunk in read_video_chunks(path):
+        inside = chosen[(chosen >= start) & (chosen < start + len(chunk))]
+        kept.append(chunk[torch.from_numpy(inside - start)])
+        start += len(chunk)
+    return torch.cat(kept)
+
+
 def frame_rate(path: str | Path) -> float:
     """Frames per second of a video file; UserError if it is missing or not readable."""
     with _open_video(path) as (meta, _):
@@ -309,6 +329,21 @@ def fit_frames(frames: Frames, height: int, width: int) -> torch.Tensor:
         crop = planes[0, :, top : top + height, left : left + width]
         out.copy_(crop.round().clamp(0, 255).permute(1, 2, 0))
     return fitted
+
+
+def thumbnails(frames: Frames) -> torch.Tensor:
+    """uint8 `[frames, H, W, 3]` at a size to look at: small frames doubled, large ones reduced.
+
+    Doubling repeats pixels; frames wider than 256 pixels become 256 wide, with their aspect.
+    """
+    video = torch.as_tensor(frames)
+    height, width = video.shape[1:3]
+    small, large = THUMBNAIL_WIDTHS
+    if width < small:
+        return video.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    if width > large:
+        return fit_frames(video, round(height * large / width), large)
+    return video
 
 
 def to_float(frames: Frames) -> torch.Tensor:

@@ -18,6 +18,8 @@ from utils.video import (
     read_image,
     read_video,
     read_video_chunks,
+    spread_frames,
+    thumbnails,
     to_float,
     to_uint8,
     write_png,
@@ -278,6 +280,33 @@ def test_contact_sheet_shows_first_and_last_frame_of_each_video():
     assert sheet[5, [0, 7, 14], 0].tolist() == [0, 40, 80]
     assert (sheet[4] == 255).all()
     assert contact_sheet(video, columns=2, gap=0).shape == (4, 12, 3)
+
+
+@pytest.mark.parametrize(
+    ("length", "chosen"),
+    [(1, [0, 0, 0]), (2, [0, 1]), (7, [0]), (65, [0, 32, 64]), (150, [0, 50, 99, 149])],
+)
+def test_spread_frames_are_those_of_the_whole_video(tmp_path, length, chosen):
+    """Also over the edges of the pieces of 64 frames in which a file is read."""
+    noise = np.random.default_rng(0).integers(0, 256, (length, 16, 16, 1), dtype=np.uint8)
+    with VideoWriter(tmp_path / "clip.mp4") as writer:
+        writer.write(noise.repeat(3, axis=-1))
+    whole = read_video(tmp_path / "clip.mp4")
+    assert len(torch.unique(whole, dim=0)) == length
+    assert torch.equal(spread_frames(tmp_path / "clip.mp4", len(chosen)), whole[chosen])
+
+
+def test_thumbnails_double_small_frames_and_reduce_large_ones():
+    small = gradient(frames=2, height=5, width=6)
+    doubled = thumbnails(small)
+    assert doubled.shape == (2, 10, 12, 3)
+    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert torch.equal(doubled[:, y::2, x::2], small)
+    assert torch.equal(thumbnails(gradient(height=90, width=160)), gradient(height=90, width=160))
+    reduced = thumbnails(gradient(frames=1, height=480, width=832))
+    assert reduced.shape == (1, 148, 256, 3)
+    exact = gradient(frames=1, height=148, width=256).float()
+    assert (reduced.float() - exact).abs().mean() < 2
 
 
 def test_png_comes_back_unchanged(tmp_path):
