@@ -31,8 +31,18 @@ class CaptionReader(nn.Module):
         return self.probe(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
 
 
-def caption_loss(reader: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> LossResult:
-    """Mean cross-entropy over tokens and attributes; `labels` `[B, attributes]`, -1: no value."""
+def caption_loss(
+    reader: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    labels: Tensor,
+    weights: Tensor | float = 1.0,
+) -> LossResult:
+    """Mean cross-entropy over tokens and attributes; `labels` `[B, attributes]`, -1: no value.
+
+    `weights` `[attributes]`: by what each one's mean over tokens is multiplied, so that parts of a
+    larger batch add up exactly.
+    """
     classes: Sequence[int] = reader.classes  # type: ignore[assignment]
     parts = reader(ids, mask).split(list(classes), dim=-1)  # [B, L, classes] each
     valid = mask.bool()
@@ -42,6 +52,7 @@ def caption_loss(reader: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -
         losses.append(F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1))
         counted = wanted >= 0
         right.append((logits.argmax(-1) == wanted)[counted].float().mean())
-    loss = torch.stack(losses).nan_to_num().mean()
+    loss = (torch.stack(losses).nan_to_num() * weights).mean()
     accuracy = torch.stack(right).nan_to_num(1.0)
-    return LossResult(loss, {"caption/accuracy": accuracy.mean(), "caption/worst": accuracy.min()})
+    metrics = {"caption/accuracy": (accuracy * weights).mean(), "caption/worst": accuracy.min()}
+    return LossResult(loss, metrics)

@@ -1,7 +1,7 @@
 """Batches: which item of the data goes to which rank, micro-batch and row."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -153,6 +153,36 @@ def check_training_data(config: Config, data: Dataset, latent: Sequence[int]) ->
 
     `latent`: `[C, h, w]` of this config's videos.
     """
+    _check_items(config, data, latent)
+    if config.text_embeddings:
+        _check_embeddings(config, data)
+
+
+def open_heldout_data(config: Config, latent: Sequence[int] | None) -> Dataset:
+    """The data that `heldout_data_path` names, checked as those of training are.
+
+    `latent`: `[C, h, w]` of this config's videos; None where no transformer is trained.
+
+    Raises:
+        UserError: there are none, or this config does not train on their kind.
+    """
+    own = replace(config, data_path=config.heldout_data_path, extended_data_path=None)
+    try:
+        data = open_training_data(own)
+        if latent is None:
+            check_auxiliary_data(own, data)
+        else:
+            _check_items(own, data, latent)
+            if config.text_embeddings:
+                prompts = first_prompts(data, config.heldout_videos)
+                EmbeddingStore(config.text_embeddings).require(prompts)
+    except UserError as error:
+        raise UserError(f"heldout_data_path: {error}") from error
+    return data
+
+
+def _check_items(config: Config, data: Dataset, latent: Sequence[int]) -> None:
+    """What a transformer's objective reads has to be there, in this config's size."""
     size = (config.image_or_video_shape[1], *latent)
     if config.trainer == "ode":
         _check_trajectories(config, data, size)
@@ -169,8 +199,6 @@ def check_training_data(config: Config, data: Dataset, latent: Sequence[int]) ->
                 f"{config.data_path} holds no latents; with videos set load_raw_video=true, or "
                 "encode them once with scripts/encode_videos.py"
             )
-    if config.text_embeddings:
-        _check_embeddings(config, data)
 
 
 def _check_trajectories(config: Config, data: Dataset, size: tuple[int, ...]) -> None:
@@ -213,5 +241,5 @@ def _check_embeddings(config: Config, data: Dataset) -> None:
 
 
 def first_prompts(dataset: Dataset, count: int) -> Sequence[str]:
-    """Prompts of the first items, for sample videos."""
+    """Prompts of the first `count` items, or of all if there are fewer."""
     return [dataset.prompt(index) for index in range(min(count, len(dataset)))]

@@ -8,7 +8,13 @@ import torch
 
 from model.lora import add_lora
 from pipeline.components import ModelFiles, new_cache, video_shape
-from trainer.data import check_auxiliary_data, check_training_data, open_training_data, plan_batches
+from trainer.data import (
+    check_auxiliary_data,
+    check_training_data,
+    open_heldout_data,
+    open_training_data,
+    plan_batches,
+)
 from trainer.networks import compute_dtype
 from trainer.sharding import shards_of, strategy_of
 from utils.config import ROOT, Config
@@ -116,12 +122,16 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
     plan = plan_batches(config, world)
     dataset = open_training_data(config)
     local = local_world or min(world, 8)
+    latent = None
     if not networks_of(config):
         check_auxiliary_data(config, dataset)
     else:
-        sizes = sizes_of(config, config.generator_name)
-        check_training_data(config, dataset, video_shape(config, sizes).latent)
+        latent = video_shape(config, sizes_of(config, config.generator_name)).latent
+        check_training_data(config, dataset, latent)
     lines = [f"data: {len(dataset)} items in {config.data_path}", plan.describe(), *plan.notes]
+    if config.heldout_every:
+        measured = min(config.heldout_videos, len(open_heldout_data(config, latent)))
+        lines.append(f"held-out data: {measured} items of {config.heldout_data_path}")
     lines.append(f"memory per rank of {world} (GiB), without activations:")
     header = f"{'network':12} {'folder':20} {'parameters':>14} {'shards':>6}"
     lines.append(f"{header} {'weights':>8} {'adam':>8} {'grads':>8} {'ema':>8} {'total':>8}")

@@ -259,18 +259,22 @@ class Timer:
         self._device = torch.device(device)
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
+        self._whole = False
         self._started = self._since = time.perf_counter()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside as `name`."""
+    def phase(self, name: str, *, whole: bool = False) -> Iterator[None]:
+        """Count the time inside as `name`; with `whole` that of the phases inside, too."""
         self._charge()
-        self._open.append(name)
+        outside = self._whole
+        self._open.append(self._open[-1] if outside else name)
+        self._whole = outside or whole
         try:
             yield
         finally:
             self._charge()
             self._open.pop()
+            self._whole = outside
 
     def read(self) -> dict[str, float]:
         """Seconds of each phase since the last `read`, and of everything as `step`."""

@@ -55,7 +55,7 @@ from wan.context import AttentionContext, MaskedContext, frame_mask
 from wan.dit import WanDiT
 from wan.flops import forward_flops, training_flops
 from wan.flow import add_noise, shift_timesteps
-from wan.text_encoder import clean_prompt
+from wan.text_encoder import TokenBatch, clean_prompt
 
 Batch = dict[str, Any]
 
@@ -84,6 +84,25 @@ class Task(ABC):
     @abstractmethod
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """The loss of a micro-batch for one player."""
+
+    @property
+    def heldout_phase(self) -> str:
+        """The player whose loss is measured on held-out data."""
+        return next(iter(self.players))
+
+    def heldout_size(self, prompts: Sequence[str], draws: Draws) -> Tensor:
+        """What the loss counts in an item, on average over the held-out ones: 1 if it is items.
+
+        Some objectives average over frames or tokens, which are not equally many in every item.
+        """
+        return torch.ones(())
+
+    def heldout_loss(self, batch: Batch, draws: Draws, size: Tensor) -> LossResult:
+        """The loss of a batch of one held-out item; `size` is `heldout_size` of all.
+
+        Such that means over the items are the loss and the metrics of one batch of all of them.
+        """
+        return self.loss(self.heldout_phase, batch, draws)
 
     @abstractmethod
     def flops(self, phase: str, draws: Draws) -> int | None:
@@ -176,6 +195,11 @@ class Distillation(GeneratorTask):
         if step % self.config.dfake_gen_update_ratio == 0:
             return ("generator", "critic")
         return ("critic",)
+
+    @property
+    def heldout_phase(self) -> str:
+        """The critic: the value of the generator's loss is no measure (see `generator_loss`)."""
+        return "critic"
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
@@ -296,18 +320,27 @@ class OdeInitialisation(GeneratorTask):
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
+        counted = self._noisy_frames(draws.for_indices(range(self.plan.videos)))
+        return self._regression(batch, draws, counted / (self.plan.ranks * self.plan.accumulation))
+
+    def heldout_size(self, prompts: Sequence[str], draws: Draws) -> Tensor:
+        """See `Task`: noisy frames."""
+        return torch.tensor(self._noisy_frames(draws) / len(prompts))
+
+    def heldout_loss(self, batch: Batch, draws: Draws, size: Tensor) -> LossResult:
+        """See `Task`."""
+        return self._regression(batch, draws, size.item())
+
+    def _regression(self, batch: Batch, draws: Draws, frames_in_loss: float) -> LossResult:
         trajectory = batch["trajectory"].to(self.world.device)
-        frames = trajectory.shape[2]
-        everything = draws.for_indices(range(self.plan.videos))
-        counted = int((self._levels(everything, frames) < len(self.timesteps) - 1).sum())
         return ode_regression_loss(
             self.generator,
             trajectory,
-            self._levels(draws, frames).to(self.world.device),
+            self._levels(draws, trajectory.shape[2]).to(self.world.device),
             self.timesteps.to(self.world.device),
             self.generator.encode_text(self.text(batch["prompt"])),
             self.context,
-            frames_in_loss=max(1, counted) / (self.plan.ranks * self.plan.accumulation),
+            frames_in_loss=frames_in_loss,
         )
 
     def flops(self, phase: str, draws: Draws) -> int:
@@ -315,6 +348,11 @@ class OdeInitialisation(GeneratorTask):
         frames = scored_frames(self.config)
         forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)
         return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+
+    def _noisy_frames(self, draws: Draws) -> int:
+        """How many frames of these samples are in the loss; at least 1."""
+        levels = self._levels(draws, scored_frames(self.config))
+        return max(1, int((levels < len(self.timesteps) - 1).sum()))
 
     def _levels(self, draws: Draws, frames: int) -> Tensor:
         drawn = draws.integers(Purpose.TIMESTEP, len(self.timesteps), (frames,))
@@ -425,16 +463,42 @@ class TextEncoderTraining(Task):
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
-        prompts = [clean_prompt(prompt) for prompt in batch["prompt"]]
-        tokens = self.encoder.tokenizer(prompts, self.encoder.text_len)
-        labels = [attribute_labels(parse_caption(prompt)) for prompt in batch["prompt"]]
-        device = self.world.device
+        return self._caption_loss(batch["prompt"])
+
+    def heldout_size(self, prompts: Sequence[str], draws: Draws) -> Tensor:
+        """See `Task`: tokens of captions that have an attribute, `[attributes]`."""
+        return self._counted_tokens(prompts).mean(dim=0)
+
+    def heldout_loss(self, batch: Batch, draws: Draws, size: Tensor) -> LossResult:
+        """See `Task`; without the worst attribute, which is no mean over captions."""
+        own = self._counted_tokens(batch["prompt"]).mean(dim=0)
+        result = self._caption_loss(batch["prompt"], (own / size).nan_to_num(1.0))
+        accuracy = result.metrics["caption/accuracy"]
+        return LossResult(result.loss, {"caption/accuracy": accuracy})
+
+    def _tokens(self, captions: Sequence[str]) -> TokenBatch:
+        prompts = [clean_prompt(caption) for caption in captions]
+        return self.encoder.tokenizer(prompts, self.encoder.text_len)
+
+    def _labels(self, captions: Sequence[str]) -> Tensor:
+        """`[B, attributes]`; -1: no value."""
+        labels = [attribute_labels(parse_caption(caption)) for caption in captions]
+        return torch.tensor(labels, device=self.world.device)
+
+    def _counted_tokens(self, captions: Sequence[str]) -> Tensor:
+        """A caption's tokens for each attribute that it has, else 0: `[B, attributes]`."""
+        lengths = self._tokens(captions).mask.sum(dim=1, keepdim=True)  # [B, 1]
+        return (self._labels(captions) >= 0) * lengths.to(self.world.device).float()
+
+    def _caption_loss(self, captions: Sequence[str], weights: Tensor | float = 1.0) -> LossResult:
+        tokens, device = self._tokens(captions), self.world.device
         used = int(tokens.mask.sum(dim=1).max())
         return caption_loss(
             self.reader,
             tokens.ids[:, :used].to(device),
             tokens.mask[:, :used].to(device),
-            torch.tensor(labels, device=device),
+            self._labels(captions),
+            weights,
         )
 
     def flops(self, phase: str, draws: Draws) -> None:

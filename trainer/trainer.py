@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from trainer.checkpoint import CheckpointStore, player_state, restore_player, start_ema
 from trainer.data import Batches, first_prompts, open_training_data, plan_batches
 from trainer.health import HealthMonitor
+from trainer.heldout import HeldOut, open_heldout
 from trainer.metrics import (
     MetricsLog,
     Progress,
@@ -42,11 +43,13 @@ FREE_KEYS = {
     *("batch_size", "global_batch_size", "total_batch_size", "gradient_accumulation_steps"),
     *("recipe_batch_size", "sharding_strategy", "sharding", "hybrid_shard_size", "model_root"),
     *("gradient_checkpointing", "text_encoder_device", "text_embeddings", "num_samples"),
+    *("heldout_data_path", "heldout_every", "heldout_videos"),
     *("wandb_host", "wandb_key", "wandb_entity", "wandb_project"),
 }
 
-# Phases that are no part of training a step: they follow it, and count in the next one's seconds.
-BETWEEN_STEPS = ("samples", "save", "export")
+# Phases that are no part of training a step. All but the first follow the step's line in the log,
+# and count in the next one's seconds.
+BETWEEN_STEPS = ("heldout", "samples", "save", "export")
 
 
 class NonFiniteError(RuntimeError):
@@ -76,11 +79,13 @@ class Trainer:
             logger.warning(note)
         self.timer = Timer(world.device)
         dataset = open_training_data(config)
+        heldout = open_heldout(config)
         self.task = TASKS[config.trainer](config, world, self.plan, self.timer, dataset)
         self.batches = {
             name: Batches(dataset, self.plan, world.ranks.rank, config.seed + number)
             for number, name in enumerate(self.task.players)
         }
+        self.heldout = HeldOut(self.task, heldout) if heldout else None
         self.step = 0
         self.health = HealthMonitor()
         self.buckets = TimestepBuckets()
@@ -103,6 +108,8 @@ class Trainer:
         saved_at = self.step
         self.timer.read()  # what loading took belongs to no step
         with self._asked_to_stop():
+            if self.step == 0:
+                self._begin()
             while not self._is_done():
                 metrics = self.train_step()
                 progress.update(metrics, str(metrics["health"]).partition(":")[0])
@@ -137,6 +144,8 @@ class Trainer:
         active = self.step >= self.config.ema_start_step
         for name, player in self.task.players.items():
             player.update_ema(active=active, moved=name in phases)
+        if self.heldout and (self.step % self.config.heldout_every == 0 or self._is_done()):
+            measured |= self._measure(self.heldout)
         return self._record(measured, operations)
 
     def save(self) -> None:
@@ -153,6 +162,19 @@ class Trainer:
 
     def _export_folder(self) -> Path:
         return self.logdir / f"checkpoint_model_{self.step:06d}"
+
+    def _begin(self) -> None:
+        """Drop the log of a run that never got to a state; measure before the first update."""
+        self.log.resume(0)
+        if self.heldout:
+            metrics = mean_over_ranks(self._measure(self.heldout))
+            say_heldout(0, metrics)
+            self.log.write(0, metrics)
+
+    def _measure(self, heldout: HeldOut) -> dict[str, Tensor]:
+        """The held-out numbers of the weights as they are; means over ranks make them whole."""
+        with self.timer.phase("heldout", whole=True):
+            return heldout.measure()
 
     def _update(self, player: Player, draws: Draws) -> dict[str, Tensor | float]:
         """One optimiser step of a player over all its micro-batches."""
@@ -194,6 +216,7 @@ class Trainer:
         metrics["memory_gib"] = peak_memory(self.world.device)
         if len(self.task.players) == 1:
             metrics["loss"] = metrics[f"{next(iter(self.task.players))}/loss"]
+        say_heldout(self.step, metrics)
         verdict = self.health.update(metrics)
         metrics["health"] = str(verdict)
         self.log.write(self.step, metrics)
@@ -315,6 +338,12 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def say_heldout(step: int, metrics: Mapping[str, Any]) -> None:
+    """Say the held-out loss in one line, if it was measured."""
+    if "heldout/loss" in metrics:
+        logger.info("held-out loss %.4g (step %d)", metrics["heldout/loss"], step)
 
 
 def peak_memory(device: torch.device) -> float:

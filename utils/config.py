@@ -183,6 +183,7 @@ class Config:
     data_path: str | None
     extended_data_path: str | None
     load_raw_video: bool
+    heldout_data_path: str | None
     # training, loop
     max_steps: int | None
     batch_size: int
@@ -195,6 +196,8 @@ class Config:
     sample_every: int
     sample_prompts: list[str]
     sample_latent_frames: int
+    heldout_every: int
+    heldout_videos: int
     resume: Resume
     # training, optimisation
     lr: float
@@ -478,6 +481,12 @@ def _training_checks(config: Config) -> list[tuple[bool, str]]:
         (config.log_iters >= 1, "log_iters must be at least 1"),
         (config.keep_checkpoints >= 1, "keep_checkpoints must be at least 1"),
         (config.sample_every >= 0, "sample_every must be at least 0"),
+        (config.heldout_every >= 0, "heldout_every must be at least 0"),
+        (config.heldout_videos >= 1, "heldout_videos must be at least 1"),
+        (
+            config.heldout_every == 0 or config.heldout_data_path is not None,
+            "heldout_every needs data to measure: set heldout_data_path",
+        ),
         (min(config.lr, config.lr_critic) >= 0, "lr and lr_critic must be at least 0"),
         (config.max_grad_norm > 0, "max_grad_norm must be above 0"),
         (config.lora is None or config.lora.rank >= 1, "lora.rank must be at least 1"),

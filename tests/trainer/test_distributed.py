@@ -62,7 +62,8 @@ def run_jobs(
 
 
 def variants(world: TrainingWorld) -> dict[str, dict[str, Any]]:
-    """The same trainings on one rank and on two."""
+    """The same trainings on one rank and on two, some with five items measured beside them."""
+    measured = {"heldout_every": 2, "heldout_videos": 5}
     return {
         "full": {"sharding_strategy": "full"},
         "none": {"sharding_strategy": "none"},
@@ -72,9 +73,11 @@ def variants(world: TrainingWorld) -> dict[str, dict[str, Any]]:
             "reencode_first_frame": True,
             "method": "self_forcing",
             "same_step_across_blocks": False,
+            **measured,
+            "heldout_data_path": str(world.prompts),
         },
         "lora": LORA,
-        "ode": world.ode(),
+        "ode": world.ode() | measured | {"heldout_data_path": str(world.trajectories)},
         "diffusion": world.flow(prompt_dropout=0.5, diffusion_forcing=True),
     }
 

@@ -290,6 +290,17 @@ def test_phases_never_count_time_twice(monkeypatch):
     assert timer.read() == {"step": 9}
 
 
+def test_a_whole_phase_keeps_what_is_inside(monkeypatch):
+    clock = iter([0, 1, 3, 6, 10, 15, 20, 21])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    timer = Timer()
+    with timer.phase("heldout", whole=True), timer.phase("rollout"):  # 1..10; inside 3..6
+        pass
+    with timer.phase("rollout"):  # 15..20
+        pass
+    assert timer.read() == {"heldout": 9, "rollout": 5, "step": 21}
+
+
 def test_a_phase_ends_with_an_error_too():
     timer = Timer()
     with pytest.raises(RuntimeError), timer.phase("data"):

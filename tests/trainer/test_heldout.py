@@ -1,0 +1,238 @@
+"""The held-out loss: what is measured, that it is always the same, and that training goes on as
+if it were not there.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_training import (
+    TrainingWorld,
+    assert_same_state,
+    course,
+    final_state,
+    train,
+)
+from trainer.estimate import dry_run_report
+from trainer.heldout import HeldOut, heldout_draws
+from trainer.metrics import mean_over_ranks, read_metrics
+from trainer.sharding import open_world
+from trainer.trainer import BETWEEN_STEPS, Trainer
+from utils.datasets import collate, write_shard
+from utils.errors import UserError
+
+SHAPES = {"schedule": "full", "method": None, "denoising_step_list": None, "text_embeddings": None}
+TASKS = ["distillation", "ode", "diffusion", "vae", "text_encoder"]
+
+
+def task_values(world: TrainingWorld, task: str) -> dict[str, Any]:
+    """An experiment of each objective with four held-out items."""
+    objective: dict[str, Any] = {
+        "distillation": {"heldout_data_path": str(world.prompts)},
+        "ode": world.ode() | {"heldout_data_path": str(world.trajectories)},
+        "diffusion": world.flow(prompt_dropout=0.5, heldout_data_path=str(world.latents)),
+        "vae": SHAPES
+        | {
+            "trainer": "vae",
+            "data_path": "shapes:train",
+            "heldout_data_path": "shapes:heldout",
+            "image_or_video_shape": [1, 1, 16, 2, 2],
+            "random_init": True,
+            "vae": {"base_dim": 2, "dim_mult": [1, 1, 1, 1], "kl_weight": 0.1, "edge_weight": 0.5},
+        },
+        "text_encoder": SHAPES
+        | {
+            "trainer": "text_encoder",
+            "data_path": "shapes:train",
+            "heldout_data_path": "shapes:heldout",
+            "image_or_video_shape": [1, 1, 16, 2, 2],
+        },
+    }[task]
+    return objective | {"heldout_every": 2, "heldout_videos": 4}
+
+
+@contextmanager
+def trainer_of(world: TrainingWorld, folder: Path, **changes: Any) -> Iterator[Trainer]:
+    config = world.config(folder, **changes)
+    with open_world("cpu") as ranks:
+        yield Trainer(config, ranks, folder / "run", visualise=False, save=False)
+
+
+def measured(logdir: Path) -> dict[int, dict[str, float]]:
+    """The held-out numbers of a run by step."""
+    rows = {
+        line["step"]: {k: v for k, v in line.items() if k.startswith("heldout/")}
+        for line in read_metrics(logdir)
+    }
+    return {step: numbers for step, numbers in rows.items() if numbers}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_it_is_the_loss_of_one_batch_of_all_items(
+    task: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Of items one at a time, whatever the loss is a mean over: items, noisy frames, tokens."""
+    values = task_values(training_world, task) | {"batch_size": 4}
+    with trainer_of(training_world, tmp_path, **values) as trainer:
+        heldout = trainer.heldout
+        assert heldout is not None
+        found = mean_over_ranks(heldout.measure())
+        batch = collate([heldout.data[index] for index in range(4)])
+        for player in trainer.task.players.values():
+            player.module.eval()
+        with torch.no_grad():
+            phase = trainer.task.heldout_phase
+            expected = trainer.task.loss(phase, batch, heldout_draws(range(4)))
+    assert phase == {"distillation": "critic", "vae": "vae", "text_encoder": "text"}.get(
+        task, "generator"
+    )
+    assert found.pop("heldout/loss") == pytest.approx(expected.loss.item(), rel=1e-4)
+    metrics = {f"heldout/{k}": v for k, v in expected.metrics.items() if v.ndim == 0}
+    metrics.pop("heldout/caption/worst", None)
+    assert found == pytest.approx({k: v.item() for k, v in metrics.items()}, rel=1e-4)
+    assert bool(found) is (task != "distillation")
+
+
+def test_it_does_not_depend_on_the_batch_size_or_the_seed(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    values = task_values(training_world, "ode")
+    found = []
+    for number, changes in enumerate(({"batch_size": 1}, {"batch_size": 4}, {"seed": 7})):
+        with trainer_of(training_world, tmp_path / f"{number}", **values | changes) as trainer:
+            assert trainer.heldout is not None
+            found.append(mean_over_ranks(trainer.heldout.measure()))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_is_the_same_with_and_without(
+    task: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Bit for bit, and in every number of the log; dropout of the text encoder draws as before."""
+    values = task_values(training_world, task) | {"max_steps": 3, "global_batch_size": 2}
+    for name, changes in (("with", {}), ("without", {"heldout_every": 0})):
+        torch.manual_seed(0)
+        train(training_world.config(tmp_path, **values | changes), tmp_path / name)
+    left, right = final_state(tmp_path / "with"), final_state(tmp_path / "without")
+    for state in (left, right):
+        del state["/run"]  # its config says which is which
+    assert_same_state(left, right)
+    rows = [
+        {key: value for key, value in line.items() if not key.startswith("heldout/")}
+        for line in course(tmp_path / "with")
+    ]
+    assert rows == [{"step": 0}, *course(tmp_path / "without")]
+    assert list(measured(tmp_path / "with")) == [0, 2, 3], "the start, every second step, the end"
+
+
+def test_it_falls_when_the_training_reads_the_same_data(
+    training_world: TrainingWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "latents").mkdir()
+    video = torch.randn(1, 3, 16, 2, 4, generator=torch.Generator().manual_seed(3))
+    write_shard(tmp_path / "latents" / "a.safetensors", video, ["the sea"])
+    path = str(tmp_path / "latents")
+    values = training_world.flow(data_path=path, heldout_data_path=path, lr=3e-3, max_steps=40)
+    config = training_world.config(tmp_path, **values, heldout_every=20, heldout_videos=16)
+    trainer = train(config, tmp_path / "run", save=False)
+    assert trainer.heldout is not None
+    assert trainer.heldout.items == 1, "the data hold no more"
+    losses = {step: numbers["heldout/loss"] for step, numbers in measured(tmp_path / "run").items()}
+    assert list(losses) == [0, 20, 40]
+    assert losses[40] < losses[20] < losses[0]
+    for step, loss in losses.items():
+        assert f"held-out loss {loss:.4g} (step {step})" in caplog.text
+
+
+def test_a_resumed_run_measures_the_same(training_world: TrainingWorld, tmp_path: Path) -> None:
+    values = task_values(training_world, "ode") | {"max_steps": 5}
+    train(training_world.config(tmp_path, **values), tmp_path / "once")
+    without = {"heldout_every": 0, "heldout_data_path": None, "heldout_videos": 1, "max_steps": 3}
+    train(training_world.config(tmp_path, **values | without), tmp_path / "twice")
+    train(training_world.config(tmp_path, **values), tmp_path / "twice")
+    once = measured(tmp_path / "once")
+    assert list(once) == [0, 2, 4, 5]
+    assert measured(tmp_path / "twice") == {step: once[step] for step in (4, 5)}
+
+
+def test_its_seconds_are_no_training(
+    training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The phases of a measured rollout must not be taken for those of the step."""
+    calls: list[str] = []
+    measure = HeldOut.measure
+
+    def watched(heldout: HeldOut) -> dict[str, torch.Tensor]:
+        before = heldout.task.timer.read()
+        result = measure(heldout)
+        calls.extend(heldout.task.timer.read())
+        assert before["step"] >= 0
+        return result
+
+    monkeypatch.setattr(HeldOut, "measure", watched)
+    values = task_values(training_world, "distillation") | {"heldout_every": 1}
+    with trainer_of(training_world, tmp_path, **values) as trainer:
+        trainer.train_step()
+    assert calls == ["heldout", "step"]
+    assert "heldout" in BETWEEN_STEPS
+
+
+def test_the_log_of_a_run_without_a_state_is_dropped(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Its step 0 stayed in the log of the next run, which does not measure."""
+    values = task_values(training_world, "ode") | {"max_steps": 1}
+    train(training_world.config(tmp_path, **values), tmp_path / "run", save=False)
+    assert list(measured(tmp_path / "run")) == [0, 1]
+    config = training_world.config(tmp_path, **values | {"heldout_every": 0})
+    train(config, tmp_path / "run", save=False)
+    assert [line["step"] for line in course(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "said"),
+    [
+        ("ode", {"heldout_data_path": "nowhere"}, "heldout_data_path: nowhere does not exist"),
+        ("ode", {"heldout_data_path": "{latents}"}, "heldout_data_path: .* holds no trajectories"),
+        ("diffusion", {"heldout_data_path": "{prompts}"}, "heldout_data_path: .* no latents"),
+        ("distillation", {"heldout_data_path": "{other}"}, "heldout_data_path: .* 'a tree'"),
+        ("text_encoder", {"heldout_data_path": "{prompts}"}, "heldout_data_path: .* shapes"),
+        ("vae", {"heldout_data_path": "{prompts}"}, "heldout_data_path: .* no videos"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
+    task: str,
+    changes: dict[str, Any],
+    said: str,
+    training_world: TrainingWorld,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "other.txt").write_text("a tree\n", encoding="utf-8")
+    paths = {
+        "latents": training_world.latents,
+        "prompts": training_world.prompts,
+        "other": tmp_path / "other.txt",
+    }
+    filled = {k: v.format(**paths) if isinstance(v, str) else v for k, v in changes.items()}
+    values = task_values(training_world, task) | filled
+    with pytest.raises(UserError, match=said):
+        dry_run_report(training_world.config(tmp_path, **values), 1)
+    with pytest.raises(UserError, match=said), trainer_of(training_world, tmp_path, **values):
+        pass
+
+
+def test_a_dry_run_says_what_will_be_measured(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    values = task_values(training_world, "distillation") | {"heldout_videos": 99}
+    said = dry_run_report(training_world.config(tmp_path, **values), 1)
+    assert f"held-out data: 7 items of {training_world.prompts}" in said
+    values["heldout_every"] = 0
+    assert "held-out" not in dry_run_report(training_world.config(tmp_path, **values), 1)
