@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, default=Path("evaluation.json"), help="the figures")
     parser.add_argument("--plot", type=Path, help="draw the per-second curves into this PNG")
     parser.add_argument("--vbench", type=Path, help="put the videos there, named as for VBench")
+    parser.add_argument("--keep_videos", type=Path, help="keep the videos there, unjudged")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     return parser
@@ -112,6 +113,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("say what to measure: --config_path (and --checkpoint_path), or --videos")
     if args.videos is not None and (args.data_path or args.checkpoint_path):
         raise UserError("--videos measures what is there; leave out what generates")
+    if args.keep_videos is not None and (args.videos is not None or args.vbench is not None):
+        raise UserError("--videos and --vbench have the videos already; leave out --keep_videos")
     if min(args.seeds, 1 if args.prompts is None else args.prompts) < 1:
         raise UserError("--prompts and --seeds must be at least 1")
     if not (math.isfinite(args.seconds) and args.seconds > 0):
@@ -155,7 +158,7 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
         args.checkpoint_path,
         use_ema=args.use_ema,
         seconds=args.seconds,
-        export=args.vbench,
+        export=args.vbench or args.keep_videos,
     )
     trials = {t.key: t for t in plan_trials(prompts, args.seeds, config.seed)}
     identity = evaluation.settings()

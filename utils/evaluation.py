@@ -298,14 +298,22 @@ def table(kind: str, summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(kind: str, summaries: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """Write a PNG of the per-second curves, one line for each named summary, spread as a band."""
+def draw_curves(
+    kind: str,
+    summaries: Mapping[str, Mapping[str, Any]],
+    out: Path,
+    curves: Mapping[str, str] | None = None,
+) -> None:
+    """Write a PNG of the per-second curves, one line for each named summary, spread as a band.
+
+    `curves`: the title of each curve to draw; those of `CURVES` by default.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("plots need matplotlib: pip install matplotlib") from error
-    titles = dict(CURVES[kind])
+    titles = dict(curves or CURVES[kind])
     if kind == "shapes":
         titles["survival"] = "survival (share of videos)"
     columns = min(5, -(-len(titles) // 2))
@@ -343,7 +351,7 @@ def _draw_curve(axis: Any, label: str, curve: Mapping[str, Sequence[float | None
 def _zoom_out(axis: Any, name: str) -> None:
     """Shares from 0 to 1, everything else from 0 on."""
     low, high = axis.dataLim.y0, axis.dataLim.y1
-    if name in ("right", "background_right", "survival"):
+    if name.endswith("right") or name == "survival":
         axis.set_ylim(-0.03, 1.03)
     elif math.isfinite(low) and math.isfinite(high):
         axis.set_ylim(min(0, 1.05 * low), max(1.05 * high, 1e-3))

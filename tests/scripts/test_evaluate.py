@@ -187,6 +187,16 @@ def test_vbench_is_called_where_it_is_installed(clips, tmp_path, monkeypatch):
     assert {f.name for f in named.glob("*.mp4")} == {f"{p}-{i}.mp4" for p, i in prompts.items()}
 
 
+def test_kept_videos_are_not_judged(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vbench", None)
+    videos, out = tmp_path / "videos", tmp_path / "out.json"
+    given = [*model(tiny_world), "--prompts", 1, "--seconds", 1, "--json", out]
+    assert evaluate(*given, "--keep_videos", videos) == 0
+    (prompt,) = held_out_captions(1)
+    assert [path.name for path in videos.iterdir()] == [f"{prompt}-0.mp4"]
+    assert "vbench" not in json.loads(out.read_text())
+
+
 def test_spread_is_that_of_the_seeds_means():
     table = np.array([[0.0], [1.0], [2.0], [np.nan], [4.0]])
     mean, spread = mean_and_spread(table, [0, 0, 1, 1, 2])
@@ -218,6 +228,7 @@ def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
         (["--videos", tmp_path], "holds no .mp4"),
         (["--videos", broken], "does not say which prompt"),
         (["--videos", clips, "--checkpoint_path", "x"], "leave out"),
+        (["--videos", clips, "--keep_videos", tmp_path], "leave out --keep_videos"),
         ([*model(tiny_world), "--seeds", 0], "at least 1"),
         ([*model(tiny_world), "--seconds", "nan"], "--seconds nan"),
         ([*model(tiny_world), "--seconds", 0.001], "shorter than one frame"),

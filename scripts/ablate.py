@@ -1,0 +1,640 @@
+"""Train and measure the variants of the method in the shapes world; table, curves, contact sheets.
+
+    python scripts/ablate.py
+    python scripts/ablate.py --only rolling_forcing self_forcing --seeds 1
+    python scripts/ablate.py --table_only --write docs/ablations.md
+
+Weights that ship (`checkpoints/shapes_*.pt`) are used as they are, missing ones (with `--retrain`,
+all) are trained in the folder. What is finished is skipped, so the same command goes on where it
+was stopped; results of other weights, another config or other numbers are made anew. `key=value`
+goes to every training and evaluation. The folder gets
+
+    table.md                     the table; --write also puts it between the marks of a page
+    curves.png, curves_300s.png  the main variants, second by second
+    contact_sheets/*.png         a few prompts, from the first frame to the last
+    60s/, 300s/                  the figures of each variant, and its videos
+    train/, checkpoints/         what was trained here
+"""
+
+import argparse
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.evaluation import Evaluation, held_out_captions, plan_trials, vbench_name
+from utils.cli import run_main
+from utils.config import ROOT, load_config
+from utils.errors import UserError
+from utils.evaluation import Result, draw_curves, extra_measures, mean_and_spread, numbers
+from utils.video import contact_sheet, part_path, read_video, write_png
+from utils.video_meter import mean as mean_of_known
+
+ODE_INIT = "ode_init"
+SHEET_ROWS, SHEET_COLUMNS = 4, 8
+MARKS = ("<!-- ablations -->", "<!-- /ablations -->")
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Weights and the way in which they are played.
+
+    `config` names a file of configs/shapes, and so does `weights`: the training that they are
+    from. `drawn`: in the plot of the curves. `long`: measured at the greater length, too.
+    """
+
+    key: str
+    title: str
+    config: str
+    weights: str
+    why: str
+    drawn: bool = False
+    long: bool = False
+
+
+VARIANTS = (
+    Variant(
+        "rolling_forcing",
+        "Rolling Forcing",
+        "rolling_forcing",
+        "rolling_forcing",
+        "the method: a rolling window of five levels, three sink frames",
+        drawn=True,
+        long=True,
+    ),
+    Variant(
+        "self_forcing",
+        "Self Forcing",
+        "self_forcing",
+        "self_forcing",
+        "block by block, without a sink",
+        drawn=True,
+        long=True,
+    ),
+    Variant(
+        "self_forcing_sink",
+        "Self Forcing with a sink",
+        "self_forcing_sink",
+        "self_forcing_sink",
+        "how much of the gain is the sink's alone",
+        drawn=True,
+    ),
+    Variant(
+        "infinite_forcing",
+        "Infinite-Forcing (V-sink)",
+        "infinite_forcing",
+        "infinite_forcing",
+        "block by block, one sink frame kept right before the recent ones",
+        drawn=True,
+    ),
+    Variant(
+        "rolling_no_sink",
+        "Rolling Forcing, no sink",
+        "rolling_no_sink",
+        "rolling_no_sink",
+        "how much of the gain is the window's alone",
+        drawn=True,
+    ),
+    Variant(
+        "rolling_levels_3",
+        "Rolling Forcing, 3 levels",
+        "rolling_levels_3",
+        "rolling_levels_3",
+        "a shorter window: fewer levels, less latency",
+    ),
+    Variant(
+        "rolling_on_self_forcing",
+        "Rolling inference, Self Forcing's weights",
+        "rolling_forcing",
+        "self_forcing",
+        "whether the rolling window has to be trained",
+    ),
+    Variant(
+        "block_on_rolling",
+        "Block-by-block inference, Rolling Forcing's weights",
+        "self_forcing",
+        "rolling_forcing",
+        "whether the gain is in the weights or in the window",
+    ),
+    Variant(
+        "no_sink_on_rolling",
+        "Rolling inference without sink, weights trained with one",
+        "rolling_no_sink",
+        "rolling_forcing",
+        "what happens when the sink is taken away from weights that rely on it",
+    ),
+    Variant(
+        "sink_on_rolling_no_sink",
+        "Rolling inference with sink, weights trained without one",
+        "rolling_forcing",
+        "rolling_no_sink",
+        "whether the sink has to be trained",
+    ),
+    Variant(
+        "rolling_on_ode_init",
+        "ODE initialisation only, rolling",
+        "rolling_forcing",
+        ODE_INIT,
+        "what distillation adds to where it starts",
+    ),
+    Variant(
+        "block_on_ode_init",
+        "ODE initialisation only, block by block",
+        "self_forcing",
+        ODE_INIT,
+        "the same, block by block",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Mean over the videos of the mean over `measures`; `survival` is known from any length."""
+
+    title: str
+    measures: tuple[str, ...]
+    digits: int = 2
+
+    @property
+    def of_any_length(self) -> bool:
+        """Whether a video of another length may tell it."""
+        return self.measures[0].startswith("survival.")
+
+
+COLUMNS = (
+    Column(
+        "prompt followed, first 5 s",
+        ("accuracy.colour", "accuracy.kind", "accuracy.background", "accuracy.direction"),
+    ),
+    Column("right, last 5 s", ("late.right",)),
+    Column("background drift", ("drift.background_error",), 1),
+    Column("colour drift", ("drift.colour_error",), 1),
+    Column("motion, last 5 s", ("late.motion",)),
+    Column("flicker", ("background_flicker.ratio",)),
+    Column("right for 5 s", ("survival.5s",)),
+    Column("for 60 s", ("survival.60s",)),
+    Column("for 5 min", ("survival.300s",)),
+    Column("frames/s", ("fps",), 1),
+)
+
+CURVES = {
+    "right": "colour and kind right (share of frames)",
+    "colour_right": "colour right (share of frames)",
+    "kind_right": "kind right (share of frames)",
+    "motion": "motion (1: as the truth)",
+    "background_error": "background error (grey levels)",
+}
+
+LEGEND = (
+    "Mean over all videos ± standard deviation (n - 1) of the seeds' means. Prompt followed: mean "
+    "of colour, kind, background and direction. Drift: error in the last 5 s minus that in the "
+    "first 5 s, in grey levels; that of the colour counts shapes that are seen. Right for a time: "
+    "share of the videos in which every shape has its colour and kind for so long. The formulas "
+    "are in docs/shapes.md."
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        epilog=f"variants: {', '.join(v.key for v in VARIANTS)}",
+    )
+    add = parser.add_argument
+    add("--folder", type=Path, default=Path("runs/ablations"), help="(default: %(default)s)")
+    add("--only", nargs="+", metavar="VARIANT", help="these alone; overrides follow after --")
+    add("--retrain", action="store_true", help="train all anew, though weights ship")
+    add("--table_only", action="store_true", help="sum up the figures that are there")
+    add("--write", type=Path, metavar="PAGE", help="put the table between the marks of this page")
+    add("--processes", type=int, default=1, help="that share each part (default: 1)")
+    for prefix, sizes in (("", (16, 3, 60.0)), ("long_", (8, 2, 300.0))):
+        for name, size in zip(("prompts", "seeds", "seconds"), sizes, strict=True):
+            add(f"--{prefix}{name}", type=type(size), default=size, help=f"(default: {size:g})")
+    add("--configs", type=Path, default=Path("configs/shapes"), help="folder of the configs")
+    add("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of what ships")
+    add("overrides", nargs="*", metavar="key=value", help="of every config")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make what is missing, then sum up what is there."""
+    args = build_parser().parse_args(argv)
+    check_flags(args)
+    lost = [] if args.table_only else work(args)
+    report(args)
+    if lost:
+        raise UserError(f"these parts failed, see above: {', '.join(lost)}")
+    return 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for what can be known to be wrong before anything starts."""
+    known = [variant.key for variant in VARIANTS]
+    for key in args.only or ():
+        if key not in known:
+            raise UserError(f"--only {key} is no variant; choose from {', '.join(known)}")
+    counts = (args.prompts, args.seeds, args.long_prompts, args.long_seeds, args.processes)
+    if not all(number > 0 for number in (*counts, args.seconds, args.long_seconds)):
+        raise UserError("prompts, seeds, seconds and --processes must be above 0")
+    if f"{args.seconds:g}" == f"{args.long_seconds:g}":
+        raise UserError("--seconds and --long_seconds must differ")
+    if args.write is not None:
+        split_page(args.write)
+
+
+# --- what is to be done --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """Weights to be made: `train.py`, then the published form of what it ends with."""
+
+    key: str
+    logdir: Path
+    target: Path
+    steps: int
+    command: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"training of {self.key}"
+
+    def is_done(self) -> bool:
+        """Whether the weights are there."""
+        return self.target.is_file()
+
+    def run(self) -> None:
+        """Train (on) to the end, unless that is done; UserError if it failed or was stopped."""
+        if self.final_weights() is None:
+            run_command(self.name, self.command)
+        final = self.final_weights()
+        if final is None:
+            raise UserError(f"the {self.name} was stopped early; the same command goes on")
+        from utils.shipping import ship_student
+
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        ship_student(final, part_path(self.target))
+        part_path(self.target).replace(self.target)
+
+    def final_weights(self) -> Path | None:
+        """What the training ended with, if it did."""
+        prefix = "checkpoint_model_"
+        numbered = {
+            int(folder.name.removeprefix(prefix)): folder / "model.pt"
+            for folder in self.logdir.glob(f"{prefix}*")
+            if folder.name.removeprefix(prefix).isdigit()
+        }
+        last = max(numbered, default=0)
+        return numbered[last] if numbered and last >= self.steps else None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A variant at one length: `evaluate.py`, then a contact sheet of its videos."""
+
+    variant: Variant
+    config: Path
+    weights: Path
+    prompts: int
+    seeds: int
+    seconds: float
+    overrides: tuple[str, ...]
+    json: Path
+    sheet: Path
+    command: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.variant.key}, {self.seconds:g} s"
+
+    @property
+    def videos(self) -> Path:
+        """Where the videos go."""
+        return self.json.parent / "videos" / self.variant.key
+
+    def is_done(self) -> bool:
+        """Whether the figures of exactly these videos are there, and the sheet."""
+        if not (self.sheet.is_file() and self.json.is_file()):
+            return False
+        content = read_json(self.json)
+        config = load_config(self.config, self.overrides)
+        asked = Evaluation(config, self.weights, use_ema=False, seconds=self.seconds).settings()
+        trials = plan_trials(held_out_captions(self.prompts), self.seeds, config.seed)
+        made = [(result["prompt"], result["seed"]) for result in content["videos"]]
+        same = all(content["settings"].get(name) == value for name, value in asked.items())
+        return same and made == [(trial.prompt, trial.seed) for trial in trials]
+
+    def run(self) -> None:
+        """Measure (on), then draw the sheet; UserError if that failed."""
+        if not self.weights.is_file():
+            raise UserError(f"{self.name}: its weights {self.weights} are missing")
+        self.json.parent.mkdir(parents=True, exist_ok=True)
+        self.sheet.unlink(missing_ok=True)  # of what was there before
+        run_command(self.name, self.command)
+        prompts = list(dict.fromkeys(held_out_captions(self.prompts)))[:SHEET_ROWS]
+        files = [self.videos / vbench_name(prompt, 0) for prompt in prompts]
+        write_png(self.sheet, contact_sheet([spread_frames(f) for f in files], SHEET_COLUMNS))
+
+
+Part = Training | Measurement
+
+
+def plan(args: argparse.Namespace) -> list[Part]:
+    """All parts in order: each training right before the first measurement that needs it."""
+    parts: list[Part] = []
+    trained: dict[str, Path] = {}
+    for variant in VARIANTS:
+        if args.only and variant.key not in args.only:
+            continue
+        key = variant.weights
+        if key not in trained:
+            shipped = find_shipped(args, key)
+            if shipped is None:
+                parts.append(plan_training(args, key))
+            trained[key] = shipped or own_weights(args, key)
+        parts.append(plan_measurement(args, variant, trained[key]))
+        if variant.long:
+            parts.append(plan_measurement(args, variant, trained[key], long=True))
+    return parts
+
+
+def find_shipped(args: argparse.Namespace, key: str) -> Path | None:
+    """Weights that are not to be made here; UserError if they are missing and cannot be."""
+    name = args.checkpoints / f"shapes_{key}.pt"
+    found = next((path for path in (name, ROOT / name) if path.is_file()), None)
+    if key == ODE_INIT and found is None:
+        raise UserError(
+            f"{name} is missing and not trained here; make it with scripts/shapes_chain.py"
+        )
+    return None if args.retrain and key != ODE_INIT else found
+
+
+def own_weights(args: argparse.Namespace, key: str) -> Path:
+    """Where weights that are trained here go."""
+    return args.folder / "checkpoints" / f"shapes_{key}.pt"
+
+
+def plan_training(args: argparse.Namespace, key: str) -> Training:
+    """UserError if the config has no end."""
+    config = args.configs / f"{key}.yaml"
+    logdir = args.folder / "train" / key
+    steps = load_config(config, args.overrides).max_steps
+    if steps is None:
+        raise UserError(f"{config} never ends; give max_steps=…")
+    flags = ("--config_path", str(config), "--logdir", str(logdir), "--disable-wandb")
+    command = (*launcher(args.processes), str(ROOT / "train.py"), *flags, *args.overrides)
+    return Training(key, logdir, own_weights(args, key), steps, command)
+
+
+def plan_measurement(
+    args: argparse.Namespace, variant: Variant, weights: Path, *, long: bool = False
+) -> Measurement:
+    """One call of evaluate.py."""
+    prompts, seeds, seconds = (
+        (args.long_prompts, args.long_seeds, args.long_seconds)
+        if long
+        else (args.prompts, args.seeds, args.seconds)
+    )
+    config = args.configs / f"{variant.config}.yaml"
+    folder = figures_folder(args.folder, seconds)
+    flags = {
+        "config_path": config,
+        "checkpoint_path": weights,
+        "prompts": prompts,
+        "seeds": seeds,
+        "seconds": f"{seconds:g}",
+        "json": folder / f"{variant.key}.json",
+        "keep_videos": folder / "videos" / variant.key,
+    }
+    given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    script = str(ROOT / "scripts" / "evaluate.py")
+    suffix = f"_{seconds:g}s" if long else ""
+    return Measurement(
+        variant,
+        config,
+        weights,
+        prompts,
+        seeds,
+        seconds,
+        tuple(args.overrides),
+        folder / f"{variant.key}.json",
+        args.folder / "contact_sheets" / f"{variant.key}{suffix}.png",
+        (*launcher(args.processes), script, *given, *args.overrides),
+    )
+
+
+def figures_folder(folder: Path, seconds: float) -> Path:
+    """Where the figures of videos of this length go."""
+    return folder / f"{seconds:g}s"
+
+
+def launcher(processes: int) -> tuple[str, ...]:
+    """What starts a script: Python, or torchrun for several processes."""
+    if processes == 1:
+        return (sys.executable,)
+    spread = ("--standalone", f"--nproc_per_node={processes}")
+    return (sys.executable, "-m", "torch.distributed.run", *spread)
+
+
+# --- doing it ------------------------------------------------------------------------------------
+
+
+def work(args: argparse.Namespace) -> list[str]:
+    """Run what is not done; the names of what failed. The table is renewed on the way."""
+    parts = plan(args)
+    lost = []
+    for number, part in enumerate(parts, start=1):
+        which = f"[{number}/{len(parts)}] {part.name}"
+        try:
+            if part.is_done():
+                print(f"{which}: is there")
+                continue
+            print(f"{which}\n{shlex.join(part.command)}", flush=True)
+            part.run()
+        except UserError as error:
+            print(error, file=sys.stderr)
+            lost.append(part.name)
+            continue
+        if isinstance(part, Measurement):
+            write_table(args.folder, *read_all(args))
+    return lost
+
+
+def run_command(name: str, command: Sequence[str]) -> None:
+    """Run a script of ours to its end, and end it with us; UserError if it fails."""
+    child = subprocess.Popen(command)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+    if code != 0:
+        raise UserError(f"{name} failed with exit code {code}")
+
+
+def spread_frames(path: Path) -> np.ndarray:
+    """The frames of a video that a contact sheet shows: uint8 [columns, H, W, 3]."""
+    frames = read_video(path).numpy()
+    return frames[np.linspace(0, len(frames) - 1, SHEET_COLUMNS).round().astype(int)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Figures as evaluate.py wrote them."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"videos": content["videos"], **content}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no figures of evaluate.py; delete it") from error
+
+
+# --- what becomes of it --------------------------------------------------------------------------
+
+Figures = dict[str, dict[str, Any]]  # by variant
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the table and the curves, print the table, and put it into the page."""
+    short, long = read_all(args)
+    text = write_table(args.folder, short, long)
+    draw(short, args.folder / "curves.png")
+    draw(long, args.folder / f"curves_{args.long_seconds:g}s.png")
+    print(text)
+    print(args.folder / "table.md")
+    if args.write is not None:
+        before, after = split_page(args.write)
+        write_text(args.write, f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{after}")
+        print(args.write)
+
+
+def write_table(folder: Path, short: Figures, long: Figures) -> str:
+    """The table as a file, and as text."""
+    text = make_table(short, long)
+    write_text(folder / "table.md", text)
+    return text
+
+
+def read_all(args: argparse.Namespace) -> tuple[Figures, Figures]:
+    """The figures of both lengths; UserError if there are none."""
+    lengths = args.seconds, args.long_seconds
+    short, long = (read_figures(figures_folder(args.folder, seconds)) for seconds in lengths)
+    if not short and not long:
+        raise UserError(
+            f"{args.folder} holds no figures of {lengths[0]:g} s or {lengths[1]:g} s videos yet"
+        )
+    return short, long
+
+
+def read_figures(folder: Path) -> Figures:
+    """What is there, in the order of the variants."""
+    files = {variant.key: folder / f"{variant.key}.json" for variant in VARIANTS}
+    return {key: read_json(file) for key, file in files.items() if file.is_file()}
+
+
+def make_table(short: Figures, long: Figures) -> str:
+    """Markdown: what was measured, the table, and what each variant is for."""
+    rows = [variant for variant in VARIANTS if variant.key in short or variant.key in long]
+    lines = [f"{describe(short, long)}. {LEGEND}", ""]
+    lines.append(markdown_row(["variant", *(column.title for column in COLUMNS)]))
+    lines.append(markdown_row(["---", *("---:" for _ in COLUMNS)]))
+    for variant in rows:
+        videos = [figures.get(variant.key, {}).get("videos", []) for figures in (short, long)]
+        lines.append(markdown_row([variant.title, *(cell(c, *videos) for c in COLUMNS)]))
+    lines.append("")
+    for variant in rows:
+        parts = f"`configs/shapes/{variant.config}.yaml` with `shapes_{variant.weights}.pt`"
+        lines.append(f"- **{variant.title}** ({parts}): {variant.why}.")
+    return "\n".join(lines) + "\n"
+
+
+def describe(*figures: Figures) -> str:
+    """How many videos of what length, made where."""
+    seen = []
+    for content in (content for group in figures for content in group.values()):
+        prompts = len({result["prompt"] for result in content["videos"]})
+        seeds = len({result["seed"] for result in content["videos"]})
+        settings = content["settings"]
+        seen.append(
+            f"{prompts} prompts × {seeds} seeds × {settings['seconds']:g} s on {settings['device']}"
+        )
+    return "; ".join(dict.fromkeys(seen))
+
+
+def cell(column: Column, short: Sequence[Result], long: Sequence[Result]) -> str:
+    """`mean ± spread` of the first of the two that knows the measures."""
+    for results in (short, long) if column.of_any_length else (short,):
+        if results:
+            mean, spread = column_figures(column, results)
+            if not np.isnan(mean):
+                shown = f"{mean:.{column.digits}f}"
+                return shown if np.isnan(spread) else f"{shown} ± {spread:.{column.digits}f}"
+    return UNKNOWN
+
+
+def column_figures(column: Column, results: Sequence[Result]) -> tuple[float, float]:
+    """Mean over the videos, and spread of the seeds' means."""
+    values = []
+    for result in results:
+        known = numbers(result["report"]) | extra_measures(result)
+        values.append([known.get(name, np.nan) for name in column.measures])
+    each = mean_of_known(np.array(values, float).T)  # [videos]
+    mean, spread = mean_and_spread(each[:, None], [result["seed"] for result in results])
+    return float(mean[0]), float(spread[0])
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(figures: Figures, out: Path) -> None:
+    """The curves of the main variants, as far as they are there."""
+    drawn = {
+        variant.title: figures[variant.key]["summary"]["shapes"]
+        for variant in VARIANTS
+        if variant.drawn and variant.key in figures
+    }
+    if drawn:
+        draw_curves("shapes", drawn, out, CURVES)
+
+
+def split_page(page: Path) -> tuple[str, str]:
+    """What stands before and after the marks; UserError if they are not there once."""
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Cannot read {page}: {error.strerror}.") from error
+    pattern = f"(?s)(.*){re.escape(MARKS[0])}.*{re.escape(MARKS[1])}(.*)"
+    found = re.fullmatch(pattern, text)
+    if found is None or any(text.count(mark) != 1 for mark in MARKS):
+        raise UserError(f"{page} needs one {MARKS[0]} and one {MARKS[1]} after it")
+    return found[1], found[2]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename."""
+    try:
+        part_path(path).write_text(text, encoding="utf-8")
+        part_path(path).replace(path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
