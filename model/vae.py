@@ -35,8 +35,9 @@ class Autoencoder(nn.Module):
 def init_autoencoder(model: AutoencoderKLWan, seed: int) -> None:
     """Weights to train from scratch; a pure function of `seed`.
 
-    Convolutions keep the scale of what goes through them (LeCun normal, zero bias): with PyTorch's
-    default a deep decoder starts out blind to its input. In time they start with the newest frame
+    Convolutions keep the scale of what goes through them (LeCun normal, zero bias), and residual
+    branches start at zero: with PyTorch's default a deep decoder starts out blind to its input. In
+    time they start with the newest frame
     alone, and the layers that change the frame rate with copies of it, so that a VAE trained on
     images first shows each latent frame's last image and is stable on clips of any length. Latents
     start out nearly free of noise.
@@ -49,6 +50,8 @@ def init_autoencoder(model: AutoencoderKLWan, seed: int) -> None:
             nn.init.normal_(module.weight, std=std, generator=generator)
             if times > 1:
                 module.weight[:, :, :-1] = 0
+            if name.endswith(("conv2", "proj")):
+                nn.init.zeros_(module.weight)
             if name.endswith("time_conv"):
                 copies = module.out_channels // module.in_channels
                 module.weight[:, :, -1, 0, 0] = torch.eye(module.in_channels).repeat(copies, 1)
@@ -67,23 +70,19 @@ def vae_loss(
     noise: Tensor,
     *,
     kl_weight: float,
+    l1_weight: float,
     edge_weight: float,
 ) -> LossResult:
-    """|x - x'|_1 + |x - x'|^2 + edge_weight |dx - dx'|_1 + kl_weight KL(q(z|x) || N(0, 1)).
+    """|e|^2 + l1_weight |e|_1 + edge_weight |de|^2 + kl_weight KL(q(z|x) || N(0, 1)), e = x' - x.
 
-    Means over all elements; dx are differences of neighbouring pixels, which keep outlines sharp.
+    Means over all elements; de are differences of neighbouring pixels, which keep outlines sharp.
+    The square puts the learning where the error is large; |e|_1 takes over where it is small.
     """
     rebuilt, mean, log_variance = autoencoder(video, noise)
-    difference = rebuilt.float() - video
-    edges = sum(torch.diff(difference, dim=axis).abs().mean() for axis in (-1, -2))
+    error = rebuilt.float() - video
+    edges = sum(torch.diff(error, dim=axis).square().mean() for axis in (-1, -2))
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    loss = (
-        difference.abs().mean() + difference.square().mean() + edge_weight * edges + kl_weight * kl
-    )
-    error = difference.detach().clamp(-2, 2)
-    metrics = {
-        "vae/l1": error.abs().mean(),
-        "vae/mse": error.square().mean(),
-        "vae/kl": kl.detach(),
-    }
+    squares, sizes = error.square().mean(), error.abs().mean()
+    loss = squares + l1_weight * sizes + edge_weight * edges + kl_weight * kl
+    metrics = {"vae/l1": sizes.detach(), "vae/mse": squares.detach(), "vae/kl": kl.detach()}
     return LossResult(loss, metrics)

@@ -39,6 +39,7 @@ from utils.errors import UserError
 from utils.evaluation import Result, draw_curves, extra_measures, mean_and_spread, numbers
 from utils.video import contact_sheet, part_path, read_video, write_png
 from utils.video_meter import mean as mean_of_known
+from wan.checkpoints import publish_student
 
 ODE_INIT = "ode_init"
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
@@ -283,11 +284,7 @@ class Training:
         final = self.final_weights()
         if final is None:
             raise UserError(f"the {self.name} was stopped early; the same command goes on")
-        from utils.shipping import ship_student
-
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        ship_student(final, part_path(self.target))
-        part_path(self.target).replace(self.target)
+        publish_student(final, self.target)
 
     def final_weights(self) -> Path | None:
         """What the training ended with, if it did."""

@@ -27,12 +27,12 @@ DIT = {
     "dim": 128,
     "ffn_dim": 512,
     "freq_dim": 64,
-    "text_dim": 64,
+    "text_dim": 128,
     "text_len": 64,
     "num_heads": 4,
     "num_layers": 6,
 }
-TEXT = {"dim": 64, "dim_ffn": 256, "num_heads": 4, "num_layers": 3}
+TEXT = {"dim": 128, "dim_ffn": 256, "num_heads": 4, "num_layers": 4}
 SPECIAL = ("<pad>", "</s>", "<unk>")
 CAPTIONS_READ = 3000
 

@@ -204,7 +204,9 @@ def build_trained_vae(config: Config, world: World) -> Autoencoder:
     """The VAE to train, sharded: from scratch with `random_init`, else the student's folder's."""
     if config.random_init:
         sizes = config.vae
-        vae = WanVAE.random(sizes.base_dim, dim_mult=sizes.dim_mult)
+        vae = WanVAE.random(
+            sizes.base_dim, dim_mult=sizes.dim_mult, num_res_blocks=sizes.num_res_blocks
+        )
         init_autoencoder(vae.model, config.seed)
     else:
         vae = build_vae(config, world)

@@ -438,6 +438,7 @@ class VaeTraining(Task):
                 video,
                 noise,
                 kl_weight=self.config.vae.kl_weight,
+                l1_weight=self.config.vae.l1_weight,
                 edge_weight=self.config.vae.edge_weight,
             )
 

@@ -106,7 +106,9 @@ class Vae:
 
     base_dim: int
     dim_mult: list[int]
+    num_res_blocks: int
     kl_weight: float
+    l1_weight: float
     edge_weight: float
 
 

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.errors import UserError
 from wan.dit import DiTConfig, WanDiT
-from wan.weights import read_pickle, shard_files
+from wan.weights import read_pickle, replaced, shard_files
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,29 @@ def networks_in(source: Path) -> tuple[Network, ...]:
     return tuple(
         name for name in NETWORKS if name in keys or any(k.startswith(f"{name}.") for k in keys)
     )
+
+
+def read_best(source: Path) -> StateDict:
+    """Weights of a training run's `model.pt`: the average, or the student where there is none."""
+    averaged = "generator_ema" in networks_in(source)
+    return read_state_dict(source, "generator_ema" if averaged else "generator")
+
+
+def publish_student(source: Path, target: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a run's best weights as a distilled checkpoint, under both published names.
+
+    `torch.save` keeps what the two share once.
+    """
+    state = {f"model.{name}": value.to(dtype) for name, value in read_best(source).items()}
+    with replaced(target) as part:
+        torch.save({"generator": state, "generator_ema": state}, part)
+
+
+def publish_model(source: Path, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a run's best weights into a model folder, as the official release has them."""
+    state = {name: value.to(dtype).contiguous() for name, value in read_best(source).items()}
+    with replaced(folder / "diffusion_pytorch_model.safetensors") as part:
+        save_file(state, part)
 
 
 def clean_names(state: Mapping[str, Tensor]) -> StateDict:

@@ -164,6 +164,7 @@ class WanTextEncoder:
             d_ff=dim_ffn,
             num_heads=num_heads,
             num_layers=num_layers,
+            dropout_rate=0.0,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -278,4 +279,5 @@ def umt5_config_from_shapes(shapes: Shapes, source: str | Path = "the file") -> 
         num_heads=num_heads,
         num_layers=max(blocks) + 1,
         relative_attention_num_buckets=num_buckets,
+        dropout_rate=0.0,  # the same update whatever was drawn before
     )

@@ -7,7 +7,8 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,16 @@ def assign_weights(
 
 def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Write a `.pth` under a temporary name, then rename it."""
-    path = Path(path)
+    with replaced(Path(path)) as part:
+        torch.save({key: value.detach().cpu() for key, value in weights.items()}, part)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; renamed to `path` once the file is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    torch.save({key: value.detach().cpu() for key, value in weights.items()}, part)
+    yield part
     part.replace(path)
 
 

@@ -33,7 +33,7 @@ def test_reconstruction_is_learned() -> None:
     losses = []
     for _ in range(25):
         noise = torch.randn(1, *autoencoder.latent_shape(video))
-        result = vae_loss(autoencoder, video, noise, kl_weight=1e-4, edge_weight=0.5)
+        result = vae_loss(autoencoder, video, noise, kl_weight=1e-4, l1_weight=0.1, edge_weight=0.5)
         optimiser.zero_grad()
         result.loss.backward()
         optimiser.step()
@@ -51,8 +51,8 @@ def test_kl_is_zero_for_a_standard_normal_and_grows() -> None:
             return video, torch.full_like(noise, self.mean), torch.zeros_like(noise)
 
     video, noise = torch.rand(1, 5, 3, 16, 16), torch.zeros(1, 2, 16, 2, 2)
-    at_zero = vae_loss(Fixed(0.0), video, noise, kl_weight=1.0, edge_weight=1.0)
-    at_two = vae_loss(Fixed(2.0), video, noise, kl_weight=1.0, edge_weight=1.0)
+    at_zero = vae_loss(Fixed(0.0), video, noise, kl_weight=1.0, l1_weight=1.0, edge_weight=1.0)
+    at_two = vae_loss(Fixed(2.0), video, noise, kl_weight=1.0, l1_weight=1.0, edge_weight=1.0)
     assert at_zero.loss.item() == 0
     assert at_two.loss.item() == 2.0  # mu^2 / 2
 

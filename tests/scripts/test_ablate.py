@@ -291,7 +291,6 @@ def test_a_failure_stops_only_what_needs_it(bench, monkeypatch, capsys):
 
 def test_weights_that_do_not_ship_are_trained_to_the_end(bench, tmp_path, monkeypatch, capsys):
     """The weights measured are the averaged ones of the last checkpoint."""
-    pytest.importorskip("utils.shipping")
     world = write_training_world(tmp_path / "world")
     values = world.values(
         method="self_forcing",

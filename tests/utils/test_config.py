@@ -24,7 +24,8 @@ from utils.config import (
 )
 from utils.errors import UserError
 
-OURS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path != DEFAULTS)
+PARTS = {DEFAULTS, ROOT / "configs" / "shapes" / "base.yaml"}  # no experiments by themselves
+OURS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in PARTS)
 STEPS = {"denoising_step_list": [1000, 500]}  # few enough levels for a rolling window
 PUBLISHED: dict[str, Any] = load_json("published_configs")
 

@@ -1,0 +1,376 @@
+"""The whole method in the shapes world, stage by stage, from nothing to a measured student.
+
+    python scripts/shapes_chain.py                  # everything, into runs/shapes
+    python scripts/shapes_chain.py --until teacher  # a part of it; the same command goes on
+    python scripts/shapes_chain.py --quick          # a few updates of each stage, checked
+
+Every stage is one of the project's own commands with a config of `configs/shapes`, and can be
+stopped at any point: the same command goes on there. What a stage cost and reached is printed and
+kept in `chain.json`. Use the result with `model_root=runs/shapes/models --checkpoint_path
+runs/shapes/checkpoints/shapes_rolling_forcing.pt`.
+
+With `--quick` each stage starts from the weights that ship for the stages before it, makes a few
+updates, and has to lower its own held-out loss by the share in `QUICK`; the student has to keep
+most of its ODE initialisation's prompt accuracy.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
+from utils.cli import run_main
+from utils.config import ROOT, load_config
+from utils.errors import UserError
+from utils.evaluation import write_json
+from wan.checkpoints import publish_model, publish_student
+
+MODEL = "Shapes"
+TRAINING_CLIPS = 6144
+TRAJECTORIES = 1024
+EULER_STEPS = 25
+ACCURACIES = ("background", "colour", "kind", "direction")
+MIN_KEPT_ACCURACY = 0.8
+
+
+@dataclass(frozen=True)
+class Quick:
+    """What `--quick` changes of a training, and the share by which its held-out loss must fall."""
+
+    margin: float
+    overrides: tuple[str, ...]
+
+
+QUICK = {
+    "text_encoder": Quick(0.2, ("max_steps=60", "lr_warmup_steps=5", "heldout_videos=64")),
+    "vae_images": Quick(0.3, ("max_steps=60", "lr_warmup_steps=5", "ema_start_step=1000")),
+    "vae": Quick(0.05, ("max_steps=12", "lr_warmup_steps=2", "heldout_videos=4")),
+    "teacher": Quick(0.3, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=16")),
+    "ode_init": Quick(0.1, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=8")),
+    "rolling_forcing": Quick(0.01, ("max_steps=10", "heldout_videos=4", "ema_start_step=1000")),
+}
+QUICK_CLIPS, QUICK_HELDOUT, QUICK_STEPS = 32, 16, 10
+
+
+class Chain:
+    """Where things are, and how a command is run."""
+
+    def __init__(self, folder: Path, overrides: Sequence[str], *, quick: bool, ranks: int) -> None:
+        self.folder, self.overrides, self.quick, self.ranks = folder, overrides, quick, ranks
+        self.own_models = folder / "models"
+
+    @property
+    def models(self) -> Path:
+        """`model_root` of the stages after the VAE."""
+        return ROOT / "wan_models" if self.quick else self.own_models
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where students are taken from."""
+        return ROOT / "checkpoints" if self.quick else self.folder / "checkpoints"
+
+    def data(self, name: str) -> Path:
+        """Folder of stored data."""
+        return self.folder / "data" / name
+
+    def python(self, script: str, *arguments: object, ranks: int = 1) -> None:
+        """Run one of the project's commands on `ranks` processes.
+
+        Raises:
+            UserError: it fails; its own message stands above.
+        """
+        command = [sys.executable]
+        if ranks > 1:
+            module = "torch.distributed.run"
+            command += ["-m", module, "--standalone", f"--nproc_per_node={ranks}"]
+        command += [str(ROOT / script), *map(str, arguments)]
+        threads = str(max(1, (os.cpu_count() or 1) // ranks))
+        environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
+        done = subprocess.run(command, env=environment, check=False)
+        if done.returncode:
+            raise UserError(f"{script} stopped with exit code {done.returncode}; see above")
+
+    def config(self, name: str) -> Path:
+        """An experiment file of the shapes world."""
+        return ROOT / "configs" / "shapes" / f"{name}.yaml"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A stage that trains with `configs/shapes/<name>.yaml`.
+
+    `install` puts the exported weights where later stages look. `inputs` are overrides that say
+    where its own inputs are. `from_shipped`: with `--quick` it builds on what ships.
+    """
+
+    name: str
+    install: Callable[[Chain, Path], None]
+    inputs: Callable[[Chain], Sequence[str]] = lambda chain: ()
+    from_shipped: bool = True
+
+    def __call__(self, chain: Chain) -> str:
+        """Train, install, and tell how the held-out loss went."""
+        config, logdir = chain.config(self.name), chain.folder / "train" / self.name
+        models = chain.models if self.from_shipped else chain.own_models
+        overrides = [f"model_root={models}", *self.inputs(chain), *chain.overrides]
+        if chain.quick:
+            overrides += QUICK[self.name].overrides
+            overrides += [f"log_iters={10**6}", f"heldout_every={10**6}"]
+        settings = load_config(config, overrides)
+        videos = settings.total_batch_size or settings.batch_size
+        overrides.append(f"batch_size={videos // chain.ranks}")
+        arguments = ["--config_path", config, "--logdir", logdir, "--no_visualize", *overrides]
+        chain.python("train.py", *arguments, ranks=chain.ranks)
+        self.install(chain, logdir / f"checkpoint_model_{settings.max_steps:06d}")
+        first, last = heldout_losses(logdir / "metrics.jsonl")
+        if chain.quick:
+            check_margin(self.name, first, last)
+        return f"held-out loss {first:.4f} -> {last:.4f}"
+
+
+def heldout_losses(metrics: Path) -> tuple[float, float]:
+    """First and last held-out loss of a run."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [row["heldout/loss"] for row in rows if "heldout/loss" in row]
+    return losses[0], losses[-1]
+
+
+def check_margin(name: str, first: float, last: float) -> None:
+    """UserError unless the held-out loss fell by the stated share."""
+    margin = QUICK[name].margin
+    if not last <= (1 - margin) * first:
+        raise UserError(
+            f"{name}: the held-out loss went from {first:.4f} to {last:.4f}, "
+            f"but has to fall by {margin:.0%}"
+        )
+
+
+# --- the stages ----------------------------------------------------------------------------------
+
+
+def start_models(chain: Chain) -> str:
+    """Sizes, tokenizer and an untrained text encoder."""
+    if not (chain.own_models / MODEL / TEXT_ENCODER_FILE).is_file():
+        chain.python("scripts/shapes_init.py", "--folder", chain.own_models / MODEL)
+    return "sizes, tokenizer"
+
+
+def install_file(name: str) -> Callable[[Chain, Path], None]:
+    """An installer that copies one exported file into the model folder."""
+
+    def install(chain: Chain, exported: Path) -> None:
+        shutil.copyfile(exported / name, chain.own_models / MODEL / name)
+
+    return install
+
+
+def install_teacher(chain: Chain, exported: Path) -> None:
+    """The teacher's average becomes the model folder's transformer."""
+    publish_model(exported / "model.pt", chain.own_models / MODEL)
+
+
+def install_student(name: str) -> Callable[[Chain, Path], None]:
+    """An installer of a published checkpoint."""
+
+    def install(chain: Chain, exported: Path) -> None:
+        target = chain.folder / "checkpoints" / f"shapes_{name}.pt"
+        publish_student(exported / "model.pt", target)
+
+    return install
+
+
+def encode_clips(chain: Chain) -> str:
+    """Latents of training clips, and of held-out ones."""
+    wanted = {
+        "latents": ("shapes:train", QUICK_CLIPS if chain.quick else TRAINING_CLIPS),
+        "latents_heldout": ("shapes:heldout", QUICK_HELDOUT if chain.quick else 64),
+    }
+    for name, (source, count) in wanted.items():
+        chain.python(
+            "scripts/encode_videos.py",
+            *("--config_path", chain.config("teacher"), "--data_path", source),
+            *("--count", count, "--output_folder", chain.data(name)),
+            *("--storage_dtype", "bfloat16", "--shard_size", 16 if chain.quick else 64),
+            f"model_root={chain.models}",
+            ranks=chain.ranks,
+        )
+    return ", ".join(f"{count} of {source}" for source, count in wanted.values())
+
+
+def solve_trajectories(chain: Chain) -> str:
+    """The teacher's trajectories for the ODE initialisation."""
+    wanted = {
+        "ode_pairs": ("shapes:train", QUICK_CLIPS if chain.quick else TRAJECTORIES),
+        "ode_pairs_heldout": ("shapes:heldout", QUICK_HELDOUT if chain.quick else 32),
+    }
+    for name, (source, count) in wanted.items():
+        chain.python(
+            "scripts/generate_ode_pairs.py",
+            *("--config_path", chain.config("rolling_forcing"), "--data_path", source),
+            *("--count", count, "--output_folder", chain.data(name)),
+            *("--num_steps", QUICK_STEPS if chain.quick else EULER_STEPS),
+            *("--batch_size", 16, "--shard_size", 16),
+            f"model_root={chain.models}",
+            ranks=chain.ranks,
+        )
+    return ", ".join(f"{count} of {source}" for source, count in wanted.values())
+
+
+def stored(name: str) -> Callable[[Chain], Sequence[str]]:
+    """Overrides for data that an earlier stage stored."""
+
+    def inputs(chain: Chain) -> Sequence[str]:
+        heldout = chain.data(f"{name}_heldout")
+        return [f"data_path={chain.data(name)}", f"heldout_data_path={heldout}"]
+
+    return inputs
+
+
+def from_ode_init(chain: Chain) -> Sequence[str]:
+    """Overrides of the distillation: the student's first weights."""
+    return [f"generator_ckpt={chain.checkpoints / 'shapes_ode_init.pt'}"]
+
+
+def evaluate(chain: Chain) -> str:
+    """Prompt accuracy of the ODE initialisation and of the student, in the first five seconds."""
+    students = {
+        "ode_init": chain.checkpoints / "shapes_ode_init.pt",
+        "rolling_forcing": chain.folder / "checkpoints" / "shapes_rolling_forcing.pt",
+    }
+    accuracy = {}
+    for name, checkpoint in students.items():
+        out = chain.folder / f"evaluation_{name}.json"
+        chain.python(
+            "scripts/evaluate.py",
+            *("--config_path", chain.config("rolling_forcing"), "--checkpoint_path", checkpoint),
+            *("--prompts", 16, "--seconds", 5, "--json", out),
+            f"model_root={chain.models}",
+        )
+        measures = json.loads(out.read_text(encoding="utf-8"))["summary"]["shapes"]["measures"]
+        accuracy[name] = sum(measures[f"accuracy.{a}"]["mean"] for a in ACCURACIES) / 4
+    before, after = accuracy["ode_init"], accuracy["rolling_forcing"]
+    if chain.quick and after < MIN_KEPT_ACCURACY * before:
+        raise UserError(
+            f"prompt accuracy fell from {before:.2f} (ODE initialisation) to {after:.2f}"
+        )
+    return f"prompt accuracy {before:.2f} (ODE initialisation) -> {after:.2f} (student)"
+
+
+STAGES: dict[str, Callable[[Chain], str]] = {
+    "init": start_models,
+    "text_encoder": Training("text_encoder", install_file(TEXT_ENCODER_FILE), from_shipped=False),
+    "vae_images": Training("vae_images", install_file(VAE_FILE), from_shipped=False),
+    "vae": Training("vae", install_file(VAE_FILE), from_shipped=False),
+    "latents": encode_clips,
+    "teacher": Training("teacher", install_teacher, stored("latents")),
+    "ode_pairs": solve_trajectories,
+    "ode_init": Training("ode_init", install_student("ode_init"), stored("ode_pairs")),
+    "rolling_forcing": Training(
+        "rolling_forcing", install_student("rolling_forcing"), from_ode_init
+    ),
+    "evaluate": evaluate,
+}
+
+
+# --- running them --------------------------------------------------------------------------------
+
+
+class Record:
+    """`chain.json`: what each stage cost, over all its starts, and reached."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        content = {"settings": identity, "stages": {}}
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+        if content["settings"] != identity:
+            raise UserError(f"{path} is of a chain with other settings; give another --folder")
+        self.identity, self.stages = identity, content["stages"]
+
+    def is_done(self, name: str) -> bool:
+        """Whether a stage has a result."""
+        return "result" in self.stages.get(name, {})
+
+    def finish(self, name: str, result: str) -> None:
+        """Keep a stage's result."""
+        self.stages[name]["result"] = result
+        self._write()
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of a piece of work to a stage, however it ends."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            stage = self.stages.setdefault(name, {"seconds": 0.0})
+            stage["seconds"] += time.perf_counter() - start
+            self._write()
+
+    def table(self) -> str:
+        """All stages so far, their cost and result."""
+        lines = [f"{'stage':<16} {'minutes':>7}  result"]
+        for name, stage in self.stages.items():
+            lines.append(f"{name:<16} {stage['seconds'] / 60:>7.1f}  {stage.get('result', '-')}")
+        total = sum(stage["seconds"] for stage in self.stages.values())
+        return "\n".join([*lines, f"{'all':<16} {total / 60:>7.1f}"])
+
+    def _write(self) -> None:
+        write_json(self.path, {"settings": self.identity, "stages": self.stages})
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--folder", type=Path, help="(default: runs/shapes, runs/shapes_quick)")
+    parser.add_argument("--until", choices=STAGES, help="the last stage to run")
+    parser.add_argument("--quick", action="store_true", help="a few updates per stage, checked")
+    parser.add_argument(
+        "--processes", type=int, help="ranks (default: the GPUs, else up to 2 of the cores)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every training")
+    return parser
+
+
+def default_processes() -> int:
+    """One per GPU, or two on a CPU with several cores."""
+    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the stages that are not done."""
+    args = build_parser().parse_args(argv)
+    folder = args.folder or Path("runs") / ("shapes_quick" if args.quick else "shapes")
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = args.processes or default_processes()
+    chain = Chain(folder, args.overrides, quick=args.quick, ranks=ranks)
+    record = Record(folder / "chain.json", {"quick": args.quick, "overrides": args.overrides})
+    names = list(STAGES)
+    for name in names[: names.index(args.until) + 1 if args.until else None]:
+        if record.is_done(name):
+            continue
+        print(f"--- {name}", flush=True)
+        with record.timed(name):
+            result = STAGES[name](chain)
+        record.finish(name, result)
+        print(f"--- {name}: {result} ({record.stages[name]['seconds']:.0f} s)", flush=True)
+    print(record.table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,169 @@
+"""The chain of stages: resumable, checked, and made of commands that exist."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import scripts.shapes_chain as chain_script
+import train
+from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
+from scripts.shapes_chain import QUICK, STAGES, Chain, Record, Training, check_margin, main
+from utils.cli import run_main
+from utils.config import load_config
+from utils.errors import UserError
+from wan.checkpoints import publish_student
+
+SHIPPED = Path("checkpoints/shapes_rolling_forcing.pt")
+
+
+def parse(script: str, arguments: list[str]) -> None:
+    """Let a command read its arguments and its config, without running it."""
+    if script == "train.py":
+        args = train.build_parser().parse_args(arguments)
+    else:
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        if script == "scripts/shapes_init.py":
+            return
+        reader = module.parse if hasattr(module, "parse") else module.build_parser().parse_args
+        args = reader(arguments)
+    load_config(args.config_path, args.overrides)
+
+
+class Rehearsal(Chain):
+    """Parses every command instead of running it, and leaves what it would have left."""
+
+    def python(self, script: str, *arguments: object, ranks: int = 1) -> None:
+        words = [str(word) for word in arguments]
+        parse(script, words)
+        self.said.append((script, words, ranks))
+        flags = dict(zip(words[::2], words[1::2], strict=False))
+        if script == "train.py":
+            self.pretend_training(Path(flags["--config_path"]), Path(flags["--logdir"]), words)
+        if script == "scripts/evaluate.py":
+            accuracy = {f"accuracy.{a}": {"mean": 0.5} for a in chain_script.ACCURACIES}
+            content = {"summary": {"shapes": {"measures": accuracy}}}
+            Path(flags["--json"]).write_text(json.dumps(content))
+
+    def pretend_training(self, config: Path, logdir: Path, words: list[str]) -> None:
+        steps = load_config(config, [word for word in words if "=" in word]).max_steps
+        exported = logdir / f"checkpoint_model_{steps:06d}"
+        exported.mkdir(parents=True)
+        for name in (VAE_FILE, TEXT_ENCODER_FILE):
+            (exported / name).write_text(config.stem)
+        weights = {"model.head.bias": torch.ones(3)}
+        torch.save({"generator": weights, "generator_ema": weights}, exported / "model.pt")
+        rows = [{"step": 0, "heldout/loss": 2.0}, {"step": 1}, {"step": 2, "heldout/loss": 0.5}]
+        (logdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def rehearse(folder: Path, *, quick: bool) -> Rehearsal:
+    rehearsal = Rehearsal(folder, ["seed=7"], quick=quick, ranks=2)
+    rehearsal.said = []
+    (folder / "models" / "Shapes").mkdir(parents=True)
+    return rehearsal
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_stage_is_a_command_that_its_script_accepts(tmp_path: Path, quick: bool) -> None:
+    rehearsal = rehearse(tmp_path, quick=quick)
+    results = {name: stage(rehearsal) for name, stage in STAGES.items()}
+    assert results["teacher"] == "held-out loss 2.0000 -> 0.5000"
+    assert results["evaluate"] == "prompt accuracy 0.50 (ODE initialisation) -> 0.50 (student)"
+    trainings = [words for script, words, _ in rehearsal.said if script == "train.py"]
+    assert len(trainings) == sum(isinstance(stage, Training) for stage in STAGES.values()) == 6
+    assert all("seed=7" in words for words in trainings)
+    assert (tmp_path / "checkpoints" / "shapes_rolling_forcing.pt").is_file()
+    teacher = next(words for words in trainings if str(tmp_path / "train" / "teacher") in words)
+    root = str(tmp_path / "models") if not quick else str(chain_script.ROOT / "wan_models")
+    assert f"model_root={root}" in teacher
+    assert "batch_size=8" in teacher, "16 videos per update on two ranks"
+
+
+def test_quick_changes_every_training() -> None:
+    assert {name for name, stage in STAGES.items() if isinstance(stage, Training)} == set(QUICK)
+
+
+def test_a_loss_that_hardly_falls_is_refused() -> None:
+    margin = QUICK["teacher"].margin
+    check_margin("teacher", 1.0, 1.0 - 1.01 * margin)
+    for last in (1.0 - 0.99 * margin, 2.0, float("nan")):
+        with pytest.raises(UserError, match="teacher: the held-out loss went from 1"):
+            check_margin("teacher", 1.0, last)
+
+
+def test_a_student_that_forgot_its_prompts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearsal = rehearse(tmp_path, quick=True)
+
+    def python(self: Chain, script: str, *arguments: object, ranks: int = 1) -> None:
+        words = [str(word) for word in arguments]
+        right = 0.9 if "shapes_ode_init" in " ".join(words) else 0.7
+        accuracy = {f"accuracy.{a}": {"mean": right} for a in chain_script.ACCURACIES}
+        content = {"summary": {"shapes": {"measures": accuracy}}}
+        Path(words[words.index("--json") + 1]).write_text(json.dumps(content))
+
+    monkeypatch.setattr(Rehearsal, "python", python)
+    with pytest.raises(UserError, match=r"fell from 0\.90"):
+        STAGES["evaluate"](rehearsal)
+
+
+def test_a_stopped_chain_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def failing(chain: Chain) -> str:
+        ran.append("second")
+        if len(ran) < 3:
+            raise UserError("stopped")
+        return "done"
+
+    def first(chain: Chain) -> str:
+        ran.append("first")
+        return "started"
+
+    monkeypatch.setattr(chain_script, "STAGES", {"first": first, "second": failing})
+    command = ["--folder", str(tmp_path)]
+    assert run_main(main, command) == 2
+    assert run_main(main, command) == 0
+    assert ran == ["first", "second", "second"]
+    assert "second" in capsys.readouterr().out
+    assert run_main(main, command) == 0
+    assert len(ran) == 3, "nothing is left to do"
+    assert run_main(main, [*command, "lr=1"]) == 2, "another chain in the same folder"
+
+
+def test_time_of_all_starts_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 60.0, 100.0, 130.0])
+    monkeypatch.setattr(chain_script.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(KeyboardInterrupt), Record(tmp_path / "chain.json", {}).timed("a"):
+        raise KeyboardInterrupt
+    again = Record(tmp_path / "chain.json", {})
+    with again.timed("a"):
+        pass
+    again.finish("a", "good")
+    assert "a                    1.5  good" in again.table()
+
+
+def test_a_published_student_holds_its_average_once_under_both_names(tmp_path: Path) -> None:
+    weights = {"model.w": torch.zeros(50_000)}
+    run = {"generator": weights, "generator_ema": {"model.w": torch.full((50_000,), 0.5)}}
+    torch.save(run, tmp_path / "model.pt")
+    publish_student(tmp_path / "model.pt", tmp_path / "student.pt")
+    content = torch.load(tmp_path / "student.pt", weights_only=True)
+    for network in ("generator", "generator_ema"):
+        assert content[network]["model.w"].eq(0.5).all()
+    assert (tmp_path / "student.pt").stat().st_size < 110_000, "half precision, stored once"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHIPPED.is_file(), reason="the weights are not in this checkout")
+def test_quick_chain_passes(tmp_path: Path) -> None:
+    assert run_main(main, ["--quick", "--folder", str(tmp_path)]) == 0
+    stages = json.loads((tmp_path / "chain.json").read_text())["stages"]
+    assert list(stages) == list(STAGES)
+    assert all("result" in stage for stage in stages.values())
