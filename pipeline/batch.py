@@ -21,7 +21,7 @@ from pipeline.prefix import whole_blocks
 from pipeline.progress import Progress
 from pipeline.stream import PrefixFrames
 from pipeline.text_to_video import VideoPipeline, load_pipeline
-from utils.config import Config, find_file, fingerprint, save_config, to_dict
+from utils.config import TRAINING_KEYS, Config, find_file, fingerprint, save_config, to_dict
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.prompts import output_names, read_extended_prompts, read_image_prompts, read_prompts
@@ -44,7 +44,9 @@ SHEET_COLUMNS = 11  # of ten seconds: the first frame and one after each second
 SHEET_GAP = 4
 MIB = 2**20
 # Settings that do not make a video another one: the machine may move its last bits at most.
-UNRELATED_KEYS = ("device", "attention_backend", "text_encoder_device", "num_samples")
+UNRELATED_KEYS = TRAINING_KEYS | {
+    *("device", "attention_backend", "text_encoder_device", "num_samples", "model_root", "seed"),
+}
 
 
 @dataclass(frozen=True)
@@ -287,16 +289,12 @@ class BatchRun:
         return (self.outputs.folder / job.name).with_suffix(".json")
 
     def _common_settings(self) -> dict[str, Any]:
-        values = {k: v for k, v in to_dict(self.config).items() if k not in UNRELATED_KEYS}
-        weights = [self.checkpoint] if self.checkpoint else network_files(self.files.folder)
         return {
             "seed": self.config.seed,
             "latent_frames": self.latent_frames,
             "video_frames": self.video_frames,
             "prefix_frames": self.outputs.prefix_frames,
-            "config": fingerprint(values),
-            "checkpoint": "+".join(map(file_hash, weights)),
-            "network": "generator_ema" if self.use_ema else "generator",
+            **model_settings(self.config, self.checkpoint, use_ema=self.use_ema),
         }
 
     def _settings_of(self, job: Job) -> dict[str, Any]:
@@ -314,6 +312,27 @@ class BatchRun:
 def network_files(folder: Path) -> list[Path]:
     """The transformer's files of a model folder, in order."""
     return sorted(folder.glob("**/diffusion_pytorch_model*.safetensors"))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """A weights file, or those of a diffusers folder; none if it is not there."""
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+
+
+def model_settings(config: Config, checkpoint: Path | None, *, use_ema: bool) -> dict[str, str]:
+    """What all videos of a model depend on: its settings and weights, by their hashes."""
+    files = ModelFiles.find(config, config.generator_name)
+    values = {k: v for k, v in to_dict(config).items() if k not in UNRELATED_KEYS}
+    parts = {
+        "checkpoint": [checkpoint] if checkpoint else network_files(files.folder),
+        "vae": weight_files(files.vae),
+        "text_encoder": [] if config.text_embeddings else weight_files(files.text_encoder),
+    }
+    return {
+        "config_hash": fingerprint(values),
+        "network": "generator_ema" if use_ema else "generator",
+        **{f"{name}_hash": "+".join(map(file_hash, paths)) for name, paths in parts.items()},
+    }
 
 
 def file_hash(path: Path) -> str:

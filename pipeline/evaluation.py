@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.batch import UNRELATED_KEYS, Outputs, file_hash, network_files
+from pipeline.batch import Outputs, model_settings
 from pipeline.components import ModelFiles, block_layout, video_shape
 from pipeline.schedule import BlockLayout
 from pipeline.text_to_video import VideoPipeline, load_pipeline
-from utils.config import Config, find_file, fingerprint, to_dict
+from utils.config import Config, find_file
 from utils.evaluation import Judge, Result
 from utils.prompts import clip_utf8
 from utils.shapes import sample_scene
@@ -84,15 +84,8 @@ class Evaluation:
 
     def settings(self) -> dict[str, Any]:
         """What the result of a trial depends on, besides the trial itself."""
-        ignored = (*UNRELATED_KEYS, "seed")
-        values = {k: v for k, v in to_dict(self.config).items() if k not in ignored}
-        weights = [self.checkpoint] if self.checkpoint else network_files(self.files.folder)
-        return {
-            "config_hash": fingerprint(values),
-            "checkpoint_hash": "+".join(map(file_hash, weights)),
-            "network": "generator_ema" if self.use_ema else "generator",
-            "video_frames": self.video_frames,
-        }
+        model = model_settings(self.config, self.checkpoint, use_ema=self.use_ema)
+        return {**model, "video_frames": self.video_frames}
 
     def export_path(self, trial: Trial) -> Path | None:
         """Where the video of a trial goes, if anywhere."""

@@ -57,8 +57,8 @@ class Quick:
 QUICK = {
     "text_encoder": Quick(0.2, ("max_steps=60", "lr_warmup_steps=5", "heldout_videos=64")),
     "vae_images": Quick(0.3, ("max_steps=60", "lr_warmup_steps=5", "ema_start_step=1000")),
-    "vae": Quick(0.05, ("max_steps=12", "lr_warmup_steps=2", "heldout_videos=4")),
-    "teacher": Quick(0.3, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=16")),
+    "vae": Quick(0.03, ("max_steps=20", "lr=1e-4", "lr_warmup_steps=5", "heldout_videos=4")),
+    "teacher": Quick(0.2, ("max_steps=60", "lr_warmup_steps=5", "heldout_videos=16")),
     "ode_init": Quick(0.1, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=8")),
     "rolling_forcing": Quick(0.01, ("max_steps=10", "heldout_videos=4", "ema_start_step=1000")),
 }
@@ -134,10 +134,10 @@ class Training:
         overrides.append(f"batch_size={videos // chain.ranks}")
         arguments = ["--config_path", config, "--logdir", logdir, "--no_visualize", *overrides]
         chain.python("train.py", *arguments, ranks=chain.ranks)
-        self.install(chain, logdir / f"checkpoint_model_{settings.max_steps:06d}")
         first, last = heldout_losses(logdir / "metrics.jsonl")
         if chain.quick:
             check_margin(self.name, first, last)
+        self.install(chain, logdir / f"checkpoint_model_{settings.max_steps:06d}")
         return f"held-out loss {first:.4f} -> {last:.4f}"
 
 

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -249,6 +249,13 @@ class Config:
         """Frames in one attention."""
         local = self.model_kwargs.local_attn_size
         return local if local > 0 else self.max_attention_frames
+
+
+_KEYS = [key.name for key in fields(Config)]
+TRAINING_KEYS = frozenset(
+    {"real_name", "fake_name", "generator_ckpt", "random_init", *_KEYS[_KEYS.index("trainer") :]}
+)
+"""Keys that make no difference to a video, once its weights are there."""
 
 
 @dataclass

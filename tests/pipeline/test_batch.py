@@ -1,0 +1,40 @@
+"""What a finished video is recognised by."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.batch import model_settings
+from tests.conftest import TinyWorld
+from utils.config import load_config
+
+
+def settings(world: TinyWorld, *overrides: str, checkpoint: Path | None = None) -> dict[str, str]:
+    config = load_config(world.config, overrides)
+    return model_settings(config, checkpoint or world.checkpoint, use_ema=False)
+
+
+@pytest.mark.parametrize(
+    "override", ["lr=1.0", "max_steps=3", "real_name=Other", "device=cuda", "rolling_probability=1"]
+)
+def test_what_only_training_reads_changes_no_video(tiny_world: TinyWorld, override: str) -> None:
+    assert settings(tiny_world, override) == settings(tiny_world)
+
+
+@pytest.mark.parametrize("override", ["model_kwargs.sink_size=0", "context_noise=5", "height=64"])
+def test_what_sampling_reads_makes_another_video(tiny_world: TinyWorld, override: str) -> None:
+    assert settings(tiny_world, override) != settings(tiny_world)
+
+
+def test_other_weights_make_another_video(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    before = settings(tiny_world)
+    other = tmp_path / "other.pt"
+    torch.save({"generator": {"a": torch.zeros(1)}}, other)
+    assert settings(tiny_world, checkpoint=other) != before
+    shutil.copytree(tiny_world.folder, tmp_path / "models" / tiny_world.folder.name)
+    moved = f"model_root={tmp_path / 'models'}"
+    assert settings(tiny_world, moved) == before, "the same weights in another place"
+    (tmp_path / "models" / tiny_world.folder.name / "Wan2.1_VAE.pth").write_bytes(b"other")
+    assert settings(tiny_world, moved) != before
