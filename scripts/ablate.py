@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.evaluation import Evaluation, held_out_captions, plan_trials, vbench_name
 from utils.cli import run_main
 from utils.config import ROOT, load_config
+from utils.distributed import default_processes, launcher
 from utils.errors import UserError
 from utils.evaluation import Result, draw_curves, extra_measures, mean_and_spread, numbers
 from utils.video import contact_sheet, part_path, read_video, write_png
@@ -219,7 +220,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--retrain", action="store_true", help="train all anew, though weights ship")
     add("--table_only", action="store_true", help="sum up the figures that are there")
     add("--write", type=Path, metavar="PAGE", help="put the table between the marks of this page")
-    add("--processes", type=int, default=1, help="that share each part (default: 1)")
+    processes = default_processes()
+    add("--processes", type=int, default=processes, help="that share each part (%(default)s here)")
     for prefix, sizes in (("", (16, 3, 60.0)), ("long_", (8, 2, 300.0))):
         for name, size in zip(("prompts", "seeds", "seconds"), sizes, strict=True):
             add(f"--{prefix}{name}", type=type(size), default=size, help=f"(default: {size:g})")
@@ -437,14 +439,6 @@ def plan_measurement(
 def figures_folder(folder: Path, seconds: float) -> Path:
     """Where the figures of videos of this length go."""
     return folder / f"{seconds:g}s"
-
-
-def launcher(processes: int) -> tuple[str, ...]:
-    """What starts a script: Python, or torchrun for several processes."""
-    if processes == 1:
-        return (sys.executable,)
-    spread = ("--standalone", f"--nproc_per_node={processes}")
-    return (sys.executable, "-m", "torch.distributed.run", *spread)
 
 
 # --- doing it ------------------------------------------------------------------------------------

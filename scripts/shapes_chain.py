@@ -29,11 +29,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
 from utils.cli import run_main
 from utils.config import ROOT, load_config
+from utils.distributed import default_processes, launcher
 from utils.errors import UserError
 from utils.evaluation import write_json
 from wan.checkpoints import publish_model, publish_student
@@ -92,11 +91,7 @@ class Chain:
         Raises:
             UserError: it fails; its own message stands above.
         """
-        command = [sys.executable]
-        if ranks > 1:
-            module = "torch.distributed.run"
-            command += ["-m", module, "--standalone", f"--nproc_per_node={ranks}"]
-        command += [str(ROOT / script), *map(str, arguments)]
+        command = [*launcher(ranks), str(ROOT / script), *map(str, arguments)]
         threads = str(max(1, (os.cpu_count() or 1) // ranks))
         environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
         done = subprocess.run(command, env=environment, check=False)
@@ -338,16 +333,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="(default: runs/shapes, runs/shapes_quick)")
     parser.add_argument("--until", choices=STAGES, help="the last stage to run")
     parser.add_argument("--quick", action="store_true", help="a few updates per stage, checked")
+    processes = default_processes()
     parser.add_argument(
-        "--processes", type=int, help="ranks (default: the GPUs, else up to 2 of the cores)"
+        "--processes", type=int, default=processes, help="that share a stage (%(default)s here)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every training")
     return parser
-
-
-def default_processes() -> int:
-    """One per GPU, or two on a CPU with several cores."""
-    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -356,8 +347,7 @@ def main(argv: Sequence[str]) -> int:
     folder = args.folder or Path("runs") / ("shapes_quick" if args.quick else "shapes")
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = args.processes or default_processes()
-    chain = Chain(folder, args.overrides, quick=args.quick, ranks=ranks)
+    chain = Chain(folder, args.overrides, quick=args.quick, ranks=args.processes)
     record = Record(folder / "chain.json", {"quick": args.quick, "overrides": args.overrides})
     names = list(STAGES)
     for name in names[: names.index(args.until) + 1 if args.until else None]:

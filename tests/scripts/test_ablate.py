@@ -35,6 +35,12 @@ def options(*arguments):
     return ablate.build_parser().parse_args([str(argument) for argument in arguments])
 
 
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """The same plan on every machine."""
+    monkeypatch.setattr(ablate, "default_processes", lambda: 1)
+
+
 def touch(folder, *keys):
     folder.mkdir(parents=True, exist_ok=True)
     for key in keys:
