@@ -37,10 +37,9 @@ def init_autoencoder(model: AutoencoderKLWan, seed: int) -> None:
 
     Convolutions keep the scale of what goes through them (LeCun normal, zero bias), and residual
     branches start at zero: with PyTorch's default a deep decoder starts out blind to its input. In
-    time they start with the newest frame
-    alone, and the layers that change the frame rate with copies of it, so that a VAE trained on
-    images first shows each latent frame's last image and is stable on clips of any length. Latents
-    start out nearly free of noise.
+    time, convolutions start with the newest frame alone, and layers that change the frame rate with
+    copies of it: a VAE trained on images then shows each latent frame's last image, on clips of any
+    length. Latents start out nearly free of noise.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():

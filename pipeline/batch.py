@@ -323,10 +323,12 @@ def model_settings(config: Config, checkpoint: Path | None, *, use_ema: bool) ->
     """What all videos of a model depend on: its settings and weights, by their hashes."""
     files = ModelFiles.find(config, config.generator_name)
     values = {k: v for k, v in to_dict(config).items() if k not in UNRELATED_KEYS}
+    text = [*weight_files(files.text_encoder), *sorted(files.tokenizer.glob("*.*"))]
     parts = {
+        "sizes": sorted(files.folder.glob("**/config.json")),
         "checkpoint": [checkpoint] if checkpoint else network_files(files.folder),
         "vae": weight_files(files.vae),
-        "text_encoder": [] if config.text_embeddings else weight_files(files.text_encoder),
+        "text_encoder": [] if config.text_embeddings else text,
     }
     return {
         "config_hash": fingerprint(values),

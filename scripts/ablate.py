@@ -20,8 +20,6 @@ import argparse
 import json
 import re
 import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,12 +31,19 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.evaluation import Evaluation, held_out_captions, plan_trials, vbench_name
+from trainer.trainer import FREE_KEYS
 from utils.cli import run_main
-from utils.config import ROOT, load_config
-from utils.distributed import default_processes, launcher
+from utils.config import ROOT, Config, load_config, to_dict
 from utils.errors import UserError
 from utils.evaluation import Result, draw_curves, extra_measures, mean_and_spread, numbers
-from utils.video import contact_sheet, part_path, read_video, write_png
+from utils.launch import (
+    default_processes,
+    final_export,
+    run_command,
+    script_command,
+    training_command,
+)
+from utils.video import contact_sheet, part_path, spread_frames, write_png
 from utils.video_meter import mean as mean_of_known
 from wan.checkpoints import publish_student
 
@@ -236,9 +241,13 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     check_flags(args)
     lost = [] if args.table_only else work(args)
-    report(args)
+    failed = f"these parts failed, see above: {', '.join(lost)}"
+    try:
+        report(args)
+    except UserError as error:
+        raise UserError(failed if lost else str(error)) from error
     if lost:
-        raise UserError(f"these parts failed, see above: {', '.join(lost)}")
+        raise UserError(failed)
     return 0
 
 
@@ -265,9 +274,9 @@ class Training:
     """Weights to be made: `train.py`, then the published form of what it ends with."""
 
     key: str
+    config: Config
     logdir: Path
     target: Path
-    steps: int
     command: tuple[str, ...]
 
     @property
@@ -276,28 +285,34 @@ class Training:
         return f"training of {self.key}"
 
     def is_done(self) -> bool:
-        """Whether the weights are there."""
-        return self.target.is_file()
+        """Whether the weights are there, and of this config."""
+        return self.target.is_file() and self.finished() is not None
 
     def run(self) -> None:
         """Train (on) to the end, unless that is done; UserError if it failed or was stopped."""
-        if self.final_weights() is None:
+        if self.finished() is None:
             run_command(self.name, self.command)
-        final = self.final_weights()
+        final = self.finished()
         if final is None:
             raise UserError(f"the {self.name} was stopped early; the same command goes on")
-        publish_student(final, self.target)
+        publish_student(final / "model.pt", self.target)
 
-    def final_weights(self) -> Path | None:
-        """What the training ended with, if it did."""
-        prefix = "checkpoint_model_"
-        numbered = {
-            int(folder.name.removeprefix(prefix)): folder / "model.pt"
-            for folder in self.logdir.glob(f"{prefix}*")
-            if folder.name.removeprefix(prefix).isdigit()
-        }
-        last = max(numbered, default=0)
-        return numbered[last] if numbered and last >= self.steps else None
+    def finished(self) -> Path | None:
+        """What the training of this very config ended with, if it did."""
+        written = self.logdir / "config.yaml"
+        if not (written.is_file() and fixed_values(load_config(written)) == self.fixed):
+            return None
+        return final_export(self.logdir, self.config.max_steps or 0)
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What makes it another training."""
+        return fixed_values(self.config)
+
+
+def fixed_values(config: Config) -> dict[str, Any]:
+    """The settings that must not change in the course of a run."""
+    return {key: value for key, value in to_dict(config).items() if key not in FREE_KEYS}
 
 
 @dataclass(frozen=True)
@@ -346,7 +361,8 @@ class Measurement:
         run_command(self.name, self.command)
         prompts = list(dict.fromkeys(held_out_captions(self.prompts)))[:SHEET_ROWS]
         files = [self.videos / vbench_name(prompt, 0) for prompt in prompts]
-        write_png(self.sheet, contact_sheet([spread_frames(f) for f in files], SHEET_COLUMNS))
+        rows = [spread_frames(file, SHEET_COLUMNS).numpy() for file in files]
+        write_png(self.sheet, contact_sheet(rows, SHEET_COLUMNS))
 
 
 Part = Training | Measurement
@@ -389,14 +405,13 @@ def own_weights(args: argparse.Namespace, key: str) -> Path:
 
 def plan_training(args: argparse.Namespace, key: str) -> Training:
     """UserError if the config has no end."""
-    config = args.configs / f"{key}.yaml"
-    logdir = args.folder / "train" / key
-    steps = load_config(config, args.overrides).max_steps
-    if steps is None:
-        raise UserError(f"{config} never ends; give max_steps=…")
-    flags = ("--config_path", str(config), "--logdir", str(logdir), "--disable-wandb")
-    command = (*launcher(args.processes), str(ROOT / "train.py"), *flags, *args.overrides)
-    return Training(key, logdir, own_weights(args, key), steps, command)
+    path, logdir = args.configs / f"{key}.yaml", args.folder / "train" / key
+    if load_config(path, args.overrides).max_steps is None:
+        raise UserError(f"{path} never ends; give max_steps=…")
+    overrides = [f"generator_ckpt={find_shipped(args, ODE_INIT)}", *args.overrides]
+    config = load_config(path, overrides)
+    command = training_command(config, path, logdir, overrides, args.processes)
+    return Training(key, config, logdir, own_weights(args, key), command)
 
 
 def plan_measurement(
@@ -420,7 +435,6 @@ def plan_measurement(
         "keep_videos": folder / "videos" / variant.key,
     }
     given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    script = str(ROOT / "scripts" / "evaluate.py")
     suffix = f"_{seconds:g}s" if long else ""
     return Measurement(
         variant,
@@ -432,7 +446,7 @@ def plan_measurement(
         tuple(args.overrides),
         folder / f"{variant.key}.json",
         args.folder / "contact_sheets" / f"{variant.key}{suffix}.png",
-        (*launcher(args.processes), script, *given, *args.overrides),
+        script_command("scripts/evaluate.py", (*given, *args.overrides), args.processes),
     )
 
 
@@ -465,34 +479,16 @@ def work(args: argparse.Namespace) -> list[str]:
     return lost
 
 
-def run_command(name: str, command: Sequence[str]) -> None:
-    """Run a script of ours to its end, and end it with us; UserError if it fails."""
-    child = subprocess.Popen(command)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        code = child.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
-    if code != 0:
-        raise UserError(f"{name} failed with exit code {code}")
-
-
-def spread_frames(path: Path) -> np.ndarray:
-    """The frames of a video that a contact sheet shows: uint8 [columns, H, W, 3]."""
-    frames = read_video(path).numpy()
-    return frames[np.linspace(0, len(frames) - 1, SHEET_COLUMNS).round().astype(int)]
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Figures as evaluate.py wrote them."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {"videos": content["videos"], **content}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no figures of evaluate.py; delete it") from error
+        known = content.keys() >= {"settings", "summary", "videos"}
+    except (OSError, ValueError, AttributeError):
+        known = False
+    if not known:
+        raise UserError(f"{path} holds no figures of evaluate.py; delete it")
+    return content
 
 
 # --- what becomes of it --------------------------------------------------------------------------
@@ -561,8 +557,10 @@ def describe(*figures: Figures) -> str:
         prompts = len({result["prompt"] for result in content["videos"]})
         seeds = len({result["seed"] for result in content["videos"]})
         settings = content["settings"]
+        changed = "".join(f", {override}" for override in settings["overrides"])
         seen.append(
-            f"{prompts} prompts × {seeds} seeds × {settings['seconds']:g} s on {settings['device']}"
+            f"{prompts} prompts × {seeds} seeds × {settings['seconds']:g} s on "
+            f"{settings['device']}{changed}"
         )
     return "; ".join(dict.fromkeys(seen))
 

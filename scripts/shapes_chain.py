@@ -9,16 +9,14 @@ stopped at any point: the same command goes on there. What a stage cost and reac
 kept in `chain.json`. Use the result with `model_root=runs/shapes/models --checkpoint_path
 runs/shapes/checkpoints/shapes_rolling_forcing.pt`.
 
-With `--quick` each stage starts from the weights that ship for the stages before it, makes a few
-updates, and has to lower its own held-out loss by the share in `QUICK`; the student has to keep
-most of its ODE initialisation's prompt accuracy.
+With `--quick` each stage makes a few updates, starting from the weights that ship for the stages
+before it (text encoder and VAE start from scratch), and has to lower its own held-out loss by the
+share in `QUICK`; the student has to keep most of its ODE initialisation's prompt accuracy.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
 from utils.cli import run_main
-from utils.config import ROOT, load_config
-from utils.distributed import default_processes, launcher
+from utils.config import ROOT, Config, load_config
 from utils.errors import UserError
 from utils.evaluation import write_json
+from utils.launch import (
+    default_processes,
+    final_export,
+    run_command,
+    script_command,
+    training_command,
+)
 from wan.checkpoints import publish_model, publish_student
+from wan.weights import replaced
 
 MODEL = "Shapes"
 TRAINING_CLIPS = 6144
@@ -67,8 +72,11 @@ QUICK_CLIPS, QUICK_HELDOUT, QUICK_STEPS = 32, 16, 10
 class Chain:
     """Where things are, and how a command is run."""
 
-    def __init__(self, folder: Path, overrides: Sequence[str], *, quick: bool, ranks: int) -> None:
-        self.folder, self.overrides, self.quick, self.ranks = folder, overrides, quick, ranks
+    def __init__(
+        self, folder: Path, overrides: Sequence[str], *, quick: bool, processes: int
+    ) -> None:
+        self.folder, self.overrides = folder, overrides
+        self.quick, self.processes = quick, processes
         self.own_models = folder / "models"
 
     @property
@@ -85,18 +93,16 @@ class Chain:
         """Folder of stored data."""
         return self.folder / "data" / name
 
-    def python(self, script: str, *arguments: object, ranks: int = 1) -> None:
-        """Run one of the project's commands on `ranks` processes.
+    def python(self, script: str, *arguments: object, spread: bool = True) -> None:
+        """Run one of the project's scripts, `spread` over all processes; UserError if it fails."""
+        ranks = self.processes if spread else 1
+        run_command(script, script_command(script, arguments, ranks))
 
-        Raises:
-            UserError: it fails; its own message stands above.
-        """
-        command = [*launcher(ranks), str(ROOT / script), *map(str, arguments)]
-        threads = str(max(1, (os.cpu_count() or 1) // ranks))
-        environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
-        done = subprocess.run(command, env=environment, check=False)
-        if done.returncode:
-            raise UserError(f"{script} stopped with exit code {done.returncode}; see above")
+    def train(self, name: str, config: Config, logdir: Path, overrides: Sequence[str]) -> None:
+        """Train (on) with `configs/shapes/<name>.yaml`; UserError if it fails."""
+        path = self.config(name)
+        command = training_command(config, path, logdir, overrides, self.processes)
+        run_command(f"training of {name}", command)
 
     def config(self, name: str) -> Path:
         """An experiment file of the shapes world."""
@@ -118,21 +124,23 @@ class Training:
 
     def __call__(self, chain: Chain) -> str:
         """Train, install, and tell how the held-out loss went."""
-        config, logdir = chain.config(self.name), chain.folder / "train" / self.name
         models = chain.models if self.from_shipped else chain.own_models
-        overrides = [f"model_root={models}", *self.inputs(chain), *chain.overrides]
+        overrides = [f"model_root={models}", *self.inputs(chain)]
         if chain.quick:
-            overrides += QUICK[self.name].overrides
-            overrides += [f"log_iters={10**6}", f"heldout_every={10**6}"]
-        settings = load_config(config, overrides)
-        videos = settings.total_batch_size or settings.batch_size
-        overrides.append(f"batch_size={videos // chain.ranks}")
-        arguments = ["--config_path", config, "--logdir", logdir, "--no_visualize", *overrides]
-        chain.python("train.py", *arguments, ranks=chain.ranks)
+            overrides += [*QUICK[self.name].overrides, "log_iters=1000000", "heldout_every=1000000"]
+        overrides += chain.overrides
+        config = load_config(chain.config(self.name), overrides)
+        if not (config.max_steps and config.heldout_every):
+            raise UserError(f"{self.name}: max_steps and heldout_every must be above 0")
+        logdir = chain.folder / "train" / self.name
+        chain.train(self.name, config, logdir, overrides)
+        final = final_export(logdir, config.max_steps)
+        if final is None:
+            raise UserError(f"{self.name} was stopped early; the same command goes on")
         first, last = heldout_losses(logdir / "metrics.jsonl")
         if chain.quick:
             check_margin(self.name, first, last)
-        self.install(chain, logdir / f"checkpoint_model_{settings.max_steps:06d}")
+        self.install(chain, final)
         return f"held-out loss {first:.4f} -> {last:.4f}"
 
 
@@ -158,8 +166,7 @@ def check_margin(name: str, first: float, last: float) -> None:
 
 def start_models(chain: Chain) -> str:
     """Sizes, tokenizer and an untrained text encoder."""
-    if not (chain.own_models / MODEL / TEXT_ENCODER_FILE).is_file():
-        chain.python("scripts/shapes_init.py", "--folder", chain.own_models / MODEL)
+    chain.python("scripts/shapes_init.py", "--folder", chain.own_models / MODEL, spread=False)
     return "sizes, tokenizer"
 
 
@@ -167,7 +174,8 @@ def install_file(name: str) -> Callable[[Chain, Path], None]:
     """An installer that copies one exported file into the model folder."""
 
     def install(chain: Chain, exported: Path) -> None:
-        shutil.copyfile(exported / name, chain.own_models / MODEL / name)
+        with replaced(chain.own_models / MODEL / name) as part:
+            shutil.copyfile(exported / name, part)
 
     return install
 
@@ -200,7 +208,6 @@ def encode_clips(chain: Chain) -> str:
             *("--count", count, "--output_folder", chain.data(name)),
             *("--storage_dtype", "bfloat16", "--shard_size", 16 if chain.quick else 64),
             f"model_root={chain.models}",
-            ranks=chain.ranks,
         )
     return ", ".join(f"{count} of {source}" for source, count in wanted.values())
 
@@ -219,7 +226,6 @@ def solve_trajectories(chain: Chain) -> str:
             *("--num_steps", QUICK_STEPS if chain.quick else EULER_STEPS),
             *("--batch_size", 16, "--shard_size", 16),
             f"model_root={chain.models}",
-            ranks=chain.ranks,
         )
     return ", ".join(f"{count} of {source}" for source, count in wanted.values())
 
@@ -253,9 +259,11 @@ def evaluate(chain: Chain) -> str:
             *("--config_path", chain.config("rolling_forcing"), "--checkpoint_path", checkpoint),
             *("--prompts", 16, "--seconds", 5, "--json", out),
             f"model_root={chain.models}",
+            spread=False,
         )
         measures = json.loads(out.read_text(encoding="utf-8"))["summary"]["shapes"]["measures"]
-        accuracy[name] = sum(measures[f"accuracy.{a}"]["mean"] for a in ACCURACIES) / 4
+        rights = [measures[f"accuracy.{what}"]["mean"] or 0.0 for what in ACCURACIES]
+        accuracy[name] = sum(rights) / len(rights)
     before, after = accuracy["ode_init"], accuracy["rolling_forcing"]
     if chain.quick and after < MIN_KEPT_ACCURACY * before:
         raise UserError(
@@ -347,7 +355,7 @@ def main(argv: Sequence[str]) -> int:
     folder = args.folder or Path("runs") / ("shapes_quick" if args.quick else "shapes")
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    chain = Chain(folder, args.overrides, quick=args.quick, ranks=args.processes)
+    chain = Chain(folder, args.overrides, quick=args.quick, processes=args.processes)
     record = Record(folder / "chain.json", {"quick": args.quick, "overrides": args.overrides})
     names = list(STAGES)
     for name in names[: names.index(args.until) + 1 if args.until else None]:

@@ -73,19 +73,25 @@ def write_tokenizer(folder: Path) -> int:
     return len(vocab)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write the folder."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--folder", type=Path, default=Path("wan_models/Shapes"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    parser.add_argument("--seed", type=int, default=0, help="of the text encoder's first weights")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the folder."""
+    args = build_parser().parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    (args.folder / "config.json").write_text(json.dumps(DIT, indent=1) + "\n", encoding="utf-8")
     size = write_tokenizer(args.folder / TOKENIZER_FOLDER)
     tokenizer = WanTokenizer.from_folder(args.folder / TOKENIZER_FOLDER)
     encoder = WanTextEncoder.random(
         tokenizer, size, text_len=int(str(DIT["text_len"])), seed=args.seed, **TEXT
     )
     encoder.save_official(args.folder / TEXT_ENCODER_FILE)
-    (args.folder / "config.json").write_text(json.dumps(DIT, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {args.folder}: {size} tokens")
     return 0
 

@@ -254,8 +254,8 @@ class Config:
 _KEYS = [key.name for key in fields(Config)]
 TRAINING_KEYS = frozenset(
     {"real_name", "fake_name", "generator_ckpt", "random_init", *_KEYS[_KEYS.index("trainer") :]}
-)
-"""Keys that make no difference to a video, once its weights are there."""
+) - {"compile"}
+"""Keys that make no difference to a video or its speed, once its weights are there."""
 
 
 @dataclass

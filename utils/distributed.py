@@ -1,7 +1,6 @@
 """The one door to the environment that torchrun sets; without torchrun it is one rank of one."""
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -39,18 +38,3 @@ class Ranks:
         if name in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return name
-
-
-def default_processes() -> int:
-    """How many processes share a job on this machine: one per GPU, else up to two of the cores."""
-    import torch
-
-    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-
-
-def launcher(processes: int) -> tuple[str, ...]:
-    """What starts a script: Python, or torchrun for several processes."""
-    if processes == 1:
-        return (sys.executable,)
-    spread = ("--standalone", f"--nproc_per_node={processes}")
-    return (sys.executable, "-m", "torch.distributed.run", *spread)

@@ -126,8 +126,11 @@ def replaced(path: Path) -> Iterator[Path]:
     """A temporary name to write to; renamed to `path` once the file is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    yield part
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _unreadable(path: Path) -> UserError:

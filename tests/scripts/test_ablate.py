@@ -25,6 +25,7 @@ from utils.config import ROOT, load_config
 from utils.errors import UserError
 from utils.evaluation import summarise
 from utils.video import read_image
+from wan.checkpoints import read_state_dict
 
 SHORT = ["--prompts", 1, "--seeds", 1, "--seconds", 1]
 LONG = ["--long_prompts", 1, "--long_seeds", 1, "--long_seconds", 1.5]
@@ -85,13 +86,15 @@ def test_retraining_uses_nothing_that_ships_but_the_initialisation(tmp_path):
 
 
 def test_commands(tmp_path):
-    given = ["--checkpoints", touch(tmp_path), "--folder", "out", "--only", "self_forcing"]
+    shipped = touch(tmp_path, ODE_INIT)
+    given = ["--checkpoints", shipped, "--folder", "out", "--only", "self_forcing"]
     training, short, long = ablate.plan(options(*given, "--", "device=cpu"))
     own = "out/checkpoints/shapes_self_forcing.pt"
     assert training.command == (
         *(sys.executable, str(ROOT / "train.py"), "--config_path"),
         *("configs/shapes/self_forcing.yaml", "--logdir", "out/train/self_forcing"),
-        *("--disable-wandb", "device=cpu"),
+        *("--disable-wandb", "--no_visualize"),
+        *(f"generator_ckpt={shipped / 'shapes_ode_init.pt'}", "device=cpu", "batch_size=4"),
     )
     assert short.command == (
         *(sys.executable, str(ROOT / "scripts" / "evaluate.py")),
@@ -182,6 +185,7 @@ def bench(tiny_world, tmp_path, monkeypatch):
         write_config(tmp_path / f"{method}.yaml", **base, **values)
     bench.ship("rolling_forcing", 1)
     bench.ship("self_forcing", 2)
+    bench.ship(ODE_INIT, 3)
 
     def run(name, command):
         bench.ran.append(name)
@@ -310,6 +314,8 @@ def test_weights_that_do_not_ship_are_trained_to_the_end(bench, tmp_path, monkey
     )
     write_config(bench.root / "self_forcing.yaml", **values)
     (bench.root / "shapes_self_forcing.pt").unlink()
+    start = read_state_dict(world.models / values["generator_name"])
+    torch.save({"generator": start}, bench.root / f"shapes_{ODE_INIT}.pt")
     assert bench("--only", "self_forcing") == 0
     assert bench.ran == ["training of self_forcing", *PARTS[2:]]
     run = bench.out / "train" / "self_forcing"
@@ -407,7 +413,11 @@ def result(seed, prompt, *, seconds=60, survived=60, colour=1.0, late=0.5, drift
 def write_figures(path, results):
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "settings": {"seconds": results[0]["report"]["seconds"], "device": "cpu (1 threads)"},
+        "settings": {
+            "seconds": results[0]["report"]["seconds"],
+            "device": "cpu (1 threads)",
+            "overrides": [],
+        },
         "summary": {"shapes": summarise(results)},
         "videos": results,
     }

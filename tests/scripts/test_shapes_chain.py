@@ -1,7 +1,9 @@
 """The chain of stages: resumable, checked, and made of commands that exist."""
 
 import importlib
+import itertools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,26 +26,33 @@ def parse(script: str, arguments: list[str]) -> None:
     if script == "train.py":
         args = train.build_parser().parse_args(arguments)
     else:
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        if script == "scripts/shapes_init.py":
-            return
+        module = importlib.import_module(f"scripts.{Path(script).stem}")
         reader = module.parse if hasattr(module, "parse") else module.build_parser().parse_args
         args = reader(arguments)
-    load_config(args.config_path, args.overrides)
+    if "config_path" in args:
+        load_config(args.config_path, args.overrides)
 
 
-class Rehearsal(Chain):
+class Rehearsal:
     """Parses every command instead of running it, and leaves what it would have left."""
 
-    def python(self, script: str, *arguments: object, ranks: int = 1) -> None:
-        words = [str(word) for word in arguments]
+    def __init__(self, folder: Path, *, quick: bool) -> None:
+        self.said: list[tuple[str, list[str]]] = []
+        self.accuracy = {"ode_init": 0.5, "rolling_forcing": 0.5}
+        self.chain = Chain(folder, ["seed=7"], quick=quick, processes=2)
+        (folder / "models" / "Shapes").mkdir(parents=True)
+
+    def __call__(self, name: str, command: Sequence[str]) -> None:
+        number = next(i for i, word in enumerate(command) if word.endswith(".py"))
+        script, words = Path(command[number]).name, list(command[number + 1 :])
         parse(script, words)
-        self.said.append((script, words, ranks))
-        flags = dict(zip(words[::2], words[1::2], strict=False))
+        self.said.append((script, words))
+        flags = dict(itertools.pairwise(words))
         if script == "train.py":
             self.pretend_training(Path(flags["--config_path"]), Path(flags["--logdir"]), words)
-        if script == "scripts/evaluate.py":
-            accuracy = {f"accuracy.{a}": {"mean": 0.5} for a in chain_script.ACCURACIES}
+        if script == "evaluate.py":
+            right = self.accuracy[Path(flags["--json"]).stem.removeprefix("evaluation_")]
+            accuracy = {f"accuracy.{a}": {"mean": right} for a in chain_script.ACCURACIES}
             content = {"summary": {"shapes": {"measures": accuracy}}}
             Path(flags["--json"]).write_text(json.dumps(content))
 
@@ -59,20 +68,25 @@ class Rehearsal(Chain):
         (logdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def rehearse(folder: Path, *, quick: bool) -> Rehearsal:
-    rehearsal = Rehearsal(folder, ["seed=7"], quick=quick, ranks=2)
-    rehearsal.said = []
-    (folder / "models" / "Shapes").mkdir(parents=True)
-    return rehearsal
+@pytest.fixture
+def rehearse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rehearsal]:
+    def start(folder: Path, *, quick: bool) -> Rehearsal:
+        rehearsal = Rehearsal(folder, quick=quick)
+        monkeypatch.setattr(chain_script, "run_command", rehearsal)
+        return rehearsal
+
+    return start
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_stage_is_a_command_that_its_script_accepts(tmp_path: Path, quick: bool) -> None:
+def test_every_stage_is_a_command_that_its_script_accepts(
+    rehearse: Callable[..., Rehearsal], tmp_path: Path, quick: bool
+) -> None:
     rehearsal = rehearse(tmp_path, quick=quick)
-    results = {name: stage(rehearsal) for name, stage in STAGES.items()}
+    results = {name: stage(rehearsal.chain) for name, stage in STAGES.items()}
     assert results["teacher"] == "held-out loss 2.0000 -> 0.5000"
     assert results["evaluate"] == "prompt accuracy 0.50 (ODE initialisation) -> 0.50 (student)"
-    trainings = [words for script, words, _ in rehearsal.said if script == "train.py"]
+    trainings = [words for script, words in rehearsal.said if script == "train.py"]
     assert len(trainings) == sum(isinstance(stage, Training) for stage in STAGES.values()) == 6
     assert all("seed=7" in words for words in trainings)
     assert (tmp_path / "checkpoints" / "shapes_rolling_forcing.pt").is_file()
@@ -95,20 +109,22 @@ def test_a_loss_that_hardly_falls_is_refused() -> None:
 
 
 def test_a_student_that_forgot_its_prompts_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rehearse: Callable[..., Rehearsal], tmp_path: Path
 ) -> None:
     rehearsal = rehearse(tmp_path, quick=True)
-
-    def python(self: Chain, script: str, *arguments: object, ranks: int = 1) -> None:
-        words = [str(word) for word in arguments]
-        right = 0.9 if "shapes_ode_init" in " ".join(words) else 0.7
-        accuracy = {f"accuracy.{a}": {"mean": right} for a in chain_script.ACCURACIES}
-        content = {"summary": {"shapes": {"measures": accuracy}}}
-        Path(words[words.index("--json") + 1]).write_text(json.dumps(content))
-
-    monkeypatch.setattr(Rehearsal, "python", python)
+    rehearsal.accuracy = {"ode_init": 0.9, "rolling_forcing": 0.7}
     with pytest.raises(UserError, match=r"fell from 0\.90"):
-        STAGES["evaluate"](rehearsal)
+        STAGES["evaluate"](rehearsal.chain)
+
+
+@pytest.mark.parametrize("override", ["max_steps=null", "heldout_every=0"])
+def test_a_stage_without_end_or_measure_is_refused(
+    rehearse: Callable[..., Rehearsal], tmp_path: Path, override: str
+) -> None:
+    rehearsal = rehearse(tmp_path, quick=False)
+    rehearsal.chain.overrides = [override]
+    with pytest.raises(UserError, match="must be above 0"):
+        STAGES["teacher"](rehearsal.chain)
 
 
 def test_a_stopped_chain_goes_on_where_it_was(

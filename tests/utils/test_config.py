@@ -15,6 +15,7 @@ from utils.config import (
     METHOD_DEFAULTS,
     PLACEHOLDER_KEYS,
     ROOT,
+    TRAINING_KEYS,
     Config,
     find_file,
     fingerprint,
@@ -45,6 +46,19 @@ def refused(tmp_path: Path, sentence: str, *overrides: str, **values: Any) -> No
     with pytest.raises(UserError, match=sentence) as caught:
         load(tmp_path, *overrides, **values)
     assert "\n" not in str(caught.value)
+
+
+def test_every_key_is_known_to_change_videos_or_only_training() -> None:
+    """A new key has to be put on one side: videos are recognised by those of this list."""
+    assert Config.__dataclass_fields__.keys() - TRAINING_KEYS == {
+        *("method", "schedule", "sink_position", "clean_pass_sees_sink", "max_attention_frames"),
+        *("num_frame_per_block", "independent_first_frame", "context_noise", "model_kwargs"),
+        *("denoising_step_list", "warp_denoising_step", "timestep_shift", "num_train_timestep"),
+        *("step_rule", "sampler", "sampling_steps", "sampling_guidance_scale", "negative_prompt"),
+        *("model_root", "generator_name", "text_embeddings", "height", "width"),
+        *("image_or_video_shape", "fps", "num_samples", "seed", "i2v", "device", "dtype"),
+        *("attention_backend", "text_encoder_device", "compile"),
+    }
 
 
 # --- files --------------------------------------------------------------------------------------

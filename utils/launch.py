@@ -1,0 +1,83 @@
+"""Running the project's own commands as processes: ranks, threads, signals, and how runs end."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.config import ROOT, Config
+from utils.errors import UserError
+
+EXPORT_PREFIX = "checkpoint_model_"
+
+
+def default_processes() -> int:
+    """How many processes share a job on this machine: one per GPU, else up to two of the cores."""
+    import torch
+
+    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+
+
+def script_command(script: str, arguments: Sequence[object], processes: int = 1) -> tuple[str, ...]:
+    """The command of a script, by its path from the project's root; torchrun for several ranks."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return (*start, str(ROOT / script), *map(str, arguments))
+
+
+def training_command(
+    config: Config, path: Path, logdir: Path, overrides: Sequence[str], processes: int
+) -> tuple[str, ...]:
+    """`train.py` on at most `processes` ranks, with the same videos per update on any number.
+
+    `config` is what `path` and `overrides` say.
+    """
+    ranks, batch = split_batch(config, processes)
+    flags = ("--config_path", path, "--logdir", logdir, "--disable-wandb", "--no_visualize")
+    return script_command("train.py", (*flags, *overrides, f"batch_size={batch}"), ranks)
+
+
+def split_batch(config: Config, processes: int) -> tuple[int, int]:
+    """Ranks, and videos per rank and micro-batch: the most that divide an update evenly."""
+    videos = config.global_batch_size or config.total_batch_size or config.batch_size
+    ranks = _largest_divisor(videos, processes)
+    return ranks, _largest_divisor(videos // ranks, config.batch_size)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(n for n in range(max(1, min(number, limit)), 0, -1) if number % n == 0)
+
+
+def run_command(name: str, command: Sequence[str]) -> None:
+    """Run a command to its end, and end it with us.
+
+    Raises:
+        UserError: it fails; its own message stands above.
+    """
+    ranks = next((int(w.partition("=")[2]) for w in command if w.startswith("--nproc_per")), 1)
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    child = subprocess.Popen(
+        command, env={"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
+    )
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+    if code != 0:
+        raise UserError(f"{name} failed with exit code {code}; see above")
+
+
+def final_export(logdir: Path, steps: int) -> Path | None:
+    """The folder of exported weights that a training of so many steps ended with, if it did."""
+    numbers = [
+        folder.name.removeprefix(EXPORT_PREFIX) for folder in logdir.glob(f"{EXPORT_PREFIX}*")
+    ]
+    last = max((number for number in numbers if number.isdigit()), default="0", key=int)
+    return logdir / f"{EXPORT_PREFIX}{last}" if 0 < steps <= int(last) else None
