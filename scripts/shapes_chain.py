@@ -40,7 +40,7 @@ from utils.launch import (
     training_command,
 )
 from wan.checkpoints import publish_model, publish_student
-from wan.weights import replaced
+from wan.weights import read_weights, replaced, save_weights
 
 MODEL = "Shapes"
 TRAINING_CLIPS = 6144
@@ -61,7 +61,8 @@ class Quick:
 QUICK = {
     "text_encoder": Quick(0.2, ("max_steps=60", "lr_warmup_steps=5", "heldout_videos=64")),
     "vae_images": Quick(0.3, ("max_steps=60", "lr_warmup_steps=5", "ema_start_step=1000")),
-    "vae": Quick(0.03, ("max_steps=20", "lr=1e-4", "lr_warmup_steps=5", "heldout_videos=4")),
+    "vae_short": Quick(0.03, ("max_steps=20", "lr=1e-4", "lr_warmup_steps=5", "heldout_videos=4")),
+    "vae": Quick(0.01, ("max_steps=10", "lr=1e-4", "lr_warmup_steps=5", "heldout_videos=4")),
     "teacher": Quick(0.2, ("max_steps=60", "lr_warmup_steps=5", "heldout_videos=16")),
     "ode_init": Quick(0.1, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=8")),
     "rolling_forcing": Quick(0.01, ("max_steps=10", "heldout_videos=4", "ema_start_step=1000")),
@@ -170,14 +171,17 @@ def start_models(chain: Chain) -> str:
     return "sizes, tokenizer"
 
 
-def install_file(name: str) -> Callable[[Chain, Path], None]:
-    """An installer that copies one exported file into the model folder."""
+def install_text_encoder(chain: Chain, exported: Path) -> None:
+    """The text encoder, as it was exported."""
+    with replaced(chain.own_models / MODEL / TEXT_ENCODER_FILE) as part:
+        shutil.copyfile(exported / TEXT_ENCODER_FILE, part)
 
-    def install(chain: Chain, exported: Path) -> None:
-        with replaced(chain.own_models / MODEL / name) as part:
-            shutil.copyfile(exported / name, part)
 
-    return install
+def install_vae(chain: Chain, exported: Path) -> None:
+    """The VAE, in half precision."""
+    weights = read_weights(exported / VAE_FILE)
+    halved = {name: value.half() for name, value in weights.items()}
+    save_weights(halved, chain.own_models / MODEL / VAE_FILE)
 
 
 def install_teacher(chain: Chain, exported: Path) -> None:
@@ -274,9 +278,10 @@ def evaluate(chain: Chain) -> str:
 
 STAGES: dict[str, Callable[[Chain], str]] = {
     "init": start_models,
-    "text_encoder": Training("text_encoder", install_file(TEXT_ENCODER_FILE), from_shipped=False),
-    "vae_images": Training("vae_images", install_file(VAE_FILE), from_shipped=False),
-    "vae": Training("vae", install_file(VAE_FILE), from_shipped=False),
+    "text_encoder": Training("text_encoder", install_text_encoder, from_shipped=False),
+    "vae_images": Training("vae_images", install_vae, from_shipped=False),
+    "vae_short": Training("vae_short", install_vae, from_shipped=False),
+    "vae": Training("vae", install_vae, from_shipped=False),
     "latents": encode_clips,
     "teacher": Training("teacher", install_teacher, stored("latents")),
     "ode_pairs": solve_trajectories,

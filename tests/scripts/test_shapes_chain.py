@@ -60,8 +60,8 @@ class Rehearsal:
         steps = load_config(config, [word for word in words if "=" in word]).max_steps
         exported = logdir / f"checkpoint_model_{steps:06d}"
         exported.mkdir(parents=True)
-        for name in (VAE_FILE, TEXT_ENCODER_FILE):
-            (exported / name).write_text(config.stem)
+        (exported / TEXT_ENCODER_FILE).write_text(config.stem)
+        torch.save({"conv1.weight": torch.ones(3)}, exported / VAE_FILE)
         weights = {"model.head.bias": torch.ones(3)}
         torch.save({"generator": weights, "generator_ema": weights}, exported / "model.pt")
         rows = [{"step": 0, "heldout/loss": 2.0}, {"step": 1}, {"step": 2, "heldout/loss": 0.5}]
@@ -87,7 +87,7 @@ def test_every_stage_is_a_command_that_its_script_accepts(
     assert results["teacher"] == "held-out loss 2.0000 -> 0.5000"
     assert results["evaluate"] == "prompt accuracy 0.50 (ODE initialisation) -> 0.50 (student)"
     trainings = [words for script, words in rehearsal.said if script == "train.py"]
-    assert len(trainings) == sum(isinstance(stage, Training) for stage in STAGES.values()) == 6
+    assert len(trainings) == sum(isinstance(stage, Training) for stage in STAGES.values()) == 7
     assert all("seed=7" in words for words in trainings)
     assert (tmp_path / "checkpoints" / "shapes_rolling_forcing.pt").is_file()
     teacher = next(words for words in trainings if str(tmp_path / "train" / "teacher") in words)
