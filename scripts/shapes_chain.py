@@ -43,9 +43,6 @@ from wan.checkpoints import publish_model, publish_student
 from wan.weights import read_weights, replaced, save_weights
 
 MODEL = "Shapes"
-TRAINING_CLIPS = 6144
-TRAJECTORIES = 1024
-EULER_STEPS = 25
 ACCURACIES = ("background", "colour", "kind", "direction")
 MIN_KEPT_ACCURACY = 0.8
 
@@ -67,7 +64,7 @@ QUICK = {
     "ode_init": Quick(0.1, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=8")),
     "rolling_forcing": Quick(0.01, ("max_steps=10", "heldout_videos=4", "ema_start_step=1000")),
 }
-QUICK_CLIPS, QUICK_HELDOUT, QUICK_STEPS = 32, 16, 10
+QUICK_CLIPS, QUICK_HELDOUT = 32, 16
 
 
 class Chain:
@@ -199,39 +196,56 @@ def install_student(name: str) -> Callable[[Chain, Path], None]:
     return install
 
 
-def encode_clips(chain: Chain) -> str:
-    """Latents of training clips, and of held-out ones."""
-    wanted = {
-        "latents": ("shapes:train", QUICK_CLIPS if chain.quick else TRAINING_CLIPS),
-        "latents_heldout": ("shapes:heldout", QUICK_HELDOUT if chain.quick else 64),
-    }
-    for name, (source, count) in wanted.items():
-        chain.python(
-            "scripts/encode_videos.py",
-            *("--config_path", chain.config("teacher"), "--data_path", source),
-            *("--count", count, "--output_folder", chain.data(name)),
-            *("--storage_dtype", "bfloat16", "--shard_size", 16 if chain.quick else 64),
-            f"model_root={chain.models}",
-        )
-    return ", ".join(f"{count} of {source}" for source, count in wanted.values())
+@dataclass(frozen=True)
+class Precomputing:
+    """A stage that stores data for training, and as `<name>_heldout` for its held-out loss."""
+
+    name: str
+    script: str
+    config: str
+    training: int
+    heldout: int
+    flags: tuple[str, ...]
+    quick_flags: tuple[str, ...]
+
+    def __call__(self, chain: Chain) -> str:
+        """Compute what is missing, and tell how much there is."""
+        counts = {
+            self.name: ("shapes:train", QUICK_CLIPS if chain.quick else self.training),
+            f"{self.name}_heldout": (
+                "shapes:heldout",
+                QUICK_HELDOUT if chain.quick else self.heldout,
+            ),
+        }
+        for folder, (source, count) in counts.items():
+            chain.python(
+                self.script,
+                *("--config_path", chain.config(self.config), "--data_path", source),
+                *("--count", count, "--output_folder", chain.data(folder)),
+                *(self.quick_flags if chain.quick else self.flags),
+                f"model_root={chain.models}",
+            )
+        return ", ".join(f"{count} of {source}" for source, count in counts.values())
 
 
-def solve_trajectories(chain: Chain) -> str:
-    """The teacher's trajectories for the ODE initialisation."""
-    wanted = {
-        "ode_pairs": ("shapes:train", QUICK_CLIPS if chain.quick else TRAJECTORIES),
-        "ode_pairs_heldout": ("shapes:heldout", QUICK_HELDOUT if chain.quick else 32),
-    }
-    for name, (source, count) in wanted.items():
-        chain.python(
-            "scripts/generate_ode_pairs.py",
-            *("--config_path", chain.config("rolling_forcing"), "--data_path", source),
-            *("--count", count, "--output_folder", chain.data(name)),
-            *("--num_steps", QUICK_STEPS if chain.quick else EULER_STEPS),
-            *("--batch_size", 16, "--shard_size", 16),
-            f"model_root={chain.models}",
-        )
-    return ", ".join(f"{count} of {source}" for source, count in wanted.values())
+LATENTS = Precomputing(
+    "latents",
+    "scripts/encode_videos.py",
+    "teacher",
+    training=6144,
+    heldout=64,
+    flags=("--storage_dtype", "bfloat16", "--shard_size", "64"),
+    quick_flags=("--storage_dtype", "bfloat16", "--shard_size", "16"),
+)
+ODE_PAIRS = Precomputing(
+    "ode_pairs",
+    "scripts/generate_ode_pairs.py",
+    "rolling_forcing",
+    training=1024,
+    heldout=32,
+    flags=("--num_steps", "25", "--batch_size", "16", "--shard_size", "16"),
+    quick_flags=("--num_steps", "10", "--batch_size", "16", "--shard_size", "16"),
+)
 
 
 def stored(name: str) -> Callable[[Chain], Sequence[str]]:
@@ -282,9 +296,9 @@ STAGES: dict[str, Callable[[Chain], str]] = {
     "vae_images": Training("vae_images", install_vae, from_shipped=False),
     "vae_short": Training("vae_short", install_vae, from_shipped=False),
     "vae": Training("vae", install_vae, from_shipped=False),
-    "latents": encode_clips,
+    "latents": LATENTS,
     "teacher": Training("teacher", install_teacher, stored("latents")),
-    "ode_pairs": solve_trajectories,
+    "ode_pairs": ODE_PAIRS,
     "ode_init": Training("ode_init", install_student("ode_init"), stored("ode_pairs")),
     "rolling_forcing": Training(
         "rolling_forcing", install_student("rolling_forcing"), from_ode_init
