@@ -1,0 +1,90 @@
+"""The weights that ship: their form, their size, and what they can do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import scripts.evaluate
+from pipeline.components import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
+from utils.cli import run_main
+from utils.config import ROOT
+from utils.shape_meter import measure, report
+from utils.shapes import ShapesDataset, attribute_labels, parse_caption
+from utils.video import to_float
+from wan.checkpoints import load_dit, load_dit_config
+from wan.text_encoder import WanTextEncoder
+from wan.vae import WanVAE
+
+MODEL = ROOT / "wan_models" / "Shapes"
+STUDENTS = sorted((ROOT / "checkpoints").glob("shapes_*.pt"))
+pytestmark = pytest.mark.skipif(not STUDENTS, reason="the weights are not in this checkout")
+
+
+def held_out(index: int, frames: int):
+    return ShapesDataset(frames, split="heldout")[index]
+
+
+def test_everything_that_ships_is_small() -> None:
+    files = [path for path in MODEL.rglob("*") if path.is_file()] + STUDENTS
+    assert sum(path.stat().st_size for path in files) <= 25e6
+
+
+def test_the_teacher_is_a_model_folder_of_at_most_two_million_weights() -> None:
+    dit = load_dit(load_dit_config(MODEL), MODEL)
+    assert sum(parameter.numel() for parameter in dit.parameters()) <= 2e6
+
+
+@pytest.mark.parametrize("path", STUDENTS, ids=lambda path: path.stem)
+def test_students_have_the_published_form(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {"generator", "generator_ema"}
+    for name, value in content["generator"].items():
+        twin = content["generator_ema"][name]
+        assert name.startswith("model.")
+        assert twin.data_ptr() == value.data_ptr(), "stored once"
+    load_dit(load_dit_config(MODEL), path, network="generator_ema")
+
+
+def test_captions_of_other_meaning_have_other_embeddings() -> None:
+    """The nearest embedding of another caption's is of one that says nearly the same."""
+    encoder = WanTextEncoder.from_official(
+        MODEL / TEXT_ENCODER_FILE, MODEL / TOKENIZER_FOLDER, dtype=torch.float32, text_len=64
+    )
+    captions = [held_out(index, 1).caption for index in range(64)]
+    captions = [c for c in captions if len(parse_caption(c).shapes) == 1]
+    labels = torch.tensor([attribute_labels(parse_caption(c)) for c in captions])
+    pooled = torch.nn.functional.normalize(encoder.encode(captions).sum(dim=1), dim=1)
+    nearest = (pooled @ pooled.T - 2 * torch.eye(len(captions))).argmax(dim=1)
+    agreement = (labels == labels[nearest]).float().mean()
+    by_chance = (labels[:, None] == labels[None]).float().mean()
+    assert agreement > by_chance + 0.1
+
+
+def test_the_vae_keeps_what_a_clip_shows() -> None:
+    vae = WanVAE.from_official(MODEL / VAE_FILE)
+    right = []
+    for index in range(4):
+        clip = held_out(index, 49)
+        video = to_float(torch.from_numpy(clip.frames))[None]
+        rebuilt = vae.decode(vae.encode(video))[0].clamp(-1, 1)
+        assert (rebuilt - video[0]).abs().mean() < 0.03
+        frames = ((rebuilt + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        seen = report(measure(frames, clip.caption))
+        right.append([seen.accuracy.colour, seen.accuracy.kind, seen.accuracy.direction])
+    assert torch.tensor(right).mean() > 0.9
+
+
+@pytest.mark.slow
+def test_the_student_still_does_what_the_documentation_says(tmp_path: Path) -> None:
+    """Eight of the 64 held-out prompts of docs/shapes.md, with room for so small a sample."""
+    out = tmp_path / "out.json"
+    command = ["--config_path", "configs/shapes/rolling_forcing.yaml", "--checkpoint_path"]
+    command += ["checkpoints/shapes_rolling_forcing.pt", "--prompts", "8", "--seconds", "10"]
+    assert run_main(scripts.evaluate.main, [*command, "--json", str(out)]) == 0
+    measures = json.loads(out.read_text())["summary"]["shapes"]["measures"]
+    for name in ("background", "colour", "kind"):
+        assert measures[f"accuracy.{name}"]["mean"] >= 0.8, name
+    assert measures["accuracy.direction"]["mean"] >= 0.6
+    assert 0.5 < measures["motion"]["mean"] <= 1.3
