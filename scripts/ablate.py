@@ -31,11 +31,18 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.evaluation import Evaluation, held_out_captions, plan_trials, vbench_name
-from trainer.trainer import FREE_KEYS
+from trainer.trainer import fixed_values
 from utils.cli import run_main
-from utils.config import ROOT, Config, load_config, to_dict
+from utils.config import ROOT, Config, load_config
 from utils.errors import UserError
-from utils.evaluation import Result, draw_curves, extra_measures, mean_and_spread, numbers
+from utils.evaluation import (
+    Result,
+    draw_curves,
+    extra_measures,
+    mean_and_spread,
+    numbers,
+    write_text,
+)
 from utils.launch import (
     default_processes,
     final_export,
@@ -43,7 +50,7 @@ from utils.launch import (
     script_command,
     training_command,
 )
-from utils.video import contact_sheet, part_path, spread_frames, write_png
+from utils.video import contact_sheet, spread_frames, write_png
 from utils.video_meter import mean as mean_of_known
 from wan.checkpoints import publish_student
 
@@ -300,19 +307,11 @@ class Training:
     def finished(self) -> Path | None:
         """What the training of this very config ended with, if it did."""
         written = self.logdir / "config.yaml"
-        if not (written.is_file() and fixed_values(load_config(written)) == self.fixed):
+        if not (
+            written.is_file() and fixed_values(load_config(written)) == fixed_values(self.config)
+        ):
             return None
         return final_export(self.logdir, self.config.max_steps or 0)
-
-    @property
-    def fixed(self) -> dict[str, Any]:
-        """What makes it another training."""
-        return fixed_values(self.config)
-
-
-def fixed_values(config: Config) -> dict[str, Any]:
-    """The settings that must not change in the course of a run."""
-    return {key: value for key, value in to_dict(config).items() if key not in FREE_KEYS}
 
 
 @dataclass(frozen=True)
@@ -614,15 +613,6 @@ def split_page(page: Path) -> tuple[str, str]:
     if found is None or any(text.count(mark) != 1 for mark in MARKS):
         raise UserError(f"{page} needs one {MARKS[0]} and one {MARKS[1]} after it")
     return found[1], found[2]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    try:
-        part_path(path).write_text(text, encoding="utf-8")
-        part_path(path).replace(path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

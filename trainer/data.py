@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.components import level_timesteps
+from pipeline.components import ModelFiles, level_timesteps, video_shape
 from utils.config import Config
 from utils.datasets import (
     UNLIMITED,
@@ -22,6 +22,7 @@ from utils.datasets import (
 from utils.draws import Draws, Purpose
 from utils.embeddings import EmbeddingStore
 from utils.errors import UserError
+from wan.checkpoints import load_dit_config
 
 
 @dataclass(frozen=True)
@@ -158,21 +159,22 @@ def check_training_data(config: Config, data: Dataset, latent: Sequence[int]) ->
         _check_embeddings(config, data)
 
 
-def open_heldout_data(config: Config, latent: Sequence[int] | None) -> Dataset:
-    """The data that `heldout_data_path` names, checked as those of training are.
-
-    `latent`: `[C, h, w]` of this config's videos; None where no transformer is trained.
+def open_heldout_data(config: Config) -> Dataset | None:
+    """The data that `heldout_data_path` names, checked as those of training are; None if unused.
 
     Raises:
         UserError: there are none, or this config does not train on their kind.
     """
+    if not config.heldout_every:
+        return None
     own = replace(config, data_path=config.heldout_data_path, extended_data_path=None)
     try:
         data = open_training_data(own)
-        if latent is None:
+        if config.trainer in ("vae", "text_encoder"):
             check_auxiliary_data(own, data)
         else:
-            _check_items(own, data, latent)
+            sizes = load_dit_config(ModelFiles.find(config, config.generator_name).folder)
+            _check_items(own, data, video_shape(config, sizes).latent)
             if config.text_embeddings:
                 prompts = first_prompts(data, config.heldout_videos)
                 EmbeddingStore(config.text_embeddings).require(prompts)

@@ -122,15 +122,14 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
     plan = plan_batches(config, world)
     dataset = open_training_data(config)
     local = local_world or min(world, 8)
-    latent = None
     if not networks_of(config):
         check_auxiliary_data(config, dataset)
     else:
-        latent = video_shape(config, sizes_of(config, config.generator_name)).latent
-        check_training_data(config, dataset, latent)
+        sizes = sizes_of(config, config.generator_name)
+        check_training_data(config, dataset, video_shape(config, sizes).latent)
     lines = [f"data: {len(dataset)} items in {config.data_path}", plan.describe(), *plan.notes]
-    if config.heldout_every:
-        measured = min(config.heldout_videos, len(open_heldout_data(config, latent)))
+    if heldout := open_heldout_data(config):
+        measured = min(config.heldout_videos, len(heldout))
         lines.append(f"held-out data: {measured} items of {config.heldout_data_path}")
     lines.append(f"memory per rank of {world} (GiB), without activations:")
     header = f"{'network':12} {'folder':20} {'parameters':>14} {'shards':>6}"

@@ -10,13 +10,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.components import ModelFiles, video_shape
-from trainer.data import first_prompts, open_heldout_data
+from trainer.data import first_prompts
 from trainer.tasks import Task
-from utils.config import Config
 from utils.datasets import Dataset, collate
 from utils.draws import Draws
-from wan.checkpoints import load_dit_config
 
 HELDOUT_SEED = 0
 HELDOUT_UPDATE = 2**40  # more than any training makes: no draw of a training is met
@@ -77,13 +74,3 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def open_heldout(config: Config) -> Dataset | None:
-    """The held-out data of a config, None without; UserError if it cannot measure them."""
-    if not config.heldout_every:
-        return None
-    if config.trainer in ("vae", "text_encoder"):
-        return open_heldout_data(config, None)
-    sizes = load_dit_config(ModelFiles.find(config, config.generator_name).folder)
-    return open_heldout_data(config, video_shape(config, sizes).latent)

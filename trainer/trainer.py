@@ -15,9 +15,15 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from trainer.checkpoint import CheckpointStore, player_state, restore_player, start_ema
-from trainer.data import Batches, first_prompts, open_training_data, plan_batches
+from trainer.data import (
+    Batches,
+    first_prompts,
+    open_heldout_data,
+    open_training_data,
+    plan_batches,
+)
 from trainer.health import HealthMonitor
-from trainer.heldout import HeldOut, open_heldout
+from trainer.heldout import HeldOut
 from trainer.metrics import (
     MetricsLog,
     Progress,
@@ -33,6 +39,7 @@ from trainer.tasks import TASKS
 from utils.config import Config, save_config, to_dict
 from utils.draws import Draws
 from utils.errors import UserError
+from utils.launch import export_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +53,20 @@ FREE_KEYS = {
     *("heldout_data_path", "heldout_every", "heldout_videos"),
     *("wandb_host", "wandb_key", "wandb_entity", "wandb_project"),
 }
+
+
+def fixed_values(config: Config) -> dict[str, Any]:
+    """The settings that make another run of it if they change."""
+    return {key: value for key, value in to_dict(config).items() if key not in free_keys(config)}
+
+
+def free_keys(config: Config) -> set[str]:
+    """The settings that may change from one start to the next.
+
+    A cosine ends at `max_steps`, so another end is another learning rate in every step.
+    """
+    return FREE_KEYS - ({"max_steps"} if config.lr_schedule == "cosine" else set())
+
 
 # Phases that are no part of training a step. All but the first follow the step's line in the log,
 # and count in the next one's seconds.
@@ -79,7 +100,7 @@ class Trainer:
             logger.warning(note)
         self.timer = Timer(world.device)
         dataset = open_training_data(config)
-        heldout = open_heldout(config)
+        heldout = open_heldout_data(config)
         self.task = TASKS[config.trainer](config, world, self.plan, self.timer, dataset)
         self.batches = {
             name: Batches(dataset, self.plan, world.ranks.rank, config.seed + number)
@@ -161,7 +182,7 @@ class Trainer:
             self.task.export(self._export_folder())
 
     def _export_folder(self) -> Path:
-        return self.logdir / f"checkpoint_model_{self.step:06d}"
+        return export_folder(self.logdir, self.step)
 
     def _begin(self) -> None:
         """Drop the log of a run that never got to a state; measure before the first update."""
@@ -301,8 +322,7 @@ class Trainer:
     def _check_same_run(self, run: Mapping[str, Any]) -> None:
         """Raise UserError naming the keys in which this config is another one."""
         ours, theirs = to_dict(self.config), run["config"]
-        # A cosine ends at max_steps, so another end is another learning rate in every step.
-        free = FREE_KEYS - ({"max_steps"} if self.config.lr_schedule == "cosine" else set())
+        free = free_keys(self.config)
         differing = [
             f"{key} ({theirs.get(key)} -> {ours.get(key)})"
             for key in sorted(ours.keys() | theirs.keys())

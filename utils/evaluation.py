@@ -208,10 +208,15 @@ class ResultLog:
 
 
 def write_json(path: Path, value: Any, *, tag: str = "") -> None:
-    """Write plain data under a temporary name, then rename; `tag` tells writers apart."""
+    """Write plain data as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False), tag=tag)
+
+
+def write_text(path: Path, text: str, *, tag: str = "") -> None:
+    """Write under a temporary name, then rename; `tag` tells writers apart."""
     part = part_path(path.with_name(f"{path.stem}{tag}{path.suffix}"))
     try:
-        part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}.") from error

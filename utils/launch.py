@@ -74,6 +74,11 @@ def run_command(name: str, command: Sequence[str]) -> None:
         raise UserError(f"{name} failed with exit code {code}; see above")
 
 
+def export_folder(logdir: Path, step: int) -> Path:
+    """Where a run's weights of a step go."""
+    return logdir / f"{EXPORT_PREFIX}{step:06d}"
+
+
 def final_export(logdir: Path, steps: int) -> Path | None:
     """The folder of exported weights that a training of so many steps ended with, if it did."""
     numbers = [

@@ -319,11 +319,11 @@ def test_weights_that_do_not_ship_are_trained_to_the_end(bench, tmp_path, monkey
     assert bench("--only", "self_forcing") == 0
     assert bench.ran == ["training of self_forcing", *PARTS[2:]]
     run = bench.out / "train" / "self_forcing"
-    trained = torch.load(run / "checkpoint_model_000002" / "model.pt")
+    trained = torch.load(run / "checkpoint_model_000002" / "model.pt", weights_only=True)
     own = bench.out / "checkpoints" / "shapes_self_forcing.pt"
     name = "model.blocks.0.ffn.0.weight"
     for network in ("generator", "generator_ema"):
-        shipped = torch.load(own)[network][name]
+        shipped = torch.load(own, weights_only=True)[network][name]
         assert torch.equal(shipped, trained["generator_ema"][name].to(shipped.dtype))
         assert not torch.equal(shipped, trained["generator"][name].to(shipped.dtype))
     # lost weights are written again without training; a run that is not over goes on
