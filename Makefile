@@ -9,13 +9,17 @@ export OMP_WAIT_POLICY := passive
 
 venv: $(VENV)/.ready
 
-$(VENV)/.ready: requirements.txt requirements-dev.txt
+$(VENV)/.runtime: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.runtime requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-demo: venv  ## stream videos of the shapes world with the weights that ship
+demo: $(VENV)/.runtime  ## stream videos of the shapes world with the weights that ship
 	@$(BIN)/python inference.py --overwrite
 
 test: venv  ## the fast tests

@@ -12,11 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.components import ModelFiles, block_layout, video_shape
+from pipeline.components import ModelFiles, block_layout, device_name, video_shape
 from pipeline.prefix import whole_blocks
 from pipeline.progress import Progress
 from pipeline.stream import PrefixFrames
@@ -77,7 +76,7 @@ class Outputs:
                 raise UserError(f"--duration {self.duration} must be a number of seconds")
             frames = round(self.duration * fps)
             if frames < 1:
-                raise UserError(f"--duration {self.duration} is shorter than one frame")
+                raise UserError(f"{self.duration:g} s are shorter than one frame")
             return shape.latent_frames(frames), frames
         latent = DEFAULT_LATENT_FRAMES if self.num_latent_frames is None else self.num_latent_frames
         if latent < 1:
@@ -164,6 +163,7 @@ class BatchRun:
             raise UserError(f"cannot make the output folder {folder}: {error.strerror}") from error
         pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
         texts = self._encode(pipe, missing)
+        pipe.load_vae()
         for index, job in enumerate(missing):
             title = f"{index + 1}/{len(missing)} {job.name}"
             self._make(pipe, job, texts[job.prompt], title)
@@ -260,7 +260,7 @@ class BatchRun:
             "frames": frames,
             "settings": self._settings_of(job),
             "timings": {key: round(value, 4) for key, value in timings.items()},
-            "device": self._device_name(),
+            "device": device_name(self.config.device),
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "diffusers", "transformers")},
@@ -302,11 +302,6 @@ class BatchRun:
         prefix = {kind: file_hash(path) for kind, path in given.items() if path is not None}
         text = hashlib.sha256(job.prompt.encode()).hexdigest()[:16]
         return {**self._settings, **prefix, "text": text, "sample": job.sample}
-
-    def _device_name(self) -> str:
-        if self.config.device.startswith("cuda"):
-            return torch.cuda.get_device_name(torch.device(self.config.device))
-        return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def network_files(folder: Path) -> list[Path]:

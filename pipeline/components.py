@@ -73,6 +73,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: str) -> str:
+    """A device in words, for what was measured on it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(torch.device(device))
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on a GPU and float32 elsewhere; UserError for float16 on a CPU."""
     if name == "float16" and device.type == "cpu":

@@ -1,22 +1,23 @@
 """Videos made to be measured: prompts and seeds through the stream, judged block by block."""
 
+import json
 import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.batch import Outputs, model_settings
-from pipeline.components import ModelFiles, block_layout, video_shape
+from pipeline.components import ModelFiles, block_layout, device_name, video_shape
 from pipeline.schedule import BlockLayout
 from pipeline.text_to_video import VideoPipeline, load_pipeline
 from utils.config import Config, find_file
-from utils.evaluation import Judge, Result
+from utils.evaluation import Judge, Result, write_json
 from utils.prompts import clip_utf8
 from utils.shapes import sample_scene
 from utils.video import MAX_NAME_BYTES, VideoWriter
@@ -82,6 +83,7 @@ class Evaluation:
         self._pipe: VideoPipeline | None = None
         self._texts: dict[str, Tensor] = {}
 
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What the result of a trial depends on, besides the trial itself."""
         model = model_settings(self.config, self.checkpoint, use_ema=self.use_ema)
@@ -93,9 +95,26 @@ class Evaluation:
             return None
         return self.export / vbench_name(trial.prompt, trial.index)
 
+    def is_there(self, trial: Trial) -> bool:
+        """Whether the video that is to be kept of a trial is there, of these very settings."""
+        path = self.export_path(trial)
+        if path is None:
+            return True
+        try:
+            record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            return path.is_file() and bool(record == self._record(trial))
+        except (OSError, ValueError):
+            return False
+
+    def _record(self, trial: Trial) -> dict[str, Any]:
+        """What stands in the JSON beside a video."""
+        made = {"prompt": trial.prompt, "sample": trial.index, "seed": trial.seed}
+        return {**made, "settings": self.settings}
+
     def load(self, trials: Sequence[Trial]) -> None:
-        """Load the networks and encode the prompts; the text encoder is freed again."""
+        """Load all networks and encode the prompts; the text encoder is freed again."""
         pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
+        pipe.load_vae()
         for prompt in dict.fromkeys(trial.prompt for trial in trials):
             self._texts[prompt] = pipe.encode_prompts([prompt]).cpu()
         if self.config.distilled:
@@ -124,12 +143,15 @@ class Evaluation:
                 if writer is not None:
                     writer.write(kept)
                 start = time.perf_counter()
+        if path is not None:
+            write_json(path.with_suffix(".json"), self._record(trial))
         return {
             "prompt": trial.prompt,
             "seed": trial.seed,
             "kind": judge.kind,
             "frames": made,
             "timings": {"fps": made / waited, "first_frame_s": first_frame},
+            "device": device_name(self.config.device),
             "report": judge.report(),
         }
 
@@ -139,10 +161,3 @@ def vbench_name(prompt: str, index: int) -> str:
     tail = f"-{index}.mp4"
     stem = re.sub(r"[/\\\x00-\x1f]", "_", prompt)
     return clip_utf8(stem, MAX_NAME_BYTES - len(tail)) + tail
-
-
-def device_name(device: str) -> str:
-    """A device in words."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(device))
-    return f"cpu ({torch.get_num_threads()} threads)"

@@ -113,6 +113,10 @@ class VideoPipeline:
     @property
     def vae(self) -> WanVAE:
         """The VAE, loaded at its first use, in the dtype of the generator."""
+        return self.load_vae()
+
+    def load_vae(self) -> WanVAE:
+        """The VAE; an early call keeps its loading out of the time of the first stream."""
         if self._vae is None:
             files = self._require_files()
             self._vae = WanVAE.from_official(files.vae, device=self.device, dtype=self.dit.dtype)

@@ -4,16 +4,17 @@
     python scripts/ablate.py --only rolling_forcing self_forcing --seeds 1
     python scripts/ablate.py --table_only --write docs/ablations.md
 
-Weights that ship (`checkpoints/shapes_*.pt`) are used as they are, missing ones (with `--retrain`,
-all) are trained in the folder. What is finished is skipped, so the same command goes on where it
-was stopped; results of other weights, another config or other numbers are made anew. `key=value`
-goes to every training and evaluation. The folder gets
+Weights that ship (`checkpoints/shapes_*.pt`) are used where the config is the one that they were
+trained with. What is missing, changed by `key=value` or in `--configs` (with `--retrain`, all) is
+trained in the folder. What is finished is skipped, so the same command goes on where it was
+stopped; results of other weights, another config or other numbers are made anew. `key=value` goes
+to every training and evaluation. The folder gets
 
     table.md                     the table; --write also puts it between the marks of a page
     curves.png, curves_300s.png  the main variants, second by second
     contact_sheets/*.png         a few prompts, from the first frame to the last
     60s/, 300s/                  the figures of each variant, and its videos
-    train/, checkpoints/         what was trained here
+    train/<variant>-<hash>/      what was trained here, by a hash of all that decides its weights
 """
 
 import argparse
@@ -30,10 +31,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.batch import file_hash
 from pipeline.evaluation import Evaluation, held_out_captions, plan_trials, vbench_name
-from trainer.trainer import fixed_values
-from utils.cli import run_main
-from utils.config import ROOT, Config, load_config
+from trainer.trainer import recipe
+from utils.cli import require_matplotlib, run_main
+from utils.config import ROOT, Config, find_file, fingerprint, load_config
 from utils.errors import UserError
 from utils.evaluation import (
     Result,
@@ -54,6 +56,7 @@ from utils.video import contact_sheet, spread_frames, write_png
 from utils.video_meter import mean as mean_of_known
 from wan.checkpoints import publish_student
 
+CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
 ODE_INIT = "ode_init"
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
 MARKS = ("<!-- ablations -->", "<!-- /ablations -->")
@@ -195,6 +198,7 @@ COLUMNS = (
     Column("background drift", ("drift.background_error",), 1),
     Column("colour drift", ("drift.colour_error",), 1),
     Column("motion, last 5 s", ("late.motion",)),
+    Column("speed / truth, last 5 s", ("late.speed_ratio",)),
     Column("flicker", ("background_flicker.ratio",)),
     Column("right for 5 s", ("survival.5s",)),
     Column("for 60 s", ("survival.60s",)),
@@ -237,8 +241,8 @@ def build_parser() -> argparse.ArgumentParser:
     for prefix, sizes in (("", (16, 3, 60.0)), ("long_", (8, 2, 300.0))):
         for name, size in zip(("prompts", "seeds", "seconds"), sizes, strict=True):
             add(f"--{prefix}{name}", type=type(size), default=size, help=f"(default: {size:g})")
-    add("--configs", type=Path, default=Path("configs/shapes"), help="folder of the configs")
-    add("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of what ships")
+    add("--configs", type=Path, default=CONFIGS, help="folder of the configs")
+    add("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of what ships")
     add("overrides", nargs="*", metavar="key=value", help="of every config")
     return parser
 
@@ -271,6 +275,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--seconds and --long_seconds must differ")
     if args.write is not None:
         split_page(args.write)
+    require_matplotlib()
 
 
 # --- what is to be done --------------------------------------------------------------------------
@@ -292,26 +297,18 @@ class Training:
         return f"training of {self.key}"
 
     def is_done(self) -> bool:
-        """Whether the weights are there, and of this config."""
-        return self.target.is_file() and self.finished() is not None
+        """Whether the weights are there."""
+        return self.target.is_file()
 
     def run(self) -> None:
         """Train (on) to the end, unless that is done; UserError if it failed or was stopped."""
-        if self.finished() is None:
+        final = final_export(self.logdir, self.config.max_steps or 0)
+        if final is None:
             run_command(self.name, self.command)
-        final = self.finished()
+            final = final_export(self.logdir, self.config.max_steps or 0)
         if final is None:
             raise UserError(f"the {self.name} was stopped early; the same command goes on")
         publish_student(final / "model.pt", self.target)
-
-    def finished(self) -> Path | None:
-        """What the training of this very config ended with, if it did."""
-        written = self.logdir / "config.yaml"
-        if not (
-            written.is_file() and fixed_values(load_config(written)) == fixed_values(self.config)
-        ):
-            return None
-        return final_export(self.logdir, self.config.max_steps or 0)
 
 
 @dataclass(frozen=True)
@@ -345,7 +342,7 @@ class Measurement:
             return False
         content = read_json(self.json)
         config = load_config(self.config, self.overrides)
-        asked = Evaluation(config, self.weights, use_ema=False, seconds=self.seconds).settings()
+        asked = Evaluation(config, self.weights, use_ema=False, seconds=self.seconds).settings
         trials = plan_trials(held_out_captions(self.prompts), self.seeds, config.seed)
         made = [(result["prompt"], result["seed"]) for result in content["videos"]]
         same = all(content["settings"].get(name) == value for name, value in asked.items())
@@ -378,8 +375,9 @@ def plan(args: argparse.Namespace) -> list[Part]:
         if key not in trained:
             shipped = find_shipped(args, key)
             if shipped is None:
-                parts.append(plan_training(args, key))
-            trained[key] = shipped or own_weights(args, key)
+                training = plan_training(args, key)
+                parts.append(training)
+            trained[key] = shipped or training.target
         parts.append(plan_measurement(args, variant, trained[key]))
         if variant.long:
             parts.append(plan_measurement(args, variant, trained[key], long=True))
@@ -387,30 +385,37 @@ def plan(args: argparse.Namespace) -> list[Part]:
 
 
 def find_shipped(args: argparse.Namespace, key: str) -> Path | None:
-    """Weights that are not to be made here; UserError if they are missing and cannot be."""
+    """Weights that are not to be made here; UserError if they are missing and cannot be.
+
+    What ships was trained with the project's configs, what lies elsewhere with those of --configs:
+    any other config has to be trained.
+    """
     name = args.checkpoints / f"shapes_{key}.pt"
     found = next((path for path in (name, ROOT / name) if path.is_file()), None)
     if key == ODE_INIT and found is None:
         raise UserError(
             f"{name} is missing and not trained here; make it with scripts/shapes_chain.py"
         )
-    return None if args.retrain and key != ODE_INIT else found
-
-
-def own_weights(args: argparse.Namespace, key: str) -> Path:
-    """Where weights that are trained here go."""
-    return args.folder / "checkpoints" / f"shapes_{key}.pt"
+    if found is None or key == ODE_INIT:
+        return found
+    asked = load_config(args.configs / f"{key}.yaml", args.overrides)
+    theirs = ROOT / CONFIGS if args.checkpoints == CHECKPOINTS else args.configs
+    trained = load_config(theirs / f"{key}.yaml")
+    return None if args.retrain or recipe(asked) != recipe(trained) else found
 
 
 def plan_training(args: argparse.Namespace, key: str) -> Training:
-    """UserError if the config has no end."""
-    path, logdir = args.configs / f"{key}.yaml", args.folder / "train" / key
+    """UserError if the config has no end, or there is nothing to start from."""
+    path = args.configs / f"{key}.yaml"
     if load_config(path, args.overrides).max_steps is None:
         raise UserError(f"{path} never ends; give max_steps=…")
     overrides = [f"generator_ckpt={find_shipped(args, ODE_INIT)}", *args.overrides]
     config = load_config(path, overrides)
+    start = find_file(str(config.generator_ckpt), "checkpoint")
+    decided = fingerprint({**recipe(config), "generator_ckpt": file_hash(start)})
+    logdir = args.folder / "train" / f"{key}-{decided}"
     command = training_command(config, path, logdir, overrides, args.processes)
-    return Training(key, config, logdir, own_weights(args, key), command)
+    return Training(key, config, logdir, logdir / f"shapes_{key}.pt", command)
 
 
 def plan_measurement(
@@ -469,12 +474,11 @@ def work(args: argparse.Namespace) -> list[str]:
                 continue
             print(f"{which}\n{shlex.join(part.command)}", flush=True)
             part.run()
+            if isinstance(part, Measurement):
+                write_table(args.folder, *read_all(args))
         except UserError as error:
             print(error, file=sys.stderr)
             lost.append(part.name)
-            continue
-        if isinstance(part, Measurement):
-            write_table(args.folder, *read_all(args))
     return lost
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import load_pipeline
 from pipeline.attention_maps import AttentionMap, AttentionRecorder, group_names, group_table
-from utils.cli import run_main, set_up_logging
+from utils.cli import check_outputs, require_matplotlib, run_main, set_up_logging
 from utils.config import load_config
 from utils.errors import UserError
 from utils.video import part_path
@@ -53,9 +53,7 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     set_up_logging()
     require_matplotlib()
-    for path in (args.out, args.json):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist; make it first")
+    check_outputs(args.out, args.json)
     config = load_config(args.config_path, args.overrides)
     levels = numbers(args.levels, config.num_levels, "--levels")
     blocks = numbers(args.blocks, None, "--blocks")
@@ -95,14 +93,6 @@ def write_json(path: Path, prompt: str, maps: Sequence[AttentionMap]) -> None:
     text = json.dumps({"prompt": prompt, "maps": entries}, ensure_ascii=False)
     part_path(path).write_text(text, encoding="utf-8")
     part_path(path).replace(path)
-
-
-def require_matplotlib() -> None:
-    """UserError if it is not installed, before anything is loaded."""
-    try:
-        import matplotlib as mpl  # noqa: F401
-    except ImportError as error:
-        raise UserError("maps are drawn with matplotlib: pip install matplotlib") from error
 
 
 def draw(maps: Sequence[AttentionMap], out: Path, prompt: str) -> None:

@@ -21,7 +21,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,12 @@ from pipeline.batch import file_hash
 from pipeline.components import ModelFiles, block_layout, choose_device, video_shape
 from pipeline.evaluation import (
     Evaluation,
-    device_name,
     frames_per_block,
     held_out_captions,
     plan_trials,
     vbench_name,
 )
-from utils.cli import run_main, set_up_logging
+from utils.cli import check_outputs, require_matplotlib, run_main, set_up_logging
 from utils.config import fingerprint, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -49,7 +48,10 @@ from utils.prompts import read_prompts
 from utils.video import frame_rate, read_video_chunks
 from wan.checkpoints import load_dit_config
 
-HELD_OUT_PROMPTS = 16
+HELD_OUT_PROMPTS, SECONDS = 16, 60.0
+GENERATING_FLAGS = (
+    *("data_path", "checkpoint_path", "prompts", "seeds", "seconds", "use_ema", "keep_videos"),
+)
 VBENCH_SAMPLES = 5
 VBENCH_DIMENSIONS = (  # those that VBench has for any video, without its own prompts
     "subject_consistency",
@@ -66,14 +68,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config_path", help="experiment file")
     parser.add_argument("--checkpoint_path", help="distilled weights, .pt or .safetensors")
-    parser.add_argument("--use_ema", action="store_true", help="use its generator_ema weights")
+    parser.add_argument(
+        "--use_ema", action="store_true", default=None, help="use its generator_ema weights"
+    )
     parser.add_argument("--videos", type=Path, help="measure the mp4 files of this folder instead")
     parser.add_argument("--data_path", help="prompt file (default: held-out shapes captions)")
     parser.add_argument(
         "--prompts", type=int, help=f"the first so many (default: {HELD_OUT_PROMPTS}; a file: all)"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="videos per prompt (default: 1)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="length (default: 60)")
+    parser.add_argument("--seeds", type=int, help="videos per prompt (default: 1)")
+    parser.add_argument("--seconds", type=float, help=f"length (default: {SECONDS:g})")
     parser.add_argument("--json", type=Path, default=Path("evaluation.json"), help="the figures")
     parser.add_argument("--plot", type=Path, help="draw the per-second curves into this PNG")
     parser.add_argument("--vbench", type=Path, help="put the videos there, named as for VBench")
@@ -99,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     for key in tqdm(missing, "videos", disable=not ranks.is_main):
         log.append(key, run.measure(key))
     kept = log.read()
-    left = [key for key in run.keys if key not in kept]
+    left = [key for key in run.keys if key not in kept or not run.is_there(key)]
     if left:
         print(f"{len(left)} of {len(run.keys)} videos are still being made by other ranks")
         return 0
@@ -111,17 +115,21 @@ def check_flags(args: argparse.Namespace) -> None:
     """UserError for what can be known to be wrong before anything is loaded."""
     if args.videos is None and args.config_path is None:
         raise UserError("say what to measure: --config_path (and --checkpoint_path), or --videos")
-    if args.videos is not None and (args.data_path or args.checkpoint_path):
-        raise UserError("--videos measures what is there; leave out what generates")
-    if args.keep_videos is not None and (args.videos is not None or args.vbench is not None):
-        raise UserError("--videos and --vbench have the videos already; leave out --keep_videos")
-    if min(args.seeds, 1 if args.prompts is None else args.prompts) < 1:
+    if args.videos is not None:
+        for flag in GENERATING_FLAGS:
+            if getattr(args, flag) is not None:
+                raise UserError(f"--videos measures what is there; leave out --{flag}")
+        if args.overrides and args.config_path is None:
+            raise UserError(f"{args.overrides[0]} changes a config; give --config_path too")
+    if args.keep_videos is not None and args.vbench is not None:
+        raise UserError("--vbench keeps the videos already; leave out --keep_videos")
+    if any(number is not None and number < 1 for number in (args.prompts, args.seeds)):
         raise UserError("--prompts and --seeds must be at least 1")
-    if not (math.isfinite(args.seconds) and args.seconds > 0):
+    if args.seconds is not None and not (math.isfinite(args.seconds) and args.seconds > 0):
         raise UserError(f"--seconds {args.seconds:g} must be a length above 0")
-    for path in (args.json, args.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist; make it first")
+    check_outputs(args.json, args.plot)
+    if args.plot is not None:
+        require_matplotlib()
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -153,19 +161,23 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
         prompts = held_out_captions(args.prompts or HELD_OUT_PROMPTS)
     else:
         prompts = read_prompts(args.data_path)[: args.prompts]
+    seconds = SECONDS if args.seconds is None else args.seconds
     evaluation = Evaluation(
         config,
         args.checkpoint_path,
-        use_ema=args.use_ema,
-        seconds=args.seconds,
+        use_ema=bool(args.use_ema),
+        seconds=seconds,
         export=args.vbench or args.keep_videos,
     )
-    trials = {t.key: t for t in plan_trials(prompts, args.seeds, config.seed)}
-    identity = evaluation.settings()
-
-    def is_there(key: str) -> bool:
-        path = evaluation.export_path(trials[key])
-        return path is None or path.is_file()
+    if args.data_path is None and evaluation.shape.height != evaluation.shape.width:
+        raise UserError(
+            f"{args.config_path} makes no square videos, as captions of the shapes world need; "
+            "give prompts with --data_path"
+        )
+    trials = {t.key: t for t in plan_trials(prompts, args.seeds or 1, config.seed)}
+    if args.vbench is not None:
+        check_vbench_folder(args.vbench, [vbench_name(t.prompt, t.index) for t in trials.values()])
+    identity = evaluation.settings
 
     return Run(
         list(trials),
@@ -177,12 +189,11 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
             "overrides": args.overrides,
             "checkpoint": args.checkpoint_path,
             "prompts": args.data_path or "held-out captions of the shapes world",
-            "seconds": args.seconds,
+            "seconds": seconds,
             "seeds": sorted({trial.seed for trial in trials.values()}),
-            "device": device_name(config.device),
         },
         prepare=lambda missing: evaluation.load([trials[key] for key in missing]),
-        is_there=is_there,
+        is_there=lambda key: evaluation.is_there(trials[key]),
     )
 
 
@@ -191,9 +202,12 @@ def videos_run(args: argparse.Namespace) -> Run:
     if not args.videos.is_dir():
         raise UserError(f"--videos {args.videos} is not a folder")
     found = sorted(args.videos.glob("*.mp4"))
-    files = {f"{file_hash(f)} {f.name}": f for f in found if not f.name.endswith(".part.mp4")}
+    files = {video_key(f): f for f in found if not f.name.endswith(".part.mp4")}
     if not files:
         raise UserError(f"--videos {args.videos} holds no .mp4 file")
+    exported = {key: vbench_name(*prompt_of(file)) for key, file in files.items()}
+    if args.vbench is not None:
+        check_vbench_folder(args.vbench, exported.values())
     first, block = 9, 12
     if args.config_path is not None:
         config = load_config(args.config_path, args.overrides)
@@ -203,12 +217,14 @@ def videos_run(args: argparse.Namespace) -> Run:
     def measure(key: str) -> Result:
         result = measure_file(files[key], first, block)
         if args.vbench is not None:
-            export(files[key], args.vbench / vbench_name(*prompt_of(files[key])))
+            export(files[key], args.vbench / exported[key])
         return result
 
     def is_there(key: str) -> bool:
-        name = vbench_name(*prompt_of(files[key]))
-        return args.vbench is None or (args.vbench / name).is_file()
+        if args.vbench is None:
+            return True
+        copy = args.vbench / exported[key]
+        return copy.is_file() and file_hash(copy) == file_hash(files[key])
 
     settings = {"frames_in_first_block": first, "frames_per_block": block}
     return Run(
@@ -220,21 +236,30 @@ def videos_run(args: argparse.Namespace) -> Run:
     )
 
 
+def video_key(path: Path) -> str:
+    """What the result of a file depends on: what it shows, its name, and its prompt."""
+    return f"{file_hash(path)} {path.name}: {prompt_of(path)[0]}"
+
+
 def measure_file(path: Path, first: int, block: int) -> Result:
-    """One video file; its prompt says against what."""
+    """One video file; its prompt says against what. UserError, naming it, if it is unreadable."""
     prompt, sample = prompt_of(path)
-    judge = Judge(prompt, fps=frame_rate(path), first=first, block=block)
     frames = 0
-    for chunk in read_video_chunks(path):
-        judge.add(chunk.numpy())
-        frames += len(chunk)
+    try:
+        judge = Judge(prompt, fps=frame_rate(path), first=first, block=block)
+        for chunk in read_video_chunks(path):
+            judge.add(chunk.numpy())
+            frames += len(chunk)
+        report = judge.report()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return {
         "file": path.name,
         "prompt": prompt,
         "seed": sample,
         "kind": judge.kind,
         "frames": frames,
-        "report": judge.report(),
+        "report": report,
     }
 
 
@@ -259,8 +284,9 @@ def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks:
     """Sum up, write, print, draw, and let VBench judge if that is wanted."""
     kinds = sorted({result["kind"] for result in results})
     summary = {kind: summarise([r for r in results if r["kind"] == kind]) for kind in kinds}
+    devices = sorted({result["device"] for result in results if "device" in result})
     content = {
-        "settings": run.settings,
+        "settings": {**run.settings, "device": ", ".join(devices)},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
@@ -291,6 +317,13 @@ def export(source: Path, target: Path) -> None:
         part.replace(target)
     except OSError as error:
         raise UserError(f"Cannot write {target}: {error.strerror}.") from error
+
+
+def check_vbench_folder(folder: Path, names: Iterable[str]) -> None:
+    """UserError if the folder holds other videos, since VBench scores all that it finds."""
+    other = {path.name for path in folder.glob("*.mp4")} - set(names)
+    if other:
+        raise UserError(f"{folder} holds other videos, as {min(other)}; give an empty folder")
 
 
 def run_vbench(folder: Path, results: Sequence[Result], device: str | None) -> Any:

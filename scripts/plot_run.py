@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.health import Rules
 from trainer.metrics import flatten, read_metrics
-from utils.cli import run_main
+from utils.cli import require_matplotlib, run_main
 from utils.errors import UserError
 from utils.video import part_path
 
@@ -107,11 +107,10 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 def draw(runs: list[Run], out: Path, smooth: int = 1) -> None:
     """Write the PNG of all panels for which a run has numbers."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plots need matplotlib: pip install matplotlib") from error
+    require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     panels = [p for p in PANELS if any(run.matching(p.patterns) for run in runs)]
     if not panels:
         raise UserError("the runs hold none of the known metrics; see docs/training_health.md")

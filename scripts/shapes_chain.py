@@ -2,11 +2,13 @@
 
     python scripts/shapes_chain.py                  # everything, into runs/shapes
     python scripts/shapes_chain.py --until teacher  # a part of it; the same command goes on
+    python scripts/shapes_chain.py --redo teacher   # again from there, with a changed config
     python scripts/shapes_chain.py --quick          # a few updates of each stage, checked
 
 Every stage is one of the project's own commands with a config of `configs/shapes`, and can be
 stopped at any point: the same command goes on there. What a stage cost and reached is printed and
-kept in `chain.json`. Use the result with `model_root=runs/shapes/models --checkpoint_path
+kept in `chain.json`; if its config has changed since, the chain says so. `key=value` goes to every
+stage. Use the result with `model_root=runs/shapes/models --checkpoint_path
 runs/shapes/checkpoints/shapes_rolling_forcing.pt`.
 
 With `--quick` each stage makes a few updates, starting from the weights that ship for the stages
@@ -19,17 +21,27 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
+from pipeline.batch import UNRELATED_KEYS
+from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE, ModelFiles
+from trainer.trainer import recipe
 from utils.cli import run_main
-from utils.config import ROOT, Config, load_config
+from utils.config import (
+    ROOT,
+    TRAINING_KEYS,
+    Config,
+    find_file,
+    fingerprint,
+    load_config,
+    to_dict,
+)
 from utils.errors import UserError
 from utils.evaluation import write_json
 from utils.launch import (
@@ -106,6 +118,45 @@ class Chain:
         """An experiment file of the shapes world."""
         return ROOT / "configs" / "shapes" / f"{name}.yaml"
 
+    def values(self, name: str, keys: Iterable[str]) -> dict[str, Any]:
+        """Some values of an experiment file; UserError if an override is wrong."""
+        values = to_dict(load_config(self.config(name), self.overrides))
+        return {key: values[key] for key in keys}
+
+
+class Stage(Protocol):
+    """A part of the chain: calling it does what is missing and tells what it reached."""
+
+    def __call__(self, chain: Chain) -> str:
+        """Do what is missing; UserError if it failed."""
+
+    def identity(self, chain: Chain) -> dict[str, Any]:
+        """What its result depends on, besides the stages before it."""
+
+    def folders(self, chain: Chain) -> list[Path]:
+        """What has to go before it can be done anew."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage that is a function; `config` names the experiment that it depends on."""
+
+    run: Callable[[Chain], str]
+    config: str | None = None
+
+    def __call__(self, chain: Chain) -> str:
+        """Run the function."""
+        return self.run(chain)
+
+    def identity(self, chain: Chain) -> dict[str, Any]:
+        """What the experiment's videos depend on."""
+        keys = {key.name for key in fields(Config)} - UNRELATED_KEYS
+        return chain.values(self.config, keys) if self.config else {}
+
+    def folders(self, chain: Chain) -> list[Path]:
+        """It replaces what it wrote."""
+        return []
+
 
 @dataclass(frozen=True)
 class Training:
@@ -123,10 +174,7 @@ class Training:
     def __call__(self, chain: Chain) -> str:
         """Train, install, and tell how the held-out loss went."""
         models = chain.models if self.from_shipped else chain.own_models
-        overrides = [f"model_root={models}", *self.inputs(chain)]
-        if chain.quick:
-            overrides += [*QUICK[self.name].overrides, "log_iters=1000000", "heldout_every=1000000"]
-        overrides += chain.overrides
+        overrides = [f"model_root={models}", *self.inputs(chain), *self._changes(chain)]
         config = load_config(chain.config(self.name), overrides)
         if not (config.max_steps and config.heldout_every):
             raise UserError(f"{self.name}: max_steps and heldout_every must be above 0")
@@ -140,6 +188,30 @@ class Training:
             check_margin(self.name, first, last)
         self.install(chain, final)
         return f"held-out loss {first:.4f} -> {last:.4f}"
+
+    def restore(self, chain: Chain) -> None:
+        """Install once more what the finished training ended with, if it is finished."""
+        steps = load_config(chain.config(self.name), self._changes(chain)).max_steps
+        final = final_export(chain.folder / "train" / self.name, steps or 0)
+        if final is not None:
+            self.install(chain, final)
+
+    def identity(self, chain: Chain) -> dict[str, Any]:
+        """What decides the weights; UserError if an override is wrong."""
+        config = load_config(chain.config(self.name), self._changes(chain))
+        values = recipe(config)
+        if config.trainer in ("vae", "text_encoder"):  # no video is made, no transformer trained
+            keys = {"image_or_video_shape", "dtype", "seed", "videos_per_update", *TRAINING_KEYS}
+            values = {key: value for key, value in values.items() if key in keys}
+        return values
+
+    def folders(self, chain: Chain) -> list[Path]:
+        """The run."""
+        return [chain.folder / "train" / self.name]
+
+    def _changes(self, chain: Chain) -> list[str]:
+        quick = (*QUICK[self.name].overrides, "log_iters=1000000", "heldout_every=1000000")
+        return [*(quick if chain.quick else ()), *chain.overrides]
 
 
 def heldout_losses(metrics: Path) -> tuple[float, float]:
@@ -164,7 +236,9 @@ def check_margin(name: str, first: float, last: float) -> None:
 
 def start_models(chain: Chain) -> str:
     """Sizes, tokenizer and an untrained text encoder."""
-    chain.python("scripts/shapes_init.py", "--folder", chain.own_models / MODEL, spread=False)
+    folder = chain.own_models / MODEL
+    if not (folder / TEXT_ENCODER_FILE).exists():
+        chain.python("scripts/shapes_init.py", "--folder", folder, spread=False)
     return "sizes, tokenizer"
 
 
@@ -198,11 +272,15 @@ def install_student(name: str) -> Callable[[Chain, Path], None]:
 
 @dataclass(frozen=True)
 class Precomputing:
-    """A stage that stores data for training, and as `<name>_heldout` for its held-out loss."""
+    """A stage that stores data for training, and as `<name>_heldout` for its held-out loss.
+
+    `keys`: what the data depend on of `config`.
+    """
 
     name: str
     script: str
     config: str
+    keys: tuple[str, ...]
     training: int
     heldout: int
     flags: tuple[str, ...]
@@ -210,28 +288,39 @@ class Precomputing:
 
     def __call__(self, chain: Chain) -> str:
         """Compute what is missing, and tell how much there is."""
-        counts = {
-            self.name: ("shapes:train", QUICK_CLIPS if chain.quick else self.training),
-            f"{self.name}_heldout": (
-                "shapes:heldout",
-                QUICK_HELDOUT if chain.quick else self.heldout,
-            ),
-        }
-        for folder, (source, count) in counts.items():
+        counts = self._counts(chain)
+        for folder, (source, count) in zip(self.folders(chain), counts.items(), strict=True):
             chain.python(
                 self.script,
                 *("--config_path", chain.config(self.config), "--data_path", source),
-                *("--count", count, "--output_folder", chain.data(folder)),
+                *("--count", count, "--output_folder", folder),
                 *(self.quick_flags if chain.quick else self.flags),
-                f"model_root={chain.models}",
+                *(f"model_root={chain.models}", *chain.overrides),
             )
-        return ", ".join(f"{count} of {source}" for source, count in counts.values())
+        return ", ".join(f"{count} of {source}" for source, count in counts.items())
+
+    def identity(self, chain: Chain) -> dict[str, Any]:
+        """What the data depend on, and how many they are."""
+        flags = self.quick_flags if chain.quick else self.flags
+        stored = {"flags": list(flags), **self._counts(chain)}
+        return {**chain.values(self.config, self.keys), **stored}
+
+    def folders(self, chain: Chain) -> list[Path]:
+        """The data for training, and the held-out ones."""
+        return [chain.data(self.name), chain.data(f"{self.name}_heldout")]
+
+    def _counts(self, chain: Chain) -> dict[str, int]:
+        train, heldout = (
+            (QUICK_CLIPS, QUICK_HELDOUT) if chain.quick else (self.training, self.heldout)
+        )
+        return {"shapes:train": train, "shapes:heldout": heldout}
 
 
 LATENTS = Precomputing(
     "latents",
     "scripts/encode_videos.py",
     "teacher",
+    keys=("image_or_video_shape", "dtype"),
     training=6144,
     heldout=64,
     flags=("--storage_dtype", "bfloat16", "--shard_size", "64"),
@@ -241,6 +330,11 @@ ODE_PAIRS = Precomputing(
     "ode_pairs",
     "scripts/generate_ode_pairs.py",
     "rolling_forcing",
+    keys=(
+        *("image_or_video_shape", "dtype", "seed", "num_frame_per_block"),
+        *("independent_first_frame", "timestep_shift", "num_train_timestep", "denoising_step_list"),
+        *("warp_denoising_step", "guidance_scale", "negative_prompt"),
+    ),
     training=1024,
     heldout=32,
     flags=("--num_steps", "25", "--batch_size", "16", "--shard_size", "16"),
@@ -276,7 +370,7 @@ def evaluate(chain: Chain) -> str:
             "scripts/evaluate.py",
             *("--config_path", chain.config("rolling_forcing"), "--checkpoint_path", checkpoint),
             *("--prompts", 16, "--seconds", 5, "--json", out),
-            f"model_root={chain.models}",
+            *(f"model_root={chain.models}", *chain.overrides),
             spread=False,
         )
         measures = json.loads(out.read_text(encoding="utf-8"))["summary"]["shapes"]["measures"]
@@ -290,8 +384,8 @@ def evaluate(chain: Chain) -> str:
     return f"prompt accuracy {before:.2f} (ODE initialisation) -> {after:.2f} (student)"
 
 
-STAGES: dict[str, Callable[[Chain], str]] = {
-    "init": start_models,
+STAGES: dict[str, Stage] = {
+    "init": Step(start_models),
     "text_encoder": Training("text_encoder", install_text_encoder, from_shipped=False),
     "vae_images": Training("vae_images", install_vae, from_shipped=False),
     "vae_short": Training("vae_short", install_vae, from_shipped=False),
@@ -303,7 +397,7 @@ STAGES: dict[str, Callable[[Chain], str]] = {
     "rolling_forcing": Training(
         "rolling_forcing", install_student("rolling_forcing"), from_ode_init
     ),
-    "evaluate": evaluate,
+    "evaluate": Step(evaluate, "rolling_forcing"),
 }
 
 
@@ -311,16 +405,32 @@ STAGES: dict[str, Callable[[Chain], str]] = {
 
 
 class Record:
-    """`chain.json`: what each stage cost, over all its starts, and reached."""
+    """`chain.json`: what each stage depends on, cost over all its starts, and reached."""
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path = path
-        content = {"settings": identity, "stages": {}}
-        if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-        if content["settings"] != identity:
-            raise UserError(f"{path} is of a chain with other settings; give another --folder")
-        self.identity, self.stages = identity, content["stages"]
+    def __init__(self, path: Path, identities: Mapping[str, str]) -> None:
+        """`identities`: a hash of what each stage depends on now."""
+        self.path, self.identities = path, identities
+        self.stages: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            try:
+                self.stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} is not a chain's record; give another --folder") from error
+
+    def check(self, names: Iterable[str]) -> None:
+        """UserError if one of these stages was begun with another config."""
+        for name in names:
+            if name in self.stages and self.stages[name].get("of") != self.identities[name]:
+                raise UserError(
+                    f"{name} was begun with another config; --redo {name} does it and all that "
+                    "follows anew, or give another --folder"
+                )
+
+    def forget(self, names: Iterable[str]) -> None:
+        """As if these stages had never begun."""
+        for name in names:
+            self.stages.pop(name, None)
+        self._write()
 
     def is_done(self, name: str) -> bool:
         """Whether a stage has a result."""
@@ -334,11 +444,13 @@ class Record:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the seconds of a piece of work to a stage, however it ends."""
+        self.stages.setdefault(name, {"of": self.identities[name], "seconds": 0.0})
+        self._write()
         start = time.perf_counter()
         try:
             yield
         finally:
-            stage = self.stages.setdefault(name, {"seconds": 0.0})
+            stage = self.stages[name]
             stage["seconds"] += time.perf_counter() - start
             self._write()
 
@@ -351,7 +463,7 @@ class Record:
         return "\n".join([*lines, f"{'all':<16} {total / 60:>7.1f}"])
 
     def _write(self) -> None:
-        write_json(self.path, {"settings": self.identity, "stages": self.stages})
+        write_json(self.path, {"stages": self.stages})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -359,25 +471,63 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--folder", type=Path, help="(default: runs/shapes, runs/shapes_quick)")
     parser.add_argument("--until", choices=STAGES, help="the last stage to run")
+    parser.add_argument("--redo", choices=STAGES, help="do this stage and all that follow anew")
     parser.add_argument("--quick", action="store_true", help="a few updates per stage, checked")
     processes = default_processes()
     parser.add_argument(
         "--processes", type=int, default=processes, help="that share a stage (%(default)s here)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every training")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every config")
     return parser
+
+
+def open_folder(folder: Path) -> Path:
+    """The absolute path of a folder, made if it is missing; UserError if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    return folder.absolute()
+
+
+def go_back(chain: Chain, record: Record, name: str) -> None:
+    """To right before a stage: without what it and later ones made, with what the others had."""
+    number = list(STAGES).index(name)
+    before, again = list(STAGES.values())[:number], list(STAGES)[number:]
+    record.forget(again)
+    for path in (path for name in again for path in STAGES[name].folders(chain)):
+        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(chain.own_models, ignore_errors=True)
+    for stage in before:
+        if isinstance(stage, Training):
+            stage.restore(chain)
+        elif stage is STAGES["init"]:
+            stage(chain)
+
+
+def check_shipped(chain: Chain) -> None:
+    """UserError unless the weights that `--quick` builds on are there."""
+    config = load_config(chain.config("rolling_forcing"), [f"model_root={chain.models}"])
+    files = ModelFiles.find(config, MODEL)
+    files.require(files.vae, files.text_encoder, files.tokenizer)
+    find_file(chain.checkpoints / "shapes_ode_init.pt", "checkpoint")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the stages that are not done."""
     args = build_parser().parse_args(argv)
     folder = args.folder or Path("runs") / ("shapes_quick" if args.quick else "shapes")
-    folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    chain = Chain(folder, args.overrides, quick=args.quick, processes=args.processes)
-    record = Record(folder / "chain.json", {"quick": args.quick, "overrides": args.overrides})
+    chain = Chain(folder.absolute(), args.overrides, quick=args.quick, processes=args.processes)
+    identities = {name: fingerprint(stage.identity(chain)) for name, stage in STAGES.items()}
+    if args.quick:
+        check_shipped(chain)
     names = list(STAGES)
-    for name in names[: names.index(args.until) + 1 if args.until else None]:
+    names = names[: names.index(args.until) + 1 if args.until else None]
+    record = Record(open_folder(folder) / "chain.json", identities)
+    if args.redo:
+        go_back(chain, record, args.redo)
+    record.check(names)
+    for name in names:
         if record.is_done(name):
             continue
         print(f"--- {name}", flush=True)

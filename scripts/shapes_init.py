@@ -1,6 +1,6 @@
 """Start a model folder of the shapes world: sizes, tokenizer, an untrained text encoder.
 
-    python scripts/shapes_init.py --folder wan_models/Shapes
+    python scripts/shapes_init.py --folder runs/shapes/models/Shapes
 
 The file names are those of the official release, so every later step goes through the loaders of
 the published models.
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.components import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
 from utils.cli import run_main
+from utils.errors import UserError
 from utils.shapes import sample_scene
 from wan.text_encoder import WanTextEncoder, WanTokenizer
 
@@ -76,7 +77,7 @@ def write_tokenizer(folder: Path) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--folder", type=Path, default=Path("wan_models/Shapes"))
+    parser.add_argument("--folder", type=Path, required=True, help="gets the files")
     parser.add_argument("--seed", type=int, default=0, help="of the text encoder's first weights")
     return parser
 
@@ -84,7 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Write the folder."""
     args = build_parser().parse_args(argv)
-    args.folder.mkdir(parents=True, exist_ok=True)
+    if (args.folder / TEXT_ENCODER_FILE).exists():
+        raise UserError(f"{args.folder} holds a text encoder already; give another --folder")
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {args.folder}: {error.strerror}") from error
     (args.folder / "config.json").write_text(json.dumps(DIT, indent=1) + "\n", encoding="utf-8")
     size = write_tokenizer(args.folder / TOKENIZER_FOLDER)
     tokenizer = WanTokenizer.from_folder(args.folder / TOKENIZER_FOLDER)

@@ -39,7 +39,7 @@ from trainer.tasks import TASKS
 from utils.config import Config, save_config, to_dict
 from utils.draws import Draws
 from utils.errors import UserError
-from utils.launch import export_folder
+from utils.launch import export_folder, videos_per_update
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,12 @@ FREE_KEYS = {
 def fixed_values(config: Config) -> dict[str, Any]:
     """The settings that make another run of it if they change."""
     return {key: value for key, value in to_dict(config).items() if key not in free_keys(config)}
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """What decides the weights that a training ends with, as far as a config says it."""
+    videos = videos_per_update(config)
+    return {**fixed_values(config), "max_steps": config.max_steps, "videos_per_update": videos}
 
 
 def free_keys(config: Config) -> set[str]:

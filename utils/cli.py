@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from utils.errors import UserError
 
@@ -19,6 +20,25 @@ def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = 
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """UserError unless each path can become a file, so that no work is lost at its end."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the name of a file")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"the folder of {path} does not exist; make it first")
+
+
+def require_matplotlib() -> None:
+    """UserError if it is not installed, before the work that is to be drawn."""
+    try:
+        import matplotlib as mpl  # noqa: F401
+    except ImportError as error:
+        raise UserError("plots need matplotlib: pip install matplotlib") from error
 
 
 def set_up_logging(*, quiet: bool = False) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from utils import shape_meter, video_meter
+from utils.cli import require_matplotlib
 from utils.errors import UserError
 from utils.shapes import parse_caption
 from utils.video import part_path
@@ -26,29 +27,44 @@ Kind = Literal["shapes", "video"]
 Result = dict[str, Any]
 
 SURVIVAL_SECONDS = (5, 60, 300)
-LATE_CURVES = ("background_right", "colour_right", "kind_right", "size_right", "right", "motion")
+LATE_CURVES = (
+    *("background_right", "colour_right", "kind_right", "size_right", "right"),
+    *("motion", "speed_ratio"),
+)
 
 
 class Judge:
-    """Measures one video while it is made; the frames are not kept."""
+    """Measures one video while it is made; the frames are not kept.
+
+    It is held against the truth if the prompt is a caption of the shapes world and the frames are
+    square, as that world is.
+    """
 
     def __init__(self, prompt: str | None, *, fps: float, first: int = 9, block: int = 12) -> None:
         """`first` and `block`: frames of its first and later blocks, for the flicker."""
-        self.kind: Kind = "shapes" if prompt is not None and is_caption(prompt) else "video"
+        self.prompt = prompt
         self._fps, self._first, self._block = fps, first, block
-        self._meter: shape_meter.ShapeMeter | video_meter.VideoMeter
-        if self.kind == "shapes":
-            assert prompt is not None
-            self._meter = shape_meter.ShapeMeter(prompt, fps=fps)
-        else:
-            self._meter = video_meter.VideoMeter()
+        self._meter: shape_meter.ShapeMeter | video_meter.VideoMeter | None = None
 
     def add(self, frames: Frames) -> None:
         """The next frames, uint8 [n, H, W, 3]."""
+        if self._meter is None:
+            square = frames.ndim == 4 and frames.shape[1] == frames.shape[2]
+            if square and self.prompt is not None and is_caption(self.prompt):
+                self._meter = shape_meter.ShapeMeter(self.prompt, fps=self._fps)
+            else:
+                self._meter = video_meter.VideoMeter()
         self._meter.add(frames)
 
+    @property
+    def kind(self) -> Kind:
+        """Against what it is measured, once there are frames."""
+        return "shapes" if isinstance(self._meter, shape_meter.ShapeMeter) else "video"
+
     def report(self) -> dict[str, Any]:
-        """The video is over: its report as plain data."""
+        """The video is over: its report as plain data; UserError if it had too few frames."""
+        if self._meter is None:
+            raise UserError("A video without frames cannot be measured.")
         blocks = {"first": self._first, "block": self._block}
         if isinstance(self._meter, shape_meter.ShapeMeter):
             return to_json(shape_meter.report(self._meter.measures(), **blocks))
@@ -313,11 +329,10 @@ def draw_curves(
 
     `curves`: the title of each curve to draw; those of `CURVES` by default.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plots need matplotlib: pip install matplotlib") from error
+    require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     titles = dict(curves or CURVES[kind])
     if kind == "shapes":
         titles["survival"] = "survival (share of videos)"

@@ -42,9 +42,14 @@ def training_command(
 
 def split_batch(config: Config, processes: int) -> tuple[int, int]:
     """Ranks, and videos per rank and micro-batch: the most that divide an update evenly."""
-    videos = config.global_batch_size or config.total_batch_size or config.batch_size
+    videos = videos_per_update(config)
     ranks = _largest_divisor(videos, processes)
     return ranks, _largest_divisor(videos // ranks, config.batch_size)
+
+
+def videos_per_update(config: Config) -> int:
+    """How many videos an update is made from when `training_command` trains."""
+    return config.global_batch_size or config.total_batch_size or config.batch_size
 
 
 def _largest_divisor(number: int, limit: int) -> int:

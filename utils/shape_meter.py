@@ -8,7 +8,7 @@ at size 64), colours in grey levels (0 to 255), distances between colours Euclid
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ EDGES = np.array(list(BACKGROUNDS.values()), np.float32)  # [backgrounds, top an
 
 ACCURACY_SECONDS = 5.0
 MOTION_SECONDS = 0.5
+HIDDEN_SECONDS = 0.5  # the longest that one shape of the world hides behind another
 
 _CHUNK = 32  # frames read at a time
 _SLOTS = 3  # shapes looked for in a frame: one more than a prompt may ask for
@@ -323,9 +324,10 @@ def _motion(position: Array, shape: ShapeAttributes, fps: float) -> Array:
 
     From each position the law (the prompt's speed along each axis, reflection at the walls) says
     the next half second, up to the signs of the velocity, where the better is taken. The motion
-    is 1 - rms(seen - law) / rms(start - law), at least 0; 0 where the shape is absent; NaN for the
-    last half second.
+    is 1 - rms(seen - law) / rms(start - law), at least 0; 0 where the shape is absent for longer
+    than it can be hidden; NaN for the last half second.
     """
+    position = _bridge(position, round(HIDDEN_SECONDS * fps))
     steps = round(MOTION_SECONDS * fps)
     motion = np.full(len(position), np.nan)
     if len(position) <= steps:
@@ -344,6 +346,18 @@ def _motion(position: Array, shape: ShapeAttributes, fps: float) -> Array:
     skill = 1 - np.sqrt(error / np.maximum(still, 1e-6))
     motion[: len(ahead)] = np.where(np.isnan(skill), 0, np.maximum(skill, 0))
     return motion
+
+
+def _bridge(position: Array, longest: int) -> Array:
+    """Positions [F, 2] with gaps (NaN) of at most so many frames filled evenly."""
+    seen = np.flatnonzero(~np.isnan(position[:, 0]))
+    filled = position.copy()
+    for before, after in pairwise(seen.tolist()):
+        if 1 < after - before <= longest + 1:
+            share = np.arange(1, after - before)[:, None] / (after - before)
+            step = position[after] - position[before]
+            filled[before + 1 : after] = position[before] + share * step
+    return filled
 
 
 def _direction_right(shape: ShapeAttributes, track: ShapeTrack, fps: float) -> float:

@@ -178,11 +178,10 @@ def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
     if split not in get_args(Split):
         raise UserError(f"Unknown split {split!r}: use one of {', '.join(get_args(Split))}.")
     rng = random.Random(f"shapes/{seed}/{index}/{split}")
+    number = 1 + int(rng.random() * 2)  # outside the loop, which refuses pairs more often
     while True:
         background = _pick(rng, BACKGROUNDS)
-        shapes = sorted(
-            (_sample_shape(rng) for _ in range(1 + int(rng.random() * 2))), key=lambda s: s.radius
-        )
+        shapes = sorted((_sample_shape(rng) for _ in range(number)), key=lambda s: s.radius)
         different = len({shape.colour for shape in shapes}) == len(shapes)
         held_out = [is_held_out(shape, background) for shape in shapes]
         if different and all(held is (split == "heldout") for held in held_out):
@@ -393,12 +392,15 @@ def parse_caption(text: str) -> Attributes:
     """Recover the attributes from a caption in any phrasing; case and spacing do not matter.
 
     Raises:
-        UserError: if the text is no caption of this world.
+        UserError: if the text is no caption of this world, where no two shapes share a colour.
     """
     plain = " ".join(text.lower().split()).rstrip(".")
     for pattern in _patterns():
         if match := pattern.fullmatch(plain):
-            return _attributes_from(match.groupdict())
+            found = _attributes_from(match.groupdict())
+            if len({shape.colour for shape in found.shapes}) < len(found.shapes):
+                raise UserError(f'Two shapes of one colour cannot be told apart: "{text}".')
+            return found
     example = caption(sample_scene(0, 0).attributes, 0)
     raise UserError(f'No caption of the shapes world: "{text}". Write it like this: "{example}"')
 

@@ -5,7 +5,9 @@ block boundaries, and the way to JSON. Grey levels are 0 to 255 throughout.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -181,9 +183,13 @@ def ends(values: Array, fps: float) -> tuple[Array, Array]:
 
 
 def per_second(values: Array, fps: float) -> Array:
-    """Mean of a measure [F, ...] in each second; the last one may be short."""
-    step = round(fps)
-    return np.stack([mean(values[i : i + step]) for i in range(0, len(values), step)])
+    """Mean of a measure [F, ...] in each second; the last one may be short.
+
+    A second in which no frame begins, below one frame per second, is NaN.
+    """
+    seconds = math.ceil(len(values) / fps)
+    starts = [math.ceil(second * fps) for second in range(seconds + 1)]
+    return np.stack([mean(values[a:b]) for a, b in pairwise(starts)])
 
 
 def mean(values: Array) -> Array:

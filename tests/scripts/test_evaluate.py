@@ -10,12 +10,14 @@ import torch
 
 import scripts.evaluate
 from pipeline import load_pipeline
-from pipeline.evaluation import held_out_captions
+from pipeline.evaluation import Evaluation, held_out_captions, plan_trials
 from scripts.evaluate import main
 from utils.cli import run_main
+from utils.config import load_config
 from utils.evaluation import Judge, ResultLog, mean_and_spread, numbers, summarise
 from utils.shapes import render, sample_scene
 from utils.video import VideoWriter, read_image, read_video
+from wan.vae import WanVAE
 
 SQUARE = ["height=32", "width=32"]
 
@@ -193,8 +195,47 @@ def test_kept_videos_are_not_judged(tiny_world, tmp_path, monkeypatch):
     given = [*model(tiny_world), "--prompts", 1, "--seconds", 1, "--json", out]
     assert evaluate(*given, "--keep_videos", videos) == 0
     (prompt,) = held_out_captions(1)
-    assert [path.name for path in videos.iterdir()] == [f"{prompt}-0.mp4"]
+    video = videos / f"{prompt}-0.mp4"
+    assert set(videos.iterdir()) == {video, video.with_suffix(".json")}
     assert "vbench" not in json.loads(out.read_text())
+    # a video of another model under the same name is made again, a finished one is not
+    first = video.stat().st_mtime_ns
+    assert evaluate(*given, "--keep_videos", videos) == 0
+    assert video.stat().st_mtime_ns == first
+    changed = [*model(tiny_world), "context_noise=100", *given[len(model(tiny_world)) :]]
+    assert evaluate(*changed, "--keep_videos", videos) == 0
+    other = video.stat().st_mtime_ns
+    assert evaluate(*given, "--keep_videos", videos) == 0
+    assert video.stat().st_mtime_ns > other > first
+
+
+def test_the_first_stream_does_not_pay_for_loading(tiny_world, tmp_path, monkeypatch):
+    loaded = []
+    real = WanVAE.from_official
+    monkeypatch.setattr(WanVAE, "from_official", lambda *a, **k: loaded.append(1) or real(*a, **k))
+    config = load_config(tiny_world.config, [*SQUARE, "device=cpu"])
+    evaluation = Evaluation(config, tiny_world.checkpoint, use_ema=False, seconds=1)
+    evaluation.load(plan_trials(held_out_captions(1), 1, 0))
+    assert loaded
+
+
+def test_a_corrected_prompt_is_measured_again(tmp_path):
+    scene = sample_scene(0, 0)
+    write_clip(tmp_path / "x-0.mp4", scene, 20, beside={"prompt": "a boat"})
+    out = tmp_path / "out.json"
+    assert evaluate("--videos", tmp_path, "--json", out) == 0
+    write_clip(tmp_path / "x-0.mp4", scene, 20, beside={"prompt": scene.caption})
+    assert evaluate("--videos", tmp_path, "--json", out) == 0
+    assert set(json.loads(out.read_text())["summary"]) == {"shapes"}
+
+
+def test_a_wide_video_under_a_caption_is_none_of_this_world(tmp_path):
+    scene = sample_scene(0, 0)
+    wide = np.concatenate([render(scene, 20)] * 2, axis=2)
+    with VideoWriter(tmp_path / f"{scene.caption}-0.mp4") as writer:
+        writer.write(wide)
+    assert evaluate("--videos", tmp_path, "--json", tmp_path / "out.json") == 0
+    assert set(json.loads((tmp_path / "out.json").read_text())["summary"]) == {"video"}
 
 
 def test_spread_is_that_of_the_seeds_means():
@@ -222,6 +263,8 @@ def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
     short = ["--prompts", 1, "--seconds", 0.5, "--json", tmp_path / "out.json"]
     broken = tmp_path / "broken"
     write_clip(broken / "x-0.mp4", sample_scene(0, 0), 5, beside={"no": "prompt"})
+    single = tmp_path / "single"
+    write_clip(single / "x-0.mp4", sample_scene(0, 0), 1)
     for arguments, message in [
         ([], "say what to measure"),
         (["--videos", tmp_path / "none"], "is not a folder"),
@@ -229,12 +272,21 @@ def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
         (["--videos", broken], "does not say which prompt"),
         (["--videos", clips, "--checkpoint_path", "x"], "leave out"),
         (["--videos", clips, "--keep_videos", tmp_path], "leave out --keep_videos"),
+        (["--videos", clips, "--seconds", 5], "leave out --seconds"),
+        (["--videos", clips, "--use_ema"], "leave out --use_ema"),
+        (["--videos", clips, "sink_size=1"], "give --config_path too"),
+        (["--videos", clips, "--vbench", clips], "holds other videos"),
+        (["--videos", single, "--json", tmp_path / "out.json"], "x-0.mp4: A meter needs"),
+        ([*model(tiny_world), "--json", tmp_path], "is a folder"),
+        ([*model(tiny_world), "--plot", tmp_path], "is a folder"),
+        ([*model(tiny_world), "--vbench", clips], "holds other videos"),
+        ([*model(tiny_world), "--vbench", clips, "--keep_videos", tmp_path], "leave out --keep_"),
         ([*model(tiny_world), "--seeds", 0], "at least 1"),
         ([*model(tiny_world), "--seconds", "nan"], "--seconds nan"),
         ([*model(tiny_world), "--seconds", 0.001], "shorter than one frame"),
         ([*model(tiny_world), "--json", tmp_path / "no" / "out.json"], "does not exist"),
         ([*model(tiny_world), "--data_path", "none.txt"], "none.txt does not exist"),
-        ([*wide, *short], "square"),
+        ([*wide, *short], "give prompts with --data_path"),
     ]:
         assert evaluate(*arguments) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]

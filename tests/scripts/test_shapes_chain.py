@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import torch
 import scripts.shapes_chain as chain_script
 import train
 from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
-from scripts.shapes_chain import QUICK, STAGES, Chain, Record, Training, check_margin, main
+from scripts.shapes_chain import QUICK, STAGES, Chain, Record, Step, Training, check_margin, main
 from utils.cli import run_main
 from utils.config import load_config
 from utils.errors import UserError
 from wan.checkpoints import publish_student
+from wan.weights import read_weights
 
 SHIPPED = Path("checkpoints/shapes_rolling_forcing.pt")
 
@@ -142,7 +144,7 @@ def test_a_stopped_chain_goes_on_where_it_was(
         ran.append("first")
         return "started"
 
-    monkeypatch.setattr(chain_script, "STAGES", {"first": first, "second": failing})
+    monkeypatch.setattr(chain_script, "STAGES", {"first": Step(first), "second": Step(failing)})
     command = ["--folder", str(tmp_path)]
     assert run_main(main, command) == 2
     assert run_main(main, command) == 0
@@ -150,15 +152,55 @@ def test_a_stopped_chain_goes_on_where_it_was(
     assert "second" in capsys.readouterr().out
     assert run_main(main, command) == 0
     assert len(ran) == 3, "nothing is left to do"
-    assert run_main(main, [*command, "lr=1"]) == 2, "another chain in the same folder"
+
+
+def test_a_changed_config_is_another_stage(
+    rehearse: Callable[..., Rehearsal], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said, and --redo starts from what the stages before it had made."""
+    rehearsal = rehearse(tmp_path, quick=False)
+    command = ["--folder", str(tmp_path)]
+    assert run_main(main, [*command, "lrr=1"]) == 2
+    assert not (tmp_path / "chain.json").exists(), "nothing began"
+    assert run_main(main, command) == 0
+    rehearsal.said.clear()
+    assert run_main(main, [*command, "num_frame_per_block=1"]) == 2
+    assert "error: teacher was begun with another config; --redo" in capsys.readouterr().err
+    assert run_main(main, [*command, "--redo", "vae_short", "lr=1e-5"]) == 2
+    assert "text_encoder was begun" in capsys.readouterr().err
+    vae = tmp_path / "models" / "Shapes" / VAE_FILE
+    vae.write_text("of a later stage")
+    assert run_main(main, [*command, "--redo", "vae_short", "--until", "vae_short"]) == 0
+    assert read_weights(vae)["conv1.weight"].dtype == torch.float16, "of the stage before"
+    assert [words[1] for _, words in rehearsal.said[-1:]] == [
+        str(chain_script.ROOT / "configs" / "shapes" / "vae_short.yaml")
+    ]
+    assert list(json.loads((tmp_path / "chain.json").read_text())["stages"])[-1] == "vae_short"
+
+
+def test_a_quick_chain_needs_what_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chain_script, "ROOT", tmp_path)
+    shutil.copytree("configs", tmp_path / "configs")
+    assert run_main(main, ["--quick", "--folder", str(tmp_path / "out")]) == 2
+    assert "Shapes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"stages"'])
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "chain.json").write_text(content)
+    assert run_main(main, ["--folder", str(tmp_path)]) == 2
+    assert run_main(main, ["--folder", str(tmp_path / "chain.json")]) == 2
 
 
 def test_time_of_all_starts_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 60.0, 100.0, 130.0])
+    clock, now = iter([0.0, 60.0, 100.0, 130.0]), {"a": "hash"}
     monkeypatch.setattr(chain_script.time, "perf_counter", lambda: next(clock))
-    with pytest.raises(KeyboardInterrupt), Record(tmp_path / "chain.json", {}).timed("a"):
+    with pytest.raises(KeyboardInterrupt), Record(tmp_path / "chain.json", now).timed("a"):
         raise KeyboardInterrupt
-    again = Record(tmp_path / "chain.json", {})
+    again = Record(tmp_path / "chain.json", now)
     with again.timed("a"):
         pass
     again.finish("a", "good")

@@ -53,7 +53,8 @@ def test_a_clip_is_a_function_of_seed_index_and_split():
 
 def test_scenes_stay_what_they_were_in_earlier_versions():
     assert sample_scene(0, 0).caption == (
-        "On a maroon background, a large purple circle moving slowly to the lower left."
+        "A gray background: a small green square glides to the upper right at a slow pace and "
+        "further back a small cyan circle glides to the upper left at a fast pace."
     )
 
 
@@ -93,7 +94,8 @@ def test_scenes_cover_every_attribute_and_keep_the_rules():
     for field, table in {**tables, "direction": DIRECTIONS}.items():
         assert {getattr(shape, field) for shape in shapes} == set(table)
     assert {scene.background for scene in drawn} == set(BACKGROUNDS)
-    assert 0.4 < np.mean([len(scene.shapes) == 2 for scene in drawn]) < 0.6
+    for split in ("train", "heldout"):
+        assert 0.4 < np.mean([len(scene.shapes) == 2 for scene in scenes(600, split)]) < 0.6
     for scene in drawn:
         assert len({shape.colour for shape in scene.shapes}) == len(scene.shapes)
         radii = [shape.radius for shape in scene.shapes]
@@ -241,6 +243,15 @@ def test_a_caption_reads_as_promised():
 def test_a_foreign_caption_is_refused_with_an_example():
     with pytest.raises(UserError, match="Write it like this"):
         parse_caption("a cat on a beach")
+
+
+def test_two_shapes_of_one_colour_are_refused():
+    two = next(scene for scene in scenes(20) if len(scene.shapes) == 2).attributes
+    front, back = two.shapes
+    twins = Attributes(two.background, (front, replace(back, colour=front.colour)))
+    for phrasing in range(len(PHRASINGS)):
+        with pytest.raises(UserError, match="told apart"):
+            parse_caption(caption(twins, phrasing))
 
 
 def test_every_shape_has_room_for_its_run_up_in_every_direction():

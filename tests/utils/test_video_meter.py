@@ -94,6 +94,17 @@ def test_boundaries_are_before_frame_9_and_every_twelfth_after_it():
     assert video_meter.flicker(changes, first=4, block=4).boundary == 1
 
 
+@pytest.mark.parametrize("fps", [12.5, 16, 29.5, 0.4])
+def test_a_second_is_a_second_at_any_rate(fps):
+    frames = round(240 * fps)
+    times = np.arange(frames) / fps
+    curve = video_meter.per_second(np.floor(times + 1e-9), fps)
+    assert len(curve) == 240
+    known = ~np.isnan(curve)
+    assert known.all() or fps < 1
+    assert np.array_equal(curve[known], np.arange(240)[known])
+
+
 def test_a_report_is_json():
     video = walk(20)
     loaded = json.loads(json.dumps(video_meter.to_json(video_meter.report(video)), allow_nan=False))
