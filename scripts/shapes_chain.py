@@ -12,7 +12,7 @@ stage. Use the result with `model_root=runs/shapes/models --checkpoint_path
 runs/shapes/checkpoints/shapes_rolling_forcing.pt`.
 
 With `--quick` each stage makes a few updates, starting from the weights that ship for the stages
-before it (text encoder and VAE start from scratch), and has to lower its own held-out loss by the
+before it (text encoder, VAE and teacher start from scratch), and has to lower its own held-out loss by the
 share in `QUICK`; the student has to keep most of its ODE initialisation's prompt accuracy.
 """
 
@@ -72,7 +72,10 @@ QUICK = {
     "vae_images": Quick(0.3, ("max_steps=60", "lr_warmup_steps=5", "ema_start_step=1000")),
     "vae_short": Quick(0.03, ("max_steps=20", "lr=1e-4", "lr_warmup_steps=5", "heldout_videos=4")),
     "vae": Quick(0.01, ("max_steps=10", "lr=1e-4", "lr_warmup_steps=5", "heldout_videos=4")),
-    "teacher": Quick(0.2, ("max_steps=60", "lr_warmup_steps=5", "heldout_videos=16")),
+    "teacher_short": Quick(0.2, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=16")),
+    "teacher": Quick(
+        0.2, ("random_init=true", "max_steps=60", "lr_warmup_steps=5", "heldout_videos=16")
+    ),
     "ode_init": Quick(0.1, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=8")),
     "rolling_forcing": Quick(0.01, ("max_steps=10", "heldout_videos=4", "ema_start_step=1000")),
 }
@@ -391,6 +394,7 @@ STAGES: dict[str, Stage] = {
     "vae_short": Training("vae_short", install_vae, from_shipped=False),
     "vae": Training("vae", install_vae, from_shipped=False),
     "latents": LATENTS,
+    "teacher_short": Training("teacher_short", install_teacher, stored("latents")),
     "teacher": Training("teacher", install_teacher, stored("latents")),
     "ode_pairs": ODE_PAIRS,
     "ode_init": Training("ode_init", install_student("ode_init"), stored("ode_pairs")),

@@ -189,7 +189,8 @@ def _check_items(config: Config, data: Dataset, latent: Sequence[int]) -> None:
     if config.trainer == "ode":
         _check_trajectories(config, data, size)
     elif config.trainer == "diffusion" and isinstance(data, LatentDataset):
-        if data.item_shape != size:
+        frames, *frame = data.item_shape
+        if frames < size[0] or frame != [*latent]:
             raise UserError(
                 f"the latents in {config.data_path} are of {data.item_shape}, the config of "
                 f"{size}: encode the videos again with this config"

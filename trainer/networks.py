@@ -128,10 +128,11 @@ def make_player(
     lr = config.lr_critic if critic else config.lr
     betas = (config.beta1_critic, config.beta2_critic) if critic else (config.beta1, config.beta2)
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    decay = config.weight_decay
     return Player(
         name,
         module,
-        torch.optim.AdamW(trained.values(), lr=lr, betas=betas, weight_decay=config.weight_decay),
+        torch.optim.AdamW(trained.values(), lr=lr, betas=betas, weight_decay=decay, fused=True),
         learning_rate_schedule(config, lr, critic=critic),
         config.max_grad_norm,
         config.ema_weight if ema and config.ema_weight > 0 else None,

@@ -151,9 +151,12 @@ class GeneratorTask(Task):
         return self.config.load_raw_video
 
     def _latents(self, batch: Batch) -> Tensor:
-        """Clean latents of a batch `[B, F, C, h, w]`, encoded here if the data are videos."""
+        """Clean latents of a batch `[B, F, C, h, w]`, encoded here if the data are videos.
+
+        Of stored latents the first frames, if they are more than the config's.
+        """
         if "latents" in batch:
-            return batch["latents"].to(self.world.device)
+            return batch["latents"][:, : self.config.image_or_video_shape[1]].to(self.world.device)
         assert self.vae is not None, "load_raw_video loads it"
         with self.timer.phase("encode"):
             return self.vae.encode(self._video(batch)).float()

@@ -120,6 +120,7 @@ def test_every_item_comes_once_per_epoch_however_it_is_dealt(
     [
         ("flow", {}, (16, 3, 4), "the latents in .* are of .* the config of"),
         ("flow", {"image_or_video_shape": [1, FRAMES + 1, *LATENT]}, LATENT, "encode the videos"),
+        ("flow", {"image_or_video_shape": [1, FRAMES - 1, *LATENT]}, LATENT, None),
         ("flow", {"prompt_dropout": 0.5, "text_embeddings": None}, LATENT, None),
         ("flow", {"sample_every": 1, "sample_prompts": ["a tree"]}, LATENT, "prompt 'a tree'"),
         (
