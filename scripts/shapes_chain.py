@@ -12,8 +12,8 @@ stage. Use the result with `model_root=runs/shapes/models --checkpoint_path
 runs/shapes/checkpoints/shapes_rolling_forcing.pt`.
 
 With `--quick` each stage makes a few updates, starting from the weights that ship for the stages
-before it (text encoder, VAE and teacher start from scratch), and has to lower its own held-out loss by the
-share in `QUICK`; the student has to keep most of its ODE initialisation's prompt accuracy.
+before it (text encoder, VAE and teacher start from scratch), and has to lower its own held-out loss
+by the share in `QUICK`; the student has to keep most of its ODE initialisation's prompt accuracy.
 """
 
 import argparse

@@ -165,7 +165,7 @@ def test_a_changed_config_is_another_stage(
     assert run_main(main, command) == 0
     rehearsal.said.clear()
     assert run_main(main, [*command, "num_frame_per_block=1"]) == 2
-    assert "error: teacher was begun with another config; --redo" in capsys.readouterr().err
+    assert "error: teacher_short was begun with another config; --redo" in capsys.readouterr().err
     assert run_main(main, [*command, "--redo", "vae_short", "lr=1e-5"]) == 2
     assert "text_encoder was begun" in capsys.readouterr().err
     vae = tmp_path / "models" / "Shapes" / VAE_FILE
