@@ -11,7 +11,7 @@ from utils.embeddings import EmbeddingStore, pad_batch, trim
 from utils.errors import UserError
 from wan.text_encoder import WanTextEncoder
 
-REMEMBERED = 4096  # embeddings kept; about 6 GB at 4096 channels and 100 tokens
+REMEMBERED_BYTES = 2 * 2**30  # of embeddings kept
 
 
 class TextSource:
@@ -39,7 +39,8 @@ class TextSource:
         self._encoder_device = device if name == "auto" else choose_device(name)
         self._stored = EmbeddingStore(config.text_embeddings) if config.text_embeddings else None
         self._encoder: WanTextEncoder | None = None
-        self._remembered: dict[str, Tensor] = {}
+        self._remembered: dict[str, Tensor] = {}  # the oldest first
+        self._remembered_bytes = 0
         self.remembers = True
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -57,15 +58,19 @@ class TextSource:
     def _one(self, prompt: str) -> Tensor:
         """`[tokens, dim]`, on the CPU."""
         if prompt in self._remembered:
-            return self._remembered[prompt]
+            embedding = self._remembered.pop(prompt)
+            self._remembered[prompt] = embedding  # the newest is the last
+            return embedding
         if self._stored is not None:
             embedding = self._stored[prompt]
         else:
             embedding = trim(self.encoder().encode([prompt])[0].float().cpu())
         if self.remembers:
-            if len(self._remembered) >= REMEMBERED:
-                self._remembered.clear()
             self._remembered[prompt] = embedding
+            self._remembered_bytes += embedding.nbytes
+            while self._remembered_bytes > REMEMBERED_BYTES and len(self._remembered) > 1:
+                oldest = self._remembered.pop(next(iter(self._remembered)))
+                self._remembered_bytes -= oldest.nbytes
         return embedding
 
     def encoder(self) -> WanTextEncoder:
