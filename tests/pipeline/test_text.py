@@ -10,7 +10,9 @@ from tests.conftest import TinyWorld
 from utils.config import load_config
 
 
-def test_the_newest_embeddings_are_kept(tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_embeddings_are_kept(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load_config(tiny_world.config, ["device=cpu"])
     files = ModelFiles.find(config, config.generator_name)
     cpu = torch.device("cpu")
