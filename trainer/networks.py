@@ -132,7 +132,7 @@ def make_player(
     return Player(
         name,
         module,
-        torch.optim.AdamW(trained.values(), lr=lr, betas=betas, weight_decay=decay, fused=True),
+        torch.optim.AdamW(trained.values(), lr=lr, betas=betas, weight_decay=decay, foreach=True),
         learning_rate_schedule(config, lr, critic=critic),
         config.max_grad_norm,
         config.ema_weight if ema and config.ema_weight > 0 else None,
