@@ -25,6 +25,7 @@ from pipeline.attention_maps import AttentionMap, AttentionRecorder, group_names
 from utils.cli import check_outputs, require_matplotlib, run_main, set_up_logging
 from utils.config import load_config
 from utils.errors import UserError
+from utils.evaluation import write_text
 from utils.video import part_path
 
 PRINTED_ROWS = 40  # up to here the numbers are written into their cells
@@ -91,8 +92,7 @@ def write_json(path: Path, prompt: str, maps: Sequence[AttentionMap]) -> None:
     """Every map with its groups: `groups` holds [share, number of frames] by name."""
     entries = [asdict(entry) | {"groups": entry.groups} for entry in maps]
     text = json.dumps({"prompt": prompt, "maps": entries}, ensure_ascii=False)
-    part_path(path).write_text(text, encoding="utf-8")
-    part_path(path).replace(path)
+    write_text(path, text)
 
 
 def draw(maps: Sequence[AttentionMap], out: Path, prompt: str) -> None:

@@ -117,7 +117,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("say what to measure: --config_path (and --checkpoint_path), or --videos")
     if args.videos is not None:
         for flag in GENERATING_FLAGS:
-            if getattr(args, flag) is not None:
+            if vars(args)[flag] is not None:
                 raise UserError(f"--videos measures what is there; leave out --{flag}")
         if args.overrides and args.config_path is None:
             raise UserError(f"{args.overrides[0]} changes a config; give --config_path too")
@@ -285,8 +285,9 @@ def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks:
     kinds = sorted({result["kind"] for result in results})
     summary = {kind: summarise([r for r in results if r["kind"] == kind]) for kind in kinds}
     devices = sorted({result["device"] for result in results if "device" in result})
+    made_on = {"device": ", ".join(devices)} if devices else {}
     content = {
-        "settings": {**run.settings, "device": ", ".join(devices)},
+        "settings": {**run.settings, **made_on},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.batch import UNRELATED_KEYS
 from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE, ModelFiles
 from trainer.trainer import recipe
-from utils.cli import run_main
+from utils.cli import make_folder, run_main
 from utils.config import (
     ROOT,
     TRAINING_KEYS,
@@ -105,6 +105,10 @@ class Chain:
     def data(self, name: str) -> Path:
         """Folder of stored data."""
         return self.folder / "data" / name
+
+    def logdir(self, name: str) -> Path:
+        """Folder of a training."""
+        return self.folder / "train" / name
 
     def python(self, script: str, *arguments: object, spread: bool = True) -> None:
         """Run one of the project's scripts, `spread` over all processes; UserError if it fails."""
@@ -181,7 +185,7 @@ class Training:
         config = load_config(chain.config(self.name), overrides)
         if not (config.max_steps and config.heldout_every):
             raise UserError(f"{self.name}: max_steps and heldout_every must be above 0")
-        logdir = chain.folder / "train" / self.name
+        logdir = chain.logdir(self.name)
         chain.train(self.name, config, logdir, overrides)
         final = final_export(logdir, config.max_steps)
         if final is None:
@@ -195,7 +199,7 @@ class Training:
     def restore(self, chain: Chain) -> None:
         """Install once more what the finished training ended with, if it is finished."""
         steps = load_config(chain.config(self.name), self._changes(chain)).max_steps
-        final = final_export(chain.folder / "train" / self.name, steps or 0)
+        final = final_export(chain.logdir(self.name), steps or 0)
         if final is not None:
             self.install(chain, final)
 
@@ -210,7 +214,7 @@ class Training:
 
     def folders(self, chain: Chain) -> list[Path]:
         """The run."""
-        return [chain.folder / "train" / self.name]
+        return [chain.logdir(self.name)]
 
     def _changes(self, chain: Chain) -> list[str]:
         quick = (*QUICK[self.name].overrides, "log_iters=1000000", "heldout_every=1000000")
@@ -485,15 +489,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_folder(folder: Path) -> Path:
-    """The absolute path of a folder, made if it is missing; UserError if that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    return folder.absolute()
-
-
 def go_back(chain: Chain, record: Record, name: str) -> None:
     """To right before a stage: without what it and later ones made, with what the others had."""
     number = list(STAGES).index(name)
@@ -527,7 +522,8 @@ def main(argv: Sequence[str]) -> int:
         check_shipped(chain)
     names = list(STAGES)
     names = names[: names.index(args.until) + 1 if args.until else None]
-    record = Record(open_folder(folder) / "chain.json", identities)
+    make_folder(chain.folder)
+    record = Record(chain.folder / "chain.json", identities)
     if args.redo:
         go_back(chain, record, args.redo)
     record.check(names)

@@ -18,7 +18,7 @@ from tokenizers.models import Unigram
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.components import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
-from utils.cli import run_main
+from utils.cli import make_folder, run_main
 from utils.errors import UserError
 from utils.shapes import sample_scene
 from wan.text_encoder import WanTextEncoder, WanTokenizer
@@ -87,10 +87,7 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     if (args.folder / TEXT_ENCODER_FILE).exists():
         raise UserError(f"{args.folder} holds a text encoder already; give another --folder")
-    try:
-        args.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {args.folder}: {error.strerror}") from error
+    make_folder(args.folder)
     (args.folder / "config.json").write_text(json.dumps(DIT, indent=1) + "\n", encoding="utf-8")
     size = write_tokenizer(args.folder / TOKENIZER_FOLDER)
     tokenizer = WanTokenizer.from_folder(args.folder / TOKENIZER_FOLDER)

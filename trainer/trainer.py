@@ -55,23 +55,11 @@ FREE_KEYS = {
 }
 
 
-def fixed_values(config: Config) -> dict[str, Any]:
-    """The settings that make another run of it if they change."""
-    return {key: value for key, value in to_dict(config).items() if key not in free_keys(config)}
-
-
 def recipe(config: Config) -> dict[str, Any]:
     """What decides the weights that a training ends with, as far as a config says it."""
+    fixed = {key: value for key, value in to_dict(config).items() if key not in FREE_KEYS}
     videos = videos_per_update(config)
-    return {**fixed_values(config), "max_steps": config.max_steps, "videos_per_update": videos}
-
-
-def free_keys(config: Config) -> set[str]:
-    """The settings that may change from one start to the next.
-
-    A cosine ends at `max_steps`, so another end is another learning rate in every step.
-    """
-    return FREE_KEYS - ({"max_steps"} if config.lr_schedule == "cosine" else set())
+    return {**fixed, "max_steps": config.max_steps, "videos_per_update": videos}
 
 
 # Phases that are no part of training a step. All but the first follow the step's line in the log,
@@ -328,7 +316,8 @@ class Trainer:
     def _check_same_run(self, run: Mapping[str, Any]) -> None:
         """Raise UserError naming the keys in which this config is another one."""
         ours, theirs = to_dict(self.config), run["config"]
-        free = free_keys(self.config)
+        # A cosine ends at max_steps, so another end is another learning rate in every step.
+        free = FREE_KEYS - ({"max_steps"} if self.config.lr_schedule == "cosine" else set())
         differing = [
             f"{key} ({theirs.get(key)} -> {ours.get(key)})"
             for key in sorted(ours.keys() | theirs.keys())

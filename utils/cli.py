@@ -33,6 +33,14 @@ def check_outputs(*paths: Path | None) -> None:
             raise UserError(f"the folder of {path} does not exist; make it first")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents; UserError if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
 def require_matplotlib() -> None:
     """UserError if it is not installed, before the work that is to be drawn."""
     try:
