@@ -20,14 +20,15 @@ def flow_matching_loss(
     timesteps: Tensor,
     text: TextContext,
     *,
-    shift: float,
+    shift: float | None,
     context: AttentionContext | None = None,
     clean: Tensor | None = None,
     clean_timesteps: Tensor | None = None,
 ) -> LossResult:
     """E[w(t) |v_theta(x_t, t) - (e - x_0)|^2].
 
-    `latents` and `noise` `[B, F, C, h, w]`, `timesteps` `[B, F]`. `context` None is full attention.
+    `latents` and `noise` `[B, F, C, h, w]`, `timesteps` `[B, F]`. `shift` is that of the weights,
+    see `training_weight`; with None w is 1. `context` None is full attention.
     With `clean` `[B, F, C, h, w]` (teacher forcing) the network sees these frames, at
     `clean_timesteps`, in front of the noisy ones; the context has to be made for `2F` frames.
     """
@@ -38,7 +39,8 @@ def flow_matching_loss(
         inputs, times = torch.cat([clean, noisy], dim=1), torch.cat([at, timesteps], dim=1)
     flow = dit(inputs, times, text, context)[:, -frames:]
     error = (flow.float() - (noise - latents)).square().mean(dim=(2, 3, 4))  # [B, F]
-    loss = (training_weight(timesteps, shift) * error).mean()
+    weight = 1.0 if shift is None else training_weight(timesteps, shift)
     return LossResult(
-        loss, {"flow/error": error.detach().mean(), "flow/timestep": timesteps.float().mean()}
+        (weight * error).mean(),
+        {"flow/error": error.detach().mean(), "flow/timestep": timesteps.float().mean()},
     )

@@ -76,6 +76,9 @@ QUICK = {
     "teacher": Quick(
         0.2, ("random_init=true", "max_steps=60", "lr_warmup_steps=5", "heldout_videos=16")
     ),
+    "teacher_motion": Quick(
+        0.2, ("random_init=true", "max_steps=60", "lr_warmup_steps=5", "heldout_videos=16")
+    ),
     "ode_init": Quick(0.1, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=8")),
     "rolling_forcing": Quick(0.01, ("max_steps=10", "heldout_videos=4", "ema_start_step=1000")),
 }
@@ -400,6 +403,7 @@ STAGES: dict[str, Stage] = {
     "latents": LATENTS,
     "teacher_short": Training("teacher_short", install_teacher, stored("latents")),
     "teacher": Training("teacher", install_teacher, stored("latents")),
+    "teacher_motion": Training("teacher_motion", install_teacher, stored("latents")),
     "ode_pairs": ODE_PAIRS,
     "ode_init": Training("ode_init", install_student("ode_init"), stored("ode_pairs")),
     "rolling_forcing": Training(

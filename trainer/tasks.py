@@ -396,7 +396,7 @@ class FlowMatching(GeneratorTask):
             draws.normal(Purpose.NOISE, latents.shape[1:]).to(device),
             self._timesteps(draws, frames).to(device),
             self.generator.encode_text(self.text(prompts)),
-            shift=config.generator_shift,
+            shift=config.generator_shift if config.weighting_scheme == "bell" else None,
             context=self.context,
             clean=clean,
             clean_timesteps=clean_timesteps,

@@ -180,6 +180,7 @@ class Config:
     diffusion_forcing: bool
     clean_context_noise: float
     prompt_dropout: float
+    weighting_scheme: Literal["bell", "none"]
     vae: Vae
     # training, data
     data_path: str | None

@@ -26,7 +26,7 @@ from trainer.trainer import Trainer
 from utils.datasets import write_shard
 from utils.draws import Draws
 from utils.video import VideoWriter
-from wan.flow import shift_timesteps
+from wan.flow import shift_timesteps, training_weight
 from wan.vae import WanVAE
 
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -90,6 +90,23 @@ def test_the_modes_of_flow_matching_are_different_objectives(
             item = trainer.batches["generator"].dataset[0]
             found[mode] = losses(trainer, item, 7).item()
     assert len({round(loss, 6) for loss in found.values()}) == len(SWITCHES)
+
+
+@pytest.mark.parametrize("scheme", ["bell", "none"])
+def test_the_scheme_weighs_every_timestep(
+    scheme: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Of one video with one timestep, the loss is its error times the weight of that timestep."""
+    changes = training_world.flow(weighting_scheme=scheme)
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        shift = trainer.config.generator_shift
+        item = trainer.batches["generator"].dataset[0]
+        batch = {"latents": item["latents"][None], "prompt": [item["prompt"]]}
+        with torch.no_grad():
+            result = trainer.task.loss("generator", batch, Draws(0, 7, (0,)))
+    at = result.metrics["flow/timestep"]
+    expected = training_weight(at, shift) if scheme == "bell" else torch.ones(())
+    torch.testing.assert_close(result.loss / result.metrics["flow/error"], expected)
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.5, 5, 27), (1.0, 32, 32)])
