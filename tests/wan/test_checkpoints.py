@@ -115,7 +115,7 @@ def test_diffusers_folder(tmp_path: Path) -> None:
     twin.save_pretrained(tmp_path / "transformer")
     config = load_dit_config(tmp_path)
     for size in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim"):
-        assert getattr(config, size) == getattr(CONFIG, size)
+        assert vars(config)[size] == vars(CONFIG)[size]
     names = official_to_diffusers_names(empty_dit(config).state_dict())
     expected = {official: twin.state_dict()[new] for official, new in names.items()}
     assert_is(load_dit(config, tmp_path), expected)
