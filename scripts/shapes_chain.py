@@ -67,17 +67,15 @@ class Quick:
     overrides: tuple[str, ...]
 
 
-QUICK_TEACHER = Quick(
-    0.2, ("random_init=true", "max_steps=30", "lr_warmup_steps=5", "heldout_videos=16")
-)
 QUICK = {
     "text_encoder": Quick(0.2, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=64")),
     "vae_images": Quick(0.3, ("max_steps=40", "lr_warmup_steps=5", "ema_start_step=1000")),
     "vae_short": Quick(0.01, ("max_steps=20", "lr=3e-5", "lr_warmup_steps=5", "heldout_videos=8")),
     "vae": Quick(0.005, ("max_steps=10", "lr=3e-5", "lr_warmup_steps=5", "heldout_videos=4")),
     "teacher_short": Quick(0.2, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=16")),
-    "teacher": QUICK_TEACHER,
-    "teacher_motion": QUICK_TEACHER,
+    "teacher": Quick(
+        0.2, ("random_init=true", "max_steps=30", "lr_warmup_steps=5", "heldout_videos=16")
+    ),
     "ode_init": Quick(0.1, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=8")),
     # The loss is the critic's, so the student stands almost still.
     "rolling_forcing": Quick(
@@ -334,7 +332,7 @@ LATENTS = Precomputing(
     "scripts/encode_videos.py",
     "teacher",
     keys=("image_or_video_shape", "dtype"),
-    training=6144,
+    training=4096,
     heldout=64,
     flags=("--storage_dtype", "bfloat16", "--shard_size", "64"),
     quick_flags=("--storage_dtype", "bfloat16", "--shard_size", "16"),
@@ -406,7 +404,6 @@ STAGES: dict[str, Stage] = {
     "latents": LATENTS,
     "teacher_short": Training("teacher_short", install_teacher, stored("latents")),
     "teacher": Training("teacher", install_teacher, stored("latents")),
-    "teacher_motion": Training("teacher_motion", install_teacher, stored("latents")),
     "ode_pairs": ODE_PAIRS,
     "ode_init": Training("ode_init", install_student("ode_init"), stored("ode_pairs")),
     "rolling_forcing": Training(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from itertools import count
+from itertools import combinations, count
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -31,6 +31,16 @@ FPS = 16
 
 RUN_UP_SECONDS = 0.75
 """No shape meets a wall before this time, so the direction in a caption can be seen."""
+
+START_SPREAD = 6.0
+"""A shape comes from the wall or corner behind it: its start is uniform in a square of twice this
+size, in units, beside that wall and halfway along it."""
+
+PAIRS = 1 / 3
+"""Share of the scenes that have two shapes."""
+
+LANE = 10.0
+"""Of two shapes the front one starts this far left of its heading, the other right, in units."""
 
 COLOURS: dict[str, RGB] = {
     "red": (220, 30, 40),
@@ -167,10 +177,11 @@ class ShapesDataset:
 
 
 def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
-    """Scene `index` of the data set `seed`: one shape or, as often, two of different colours.
+    """Scene `index` of the data set `seed`: one shape, or two of different colours (`PAIRS`).
 
-    Of two shapes the smaller is in front, so none is ever hidden by a larger one. In "train" no
-    shape is held out (see `is_held_out`), in "heldout" all are.
+    Of two shapes the smaller is in front, so none is ever hidden by a larger one. Each starts at
+    the wall that it moves away from, the two side by side. In "train" no shape is held out (see
+    `is_held_out`), in "heldout" all are.
 
     Raises:
         UserError: if the split is unknown.
@@ -178,13 +189,17 @@ def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
     if split not in get_args(Split):
         raise UserError(f"Unknown split {split!r}: use one of {', '.join(get_args(Split))}.")
     rng = random.Random(f"shapes/{seed}/{index}/{split}")
-    number = 1 + int(rng.random() * 2)  # outside the loop, which refuses pairs more often
+    number = 1 + int(rng.random() < PAIRS)  # outside the loop, which refuses pairs more often
     while True:
         background = _pick(rng, BACKGROUNDS)
-        shapes = sorted((_sample_shape(rng) for _ in range(number)), key=lambda s: s.radius)
-        different = len({shape.colour for shape in shapes}) == len(shapes)
-        held_out = [is_held_out(shape, background) for shape in shapes]
-        if different and all(held is (split == "heldout") for held in held_out):
+        drawn = sorted((_sample_attributes(rng) for _ in range(number)), key=lambda s: s.radius)
+        different = len({shape.colour for shape in drawn}) == len(drawn)
+        held_out = [is_held_out(shape, background) for shape in drawn]
+        if not different or not all(held is (split == "heldout") for held in held_out):
+            continue
+        lanes = (0.0,) if number == 1 else (-LANE, LANE)
+        shapes = [_place(rng, *pair) for pair in zip(drawn, lanes, strict=True)]
+        if all(_apart(*pair) for pair in combinations(shapes, 2)):
             break
     scene = Scene(background, tuple(shapes), "")
     text = caption(scene.attributes, int(rng.random() * len(PHRASINGS)))
@@ -206,15 +221,27 @@ def _pick(rng: random.Random, table: Mapping[str, object]) -> str:
     return list(table)[int(rng.random() * len(table))]
 
 
-def _sample_shape(rng: random.Random) -> Shape:
+def _sample_attributes(rng: random.Random) -> ShapeAttributes:
     tables: dict[str, Mapping[str, object]] = {"kind": KINDS, "colour": COLOURS, "size": SIZES}
     tables |= {"speed": SPEEDS, "direction": DIRECTIONS}
-    names = {field: _pick(rng, table) for field, table in tables.items()}
-    low, high = ShapeAttributes(**names).bounds
-    run_up = np.array(ShapeAttributes(**names).velocity) * RUN_UP_SECONDS
+    return ShapeAttributes(**{field: _pick(rng, table) for field, table in tables.items()})
+
+
+def _place(rng: random.Random, shape: ShapeAttributes, lane: float) -> Shape:
+    """The shape at its start, `lane` units to the right of the middle of its way."""
+    low, high = shape.bounds
+    x, y = DIRECTIONS[shape.direction]
+    behind = np.sign(np.round((x, y), 6)) * ((high - low) / 2 - START_SPREAD)
+    middle = (low + high) / 2 - behind + lane * np.array((-y, x))
+    run_up = np.array(shape.velocity) * RUN_UP_SECONDS
     low, high = low - np.minimum(run_up, 0), high - np.maximum(run_up, 0)
+    low, high = np.clip((middle - START_SPREAD, middle + START_SPREAD), low, high)
     x, y = low + (high - low) * np.array([rng.random(), rng.random()])
-    return Shape(**names, position=(float(x), float(y)))
+    return Shape(**vars(shape), position=(float(x), float(y)))
+
+
+def _apart(one: Shape, other: Shape) -> bool:
+    return math.dist(one.position, other.position) >= one.radius + other.radius
 
 
 # Drawing

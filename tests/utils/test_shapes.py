@@ -1,4 +1,5 @@
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,12 @@ from utils.shapes import (
     COLOURS,
     DIRECTIONS,
     KINDS,
+    LANE,
     PHRASINGS,
     RUN_UP_SECONDS,
     SIZES,
     SPEEDS,
+    START_SPREAD,
     WORLD,
     Attributes,
     Scene,
@@ -53,8 +56,8 @@ def test_a_clip_is_a_function_of_seed_index_and_split():
 
 def test_scenes_stay_what_they_were_in_earlier_versions():
     assert sample_scene(0, 0).caption == (
-        "A gray background: a small green square glides to the upper right at a slow pace and "
-        "further back a small cyan circle glides to the upper left at a fast pace."
+        "A slow large yellow triangle that heads to the lower right, with a maroon background "
+        "behind it."
     )
 
 
@@ -95,7 +98,7 @@ def test_scenes_cover_every_attribute_and_keep_the_rules():
         assert {getattr(shape, field) for shape in shapes} == set(table)
     assert {scene.background for scene in drawn} == set(BACKGROUNDS)
     for split in ("train", "heldout"):
-        assert 0.4 < np.mean([len(scene.shapes) == 2 for scene in scenes(600, split)]) < 0.6
+        assert 0.28 < np.mean([len(scene.shapes) == 2 for scene in scenes(600, split)]) < 0.39
     for scene in drawn:
         assert len({shape.colour for shape in scene.shapes}) == len(scene.shapes)
         radii = [shape.radius for shape in scene.shapes]
@@ -136,6 +139,30 @@ def test_the_direction_of_the_caption_lasts_for_the_run_up():
                 np.arange(frames) / 16, np.array(shape.velocity)
             )
             np.testing.assert_allclose(shape.positions(frames), straight, atol=1e-9)
+
+
+def test_shapes_start_at_the_wall_behind_them_side_by_side():
+    for scene in scenes(300):
+        lanes = [0.0] if len(scene.shapes) == 1 else [-LANE, LANE]
+        for shape, lane in zip(scene.shapes, lanes, strict=True):
+            x, y = DIRECTIONS[shape.direction]
+            low, high = shape.bounds
+            at_the_wall = np.where(np.sign([x, y]) > 0, low + START_SPREAD, high - START_SPREAD)
+            still = np.abs([x, y]) < 1e-9
+            middle = np.where(still, (low + high) / 2, at_the_wall) + lane * np.array([-y, x])
+            assert (np.abs(shape.position - middle) <= START_SPREAD + 1e-9).all()
+        if len(scene.shapes) == 2:
+            front, back = scene.shapes
+            assert math.dist(front.position, back.position) >= front.radius + back.radius
+
+
+def test_shapes_pass_over_each_other():
+    def nearest(scene):
+        front, back = (shape.positions(160) for shape in scene.shapes)
+        return np.linalg.norm(front - back, axis=1).min()
+
+    pairs = [scene for scene in scenes(300) if len(scene.shapes) == 2]
+    assert np.mean([nearest(scene) < scene.shapes[0].radius for scene in pairs]) > 0.4
 
 
 def test_a_long_clip_continues_a_short_one():
