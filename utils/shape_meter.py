@@ -187,7 +187,7 @@ def prompt_accuracy(measures: Measures) -> PromptAccuracy:
 
     Background, count, colour, kind and size are right if they are so in most frames; speed if the
     median speed is nearer, in ratio, to the right one than to the other; direction if the straight
-    line through the run-up (0.75 s) points within 22.5 degrees of it, at 3 units per second at
+    line through the run-up (1.25 s) points within 22.5 degrees of it, at 3 units per second at
     least.
     """
     span = round(ACCURACY_SECONDS * measures.seen.fps)

@@ -29,14 +29,14 @@ WORLD = 64.0
 
 FPS = 16
 
-RUN_UP_SECONDS = 0.75
+RUN_UP_SECONDS = 1.25
 """No shape meets a wall before this time, so the direction in a caption can be seen."""
 
 START_SPREAD = 6.0
 """A shape comes from the wall or corner behind it: its start is uniform in a square of twice this
 size, in units, beside that wall and halfway along it."""
 
-PAIRS = 1 / 3
+PAIRS = 1 / 4
 """Share of the scenes that have two shapes."""
 
 LANE = 10.0
@@ -68,9 +68,9 @@ BACKGROUNDS: dict[str, tuple[RGB, RGB]] = {
 SIZES = {"small": 7.0, "large": 11.0}
 """Radius in units. Shapes of one size have one area, pi * radius^2, whatever their kind."""
 
-SPEEDS = {"slow": 12.0, "fast": 30.0}
-"""Units per second. In a latent frame of Wan (4 frames, cells of 8 pixels) a slow shape moves 3
-pixels and a fast one 7.5, just under a cell."""
+SPEEDS = {"slow": 10.0, "fast": 20.0}
+"""Units per second. In a latent frame of Wan (4 frames, cells of 8 pixels) a slow shape moves 2.5
+pixels and a fast one 5, well under a cell."""
 
 _HALF = math.sqrt(0.5)
 DIRECTIONS: dict[str, tuple[float, float]] = {

@@ -165,6 +165,7 @@ CORRUPTIONS = {
         "motion": (0.5, 0.06),
         "sharpness": (0.24, 0.03),
         "drift_sharpness": (-0.48, 0.06),
+        "brightness_flicker": (1, 0.2),
     },
     speckle: {
         "artefacts": (0.025, 0.005),
@@ -308,7 +309,7 @@ def test_a_shape_that_turns_into_another_survives_until_then():
 def test_a_shape_that_is_hidden_for_a_moment_moves_on():
     """What covers it is no fault of its motion; to be away for longer is."""
     front = shape("large red square", "slow right", 20.0, 32.0)
-    hidden = shape("large blue square", "fast right", 4.0, 32.0)
+    hidden = shape("large blue square", "fast left", 50.0, 32.0)
     scene = Scene("white", (front, hidden), "")
     whole = measure(render(scene, 48), scene.attributes)
     assert np.isnan(whole.seen.shapes[1].position[:, 0]).any(), "it was hidden"
