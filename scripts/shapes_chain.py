@@ -67,15 +67,16 @@ class Quick:
     overrides: tuple[str, ...]
 
 
+QUICK_TEACHER = Quick(
+    0.2, ("random_init=true", "max_steps=30", "lr_warmup_steps=5", "heldout_videos=16")
+)
 QUICK = {
     "text_encoder": Quick(0.2, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=64")),
     "vae_images": Quick(0.3, ("max_steps=40", "lr_warmup_steps=5", "ema_start_step=1000")),
     "vae_short": Quick(0.01, ("max_steps=20", "lr=3e-5", "lr_warmup_steps=5", "heldout_videos=8")),
     "vae": Quick(0.005, ("max_steps=10", "lr=3e-5", "lr_warmup_steps=5", "heldout_videos=4")),
-    "teacher_short": Quick(0.2, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=16")),
-    "teacher": Quick(
-        0.2, ("random_init=true", "max_steps=30", "lr_warmup_steps=5", "heldout_videos=16")
-    ),
+    "teacher_short": QUICK_TEACHER,
+    "teacher": QUICK_TEACHER,
     "ode_init": Quick(0.1, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=8")),
     # The loss is the critic's, so the student stands almost still.
     "rolling_forcing": Quick(

@@ -231,7 +231,7 @@ def _place(rng: random.Random, shape: ShapeAttributes, lane: float) -> Shape:
     """The shape at its start, `lane` units to the right of the middle of its way."""
     low, high = shape.bounds
     right, down = DIRECTIONS[shape.direction]
-    to_wall = np.sign(np.round((right, down), 6)) * ((high - low) / 2 - START_SPREAD)
+    to_wall = np.sign((right, down)) * ((high - low) / 2 - START_SPREAD)
     middle = (low + high) / 2 - to_wall + lane * np.array((-down, right))
     run_up = np.array(shape.velocity) * RUN_UP_SECONDS
     low, high = low - np.minimum(run_up, 0), high - np.maximum(run_up, 0)

@@ -165,7 +165,7 @@ CORRUPTIONS = {
         "motion": (0.5, 0.06),
         "sharpness": (0.24, 0.03),
         "drift_sharpness": (-0.48, 0.06),
-        "brightness_flicker": (1, 0.2),
+        "brightness_flicker": (0.92, 0.05),  # the jump is inside a block
     },
     speckle: {
         "artefacts": (0.025, 0.005),
