@@ -26,7 +26,7 @@ test: venv  ## the fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 test-slow: venv  ## the tests of more than a few seconds
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow and not gpu"
 
 test-all: test test-slow
 

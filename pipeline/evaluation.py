@@ -13,7 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.batch import Outputs, model_settings
-from pipeline.components import ModelFiles, block_layout, device_name, video_shape
+from pipeline.components import (
+    ModelFiles,
+    block_layout,
+    choose_device,
+    choose_dtype,
+    device_name,
+    video_shape,
+)
 from pipeline.schedule import BlockLayout
 from pipeline.text_to_video import VideoPipeline, load_pipeline
 from utils.config import Config, find_file
@@ -87,7 +94,8 @@ class Evaluation:
     def settings(self) -> dict[str, Any]:
         """What the result of a trial depends on, besides the trial itself."""
         model = model_settings(self.config, self.checkpoint, use_ema=self.use_ema)
-        return {**model, "video_frames": self.video_frames}
+        dtype = choose_dtype(self.config.dtype, choose_device(self.config.device))
+        return {**model, "video_frames": self.video_frames, "computed_in": str(dtype)}
 
     def export_path(self, trial: Trial) -> Path | None:
         """Where the video of a trial goes, if anywhere."""
@@ -157,7 +165,10 @@ class Evaluation:
 
 
 def vbench_name(prompt: str, index: int) -> str:
-    """`{prompt}-{index}.mp4` with the exact prompt, as far as a file name can hold it."""
-    tail = f"-{index}.mp4"
+    """`{prompt}-{index}.mp4` with the exact prompt, as far as a file name can hold it.
+
+    The `.json` beside the video has to fit, too.
+    """
+    tail = f"-{index}"
     stem = re.sub(r"[/\\\x00-\x1f]", "_", prompt)
-    return clip_utf8(stem, MAX_NAME_BYTES - len(tail)) + tail
+    return f"{clip_utf8(stem, MAX_NAME_BYTES - len(f'{tail}.json'))}{tail}.mp4"

@@ -52,6 +52,7 @@ from utils.launch import (
     script_command,
     training_command,
 )
+from utils.shape_meter import METER_VERSION
 from utils.video import contact_sheet, spread_frames, write_png
 from utils.video_meter import mean as mean_of_known
 from wan.checkpoints import publish_student
@@ -345,6 +346,7 @@ class Measurement:
         asked = Evaluation(config, self.weights, use_ema=False, seconds=self.seconds).settings
         trials = plan_trials(held_out_captions(self.prompts), self.seeds, config.seed)
         made = [(result["prompt"], result["seed"]) for result in content["videos"]]
+        asked |= {"meter": METER_VERSION}
         same = all(content["settings"].get(name) == value for name, value in asked.items())
         return same and made == [(trial.prompt, trial.seed) for trial in trials]
 
@@ -543,14 +545,38 @@ def make_table(short: Figures, long: Figures) -> str:
     lines = [f"{describe(short, long)}. {LEGEND}", ""]
     lines.append(markdown_row(["variant", *(column.title for column in COLUMNS)]))
     lines.append(markdown_row(["---", *("---:" for _ in COLUMNS)]))
+    made = {
+        variant.key: [figures[variant.key] for figures in (short, long) if variant.key in figures]
+        for variant in rows
+    }
+    changes = {key: changed(contents) for key, contents in made.items()}
+    alike = len(set(changes.values())) == 1
     for variant in rows:
+        title = variant.title if alike else f"{variant.title}{changes[variant.key]}"
         videos = [figures.get(variant.key, {}).get("videos", []) for figures in (short, long)]
-        lines.append(markdown_row([variant.title, *(cell(c, *videos) for c in COLUMNS)]))
+        lines.append(markdown_row([title, *(cell(c, *videos) for c in COLUMNS)]))
     lines.append("")
     for variant in rows:
-        parts = f"`configs/shapes/{variant.config}.yaml` with `shapes_{variant.weights}.pt`"
+        config, weights = (
+            " and ".join(dict.fromkeys(shown_path(c["settings"][key]) for c in made[variant.key]))
+            for key in ("config", "checkpoint")
+        )
+        parts = f"{config} with {weights}{changes[variant.key]}"
         lines.append(f"- **{variant.title}** ({parts}): {variant.why}.")
     return "\n".join(lines) + "\n"
+
+
+def changed(contents: Sequence[dict[str, Any]]) -> str:
+    """The overrides that figures were made with, to follow a name; empty if there were none."""
+    seen = dict.fromkeys(item for c in contents for item in c["settings"]["overrides"])
+    return "".join(f", {override}" for override in seen)
+
+
+def shown_path(path: str) -> str:
+    """A file as people know it: from the project's root on, if it is in there."""
+    absolute = Path(path).absolute()
+    inside = absolute.is_relative_to(ROOT)
+    return f"`{absolute.relative_to(ROOT) if inside else path}`"
 
 
 def describe(*figures: Figures) -> str:
@@ -560,10 +586,9 @@ def describe(*figures: Figures) -> str:
         prompts = len({result["prompt"] for result in content["videos"]})
         seeds = len({result["seed"] for result in content["videos"]})
         settings = content["settings"]
-        changed = "".join(f", {override}" for override in settings["overrides"])
         seen.append(
             f"{prompts} prompts × {seeds} seeds × {settings['seconds']:g} s on "
-            f"{settings['device']}{changed}"
+            f"{settings['device']}{changed([content])}"
         )
     return "; ".join(dict.fromkeys(seen))
 

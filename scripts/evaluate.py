@@ -21,7 +21,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.evaluation import Judge, Result, ResultLog, draw_curves, summarise, table, write_json
 from utils.prompts import read_prompts
+from utils.shape_meter import METER_VERSION
 from utils.video import frame_rate, read_video_chunks
 from wan.checkpoints import load_dit_config
 
@@ -95,19 +96,18 @@ def main(argv: Sequence[str]) -> int:
     check_flags(args)
     run = videos_run(args) if args.videos is not None else generated_run(args, ranks)
     log = ResultLog(args.json, fingerprint(run.identity), ranks.rank)
-    kept = log.read()
-    mine = ranks.share(run.keys)
-    missing = [key for key in mine if key not in kept or not run.is_there(key)]
+    left = run.left(log.read())
+    missing = [key for key in ranks.share(run.keys) if key in left]
     if missing:
         run.prepare(missing)
     for key in tqdm(missing, "videos", disable=not ranks.is_main):
         log.append(key, run.measure(key))
     kept = log.read()
-    left = [key for key in run.keys if key not in kept or not run.is_there(key)]
-    if left:
-        print(f"{len(left)} of {len(run.keys)} videos are still being made by other ranks")
-        return 0
-    finish(args, run, [kept[key] for key in run.keys], ranks)
+    still = run.left(kept)
+    if still:
+        print(f"{len(still)} of {len(run.keys)} videos are still being made by other ranks")
+    elif left or ranks.is_main:  # the last to end; of ranks that had nothing to do, the main one
+        finish(args, run, [kept[key] for key in run.keys], ranks)
     return 0
 
 
@@ -152,6 +152,10 @@ class Run:
         self.keys, self.measure, self.identity = list(keys), measure, identity
         self.settings, self.prepare, self.is_there = settings, prepare, is_there
 
+    def left(self, kept: Mapping[str, Result]) -> list[str]:
+        """Keys of what has still to be made or measured."""
+        return [key for key in self.keys if key not in kept or not self.is_there(key)]
+
 
 def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Videos that a model makes."""
@@ -175,9 +179,9 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
             "give prompts with --data_path"
         )
     trials = {t.key: t for t in plan_trials(prompts, args.seeds or 1, config.seed)}
-    if args.vbench is not None:
-        check_vbench_folder(args.vbench, [vbench_name(t.prompt, t.index) for t in trials.values()])
-    identity = evaluation.settings
+    names = {key: vbench_name(t.prompt, t.index) for key, t in trials.items()}
+    check_exports(names, evaluation.export, judged=args.vbench is not None)
+    identity = {**evaluation.settings, "meter": METER_VERSION}
 
     return Run(
         list(trials),
@@ -206,8 +210,8 @@ def videos_run(args: argparse.Namespace) -> Run:
     if not files:
         raise UserError(f"--videos {args.videos} holds no .mp4 file")
     exported = {key: vbench_name(*prompt_of(file)) for key, file in files.items()}
-    if args.vbench is not None:
-        check_vbench_folder(args.vbench, exported.values())
+    names = {files[key].name: name for key, name in exported.items()}
+    check_exports(names, args.vbench, judged=True)
     first, block = 9, 12
     if args.config_path is not None:
         config = load_config(args.config_path, args.overrides)
@@ -226,7 +230,7 @@ def videos_run(args: argparse.Namespace) -> Run:
         copy = args.vbench / exported[key]
         return copy.is_file() and file_hash(copy) == file_hash(files[key])
 
-    settings = {"frames_in_first_block": first, "frames_per_block": block}
+    settings = {"frames_in_first_block": first, "frames_per_block": block, "meter": METER_VERSION}
     return Run(
         list(files),
         measure,
@@ -301,7 +305,7 @@ def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks:
     if args.plot is not None:
         for kind in kinds:
             name = args.plot if len(kinds) == 1 else args.plot.with_stem(f"{args.plot.stem}_{kind}")
-            draw_curves(kind, {args.json.stem: summary[kind]}, name)
+            draw_curves(kind, {args.json.stem: summary[kind]}, name, tag=f".{ranks.rank}")
             print(name)
     print(args.json)
     if args.vbench is not None:
@@ -320,10 +324,19 @@ def export(source: Path, target: Path) -> None:
         raise UserError(f"Cannot write {target}: {error.strerror}.") from error
 
 
-def check_vbench_folder(folder: Path, names: Iterable[str]) -> None:
-    """UserError if the folder holds other videos, since VBench scores all that it finds."""
-    other = {path.name for path in folder.glob("*.mp4")} - set(names)
-    if other:
+def check_exports(names: Mapping[str, str], folder: Path | None, *, judged: bool) -> None:
+    """UserError if two videos would have one name in the folder, or strangers be `judged` there."""
+    if folder is None:
+        return
+    first: dict[str, str] = {}
+    for video, name in names.items():
+        if name in first:
+            raise UserError(
+                f"{first[name]} and {video} would both be {folder / name}; leave one of them out"
+            )
+        first[name] = video
+    other = {path.name for path in folder.glob("*.mp4")} - set(names.values())
+    if judged and other:  # VBench scores all that it finds
         raise UserError(f"{folder} holds other videos, as {min(other)}; give an empty folder")
 
 

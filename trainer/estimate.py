@@ -15,7 +15,6 @@ from trainer.data import (
     open_training_data,
     plan_batches,
 )
-from trainer.networks import compute_dtype
 from trainer.sharding import shards_of, strategy_of
 from utils.config import ROOT, Config
 from utils.errors import UserError
@@ -62,10 +61,14 @@ def network_memory(
     trained = 0 if frozen else sum(p.numel() for p in dit.parameters() if p.requires_grad)
     shards = shards_of(strategy_of(config, role), world, local_world, config.hybrid_shard_size)
     share, moving = -(-count // shards), -(-trained // shards) * FP32
-    low = compute_dtype(config)
-    size = low.itemsize if frozen and low else FP32
+    size = planned_dtype(config).itemsize if frozen else FP32
     average = moving if role == "generator" and config.ema_weight > 0 else 0
     return NetworkMemory(role, name, count, shards, share * size, 2 * moving, moving, average)
+
+
+def planned_dtype(config: Config) -> torch.dtype:
+    """What a run computes in on GPUs, for which it is planned."""
+    return torch.float32 if config.mixed_precision is False else torch.bfloat16
 
 
 def networks_of(config: Config) -> dict[str, str]:
@@ -110,7 +113,7 @@ def cache_bytes(config: Config, sizes: DiTConfig) -> int:
         config,
         sizes,
         batch=config.batch_size,
-        dtype=compute_dtype(config) or torch.float32,
+        dtype=planned_dtype(config),
         device=torch.device("meta"),
         recent_frames=config.num_training_frames,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.captions import CaptionReader
 from model.lora import add_lora, with_adapters
 from model.vae import Autoencoder, init_autoencoder
-from pipeline.components import ModelFiles
+from pipeline.components import ModelFiles, computes_in_bf16
 from pipeline.text import TextSource
 from trainer.ema import EMA
 from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard_module, strategy_of
@@ -60,9 +60,12 @@ class Player:
             self.ema.update(self.trained)
 
 
-def compute_dtype(config: Config) -> torch.dtype | None:
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     """bf16 under mixed precision; None leaves the dtype of the weights."""
-    return torch.bfloat16 if config.mixed_precision else None
+    mixed = config.mixed_precision
+    if mixed is None:
+        mixed = computes_in_bf16(device)
+    return torch.bfloat16 if mixed else None
 
 
 def build_dit(
@@ -72,7 +75,7 @@ def build_dit(
 
     Trained ones have fp32 master weights; frozen ones are kept in the compute dtype.
     """
-    low = compute_dtype(config)
+    low = compute_dtype(config, world.device)
     dit = empty_dit(load_dit_config(folder))
     if not trained and low is not None:
         dit.to(low)
@@ -161,7 +164,7 @@ def build_text(config: Config, world: World, text_len: int) -> TextSource:
     files = ModelFiles.find(config, config.generator_name)
     if not config.text_embeddings:
         files.require(files.text_encoder, files.tokenizer)
-    dtype = torch.bfloat16 if config.mixed_precision else torch.float32
+    dtype = compute_dtype(config, world.device) or torch.float32
     text = TextSource(config, files, text_len=text_len, dtype=dtype, device=world.device)
     everywhere = config.text_encoder_device == "auto" and not config.text_embeddings
     strategy = strategy_of(config, "text_encoder")
@@ -194,7 +197,7 @@ def build_caption_reader(
         torch.manual_seed(config.seed)
         reader = CaptionReader(encoder.model, encoder.dim, classes).to(world.device)
     reader.requires_grad_(True).train()
-    low = compute_dtype(config)
+    low = compute_dtype(config, world.device)
     if world.size > 1 or low is not None:
         mesh = make_mesh(strategy_of(config, "text_encoder"), world, config.hybrid_shard_size)
         shard_module(reader, [], mesh, low)
@@ -212,7 +215,7 @@ def build_trained_vae(config: Config, world: World) -> Autoencoder:
     else:
         vae = build_vae(config, world)
     module = Autoencoder(vae.to(world.device).model.requires_grad_(True).train())
-    low = compute_dtype(config)
+    low = compute_dtype(config, world.device)
     if world.size > 1 or low is not None:
         mesh = make_mesh(strategy_of(config, "generator"), world, config.hybrid_shard_size)
         shard_module(module, [], mesh, low)

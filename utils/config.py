@@ -217,7 +217,7 @@ class Config:
     ema_start_step: int
     lora: Lora | None
     # training, memory and speed
-    mixed_precision: bool
+    mixed_precision: bool | None
     gradient_checkpointing: bool
     sharding_strategy: Literal["full", "hybrid", "hybrid_full", "none"]
     sharding: Sharding

@@ -19,7 +19,7 @@ from utils.cli import require_matplotlib
 from utils.errors import UserError
 from utils.shapes import parse_caption
 from utils.video import part_path
-from utils.video_meter import DRIFT_SECONDS, Frames, to_json
+from utils.video_meter import Frames, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,6 @@ Kind = Literal["shapes", "video"]
 Result = dict[str, Any]
 
 SURVIVAL_SECONDS = (5, 60, 300)
-LATE_CURVES = (
-    *("background_right", "colour_right", "kind_right", "size_right", "right"),
-    *("motion", "speed_ratio"),
-)
 
 
 class Judge:
@@ -133,15 +129,11 @@ def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def extra_measures(result: Result) -> dict[str, float]:
     """What is made of a result besides its report.
 
-    `late.NAME`: means over the last five seconds. `survival.Ns`: 1 if it survived N seconds, for
-    the N that the video is long enough for. `fps` and `first_frame_s` of its making.
+    `survival.Ns`: 1 if it survived N seconds, for the N that the video is long enough for. `fps`
+    and `first_frame_s` of its making.
     """
     report = result["report"]
     extra = {}
-    for name in LATE_CURVES:
-        if name in report["per_second"]:
-            late = report["per_second"][name][-round(DRIFT_SECONDS) :]
-            extra[f"late.{name}"] = float(video_meter.mean(np.array(late, float)))
     if "survived_seconds" in report:
         for seconds in SURVIVAL_SECONDS:
             if report["seconds"] >= seconds:
@@ -251,7 +243,7 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
             "accuracy.direction",
             "accuracy.speed",
         ),
-        "right in the last 5 s": tuple(f"late.{name}" for name in LATE_CURVES),
+        "right in the last 5 s": tuple(f"late.{name}" for name in shape_meter.LATE),
         "drift, last 5 s - first 5 s": (
             "drift.background_error",
             "drift.colour_error",
@@ -324,10 +316,13 @@ def draw_curves(
     summaries: Mapping[str, Mapping[str, Any]],
     out: Path,
     curves: Mapping[str, str] | None = None,
+    *,
+    tag: str = "",
 ) -> None:
     """Write a PNG of the per-second curves, one line for each named summary, spread as a band.
 
-    `curves`: the title of each curve to draw; those of `CURVES` by default.
+    `curves`: the title of each curve to draw; those of `CURVES` by default. `tag` tells writers
+    apart.
     """
     require_matplotlib()
     import matplotlib as mpl
@@ -355,8 +350,9 @@ def draw_curves(
             axis.set_visible(False)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-        figure.savefig(part_path(out), format="png", dpi=130)
-    part_path(out).replace(out)
+        part = part_path(out.with_name(f"{out.stem}{tag}{out.suffix}"))
+        figure.savefig(part, format="png", dpi=130)
+    part.replace(out)
 
 
 def _draw_curve(axis: Any, label: str, curve: Mapping[str, Sequence[float | None]]) -> None:

@@ -36,8 +36,8 @@ START_SPREAD = 6.0
 """A shape comes from the wall or corner behind it: its start is uniform in a square of twice this
 size, in units, beside that wall and halfway along it."""
 
-PAIRS = 1 / 4
-"""Share of the scenes that have two shapes."""
+PAIRS: dict[Split, float] = {"train": 1 / 2, "heldout": 1 / 4}
+"""Share of the scenes that have two shapes. They are harder to learn, so training has more."""
 
 LANE = 10.0
 """Of two shapes the front one starts this far left of its heading, the other right, in units."""
@@ -189,7 +189,8 @@ def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
     if split not in get_args(Split):
         raise UserError(f"Unknown split {split!r}: use one of {', '.join(get_args(Split))}.")
     rng = random.Random(f"shapes/{seed}/{index}/{split}")
-    number = 1 + int(rng.random() < PAIRS)  # outside the loop, which refuses pairs more often
+    # outside the loop, which refuses pairs more often
+    number = 1 + int(rng.random() < PAIRS[split])
     while True:
         background = _pick(rng, BACKGROUNDS)
         drawn = sorted((_sample_attributes(rng) for _ in range(number)), key=lambda s: s.radius)

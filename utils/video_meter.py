@@ -28,7 +28,7 @@ class FrameStatistics:
     """Per frame: colour mean and spread [F, 3]; contrast, sharpness, change, brightness [F].
 
     Contrast is the standard deviation of the luma; sharpness the variance of its Laplacian;
-    change the mean absolute difference to the frame before (0 for the first frame).
+    change the mean absolute difference to the frame before (NaN for the first frame).
     """
 
     mean: Array
@@ -60,7 +60,7 @@ class VideoDrift:
     """Last five seconds against the first five (see `drift`).
 
     `mean` and `std` are distances in grey levels over the three channels; contrast, sharpness and
-    motion are relative changes: -0.5 says that half of it is gone.
+    motion are relative changes: -0.5 says that half of it is gone; NaN if there was none.
     """
 
     mean: float
@@ -137,7 +137,7 @@ class VideoMeter:
             pixels = frame.astype(np.float32)
             luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
             flat = pixels.reshape(-1, 3)
-            change = 0.0 if self._before is None else np.abs(pixels - self._before).mean()
+            change = np.nan if self._before is None else np.abs(pixels - self._before).mean()
             row = (flat.mean(0), flat.std(0), luma.std(), _laplacian(luma).var(), change)
             self._rows.append(row)
             self._before = pixels
@@ -156,7 +156,7 @@ def video_drift(seen: FrameStatistics, fps: float) -> VideoDrift:
     for name in ("contrast", "sharpness", "change"):
         values = getattr(seen, name)[1:]
         start, _ = ends(values, fps)
-        relative[name] = float(drift(values, fps) / start) if start > 0 else 0.0
+        relative[name] = float(drift(values, fps) / start) if start > 0 else math.nan
     return VideoDrift(
         mean=float(np.linalg.norm(drift(seen.mean, fps))),
         std=float(np.linalg.norm(drift(seen.std, fps))),

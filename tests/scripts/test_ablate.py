@@ -440,18 +440,21 @@ def result(seed, prompt, *, seconds=60, survived=60, colour=1.0, late=0.5, drift
             "drift": {"background_error": drift, "colour_error": None},
             "background_flicker": {"boundary": 1.0, "inside": 1.0, "ratio": 1.25},
             "survived_seconds": survived,
+            "late": {"right": late, "motion": late},
             "per_second": dict.fromkeys(curves, curve),
         },
     }
 
 
-def write_figures(path, results):
+def write_figures(path, results, overrides=()):
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "settings": {
             "seconds": results[0]["report"]["seconds"],
             "device": "cpu (1 threads)",
-            "overrides": [],
+            "overrides": list(overrides),
+            "config": f"configs/shapes/{path.stem}.yaml",
+            "checkpoint": str(ROOT / "checkpoints" / f"shapes_{path.stem}.pt"),
         },
         "summary": {"shapes": summarise(results)},
         "videos": results,
@@ -510,7 +513,20 @@ def test_figures_are_means_with_the_spread_of_the_seeds(tmp_path, capsys):
     }
     for part in ("2 prompts × 2 seeds × 60 s", "1 prompts × 2 seeds × 300 s on cpu (1 threads)"):
         assert part in text.splitlines()[0]
-    assert "- **Self Forcing** (`configs/shapes/self_forcing.yaml` with `shapes_self_forci" in text
+    made_of = "`configs/shapes/self_forcing.yaml` with `checkpoints/shapes_self_forcing.pt`"
+    assert f"- **Self Forcing** ({made_of}): " in text
+
+
+def test_rows_of_other_settings_are_told_apart(tmp_path):
+    write_figures(tmp_path / "60s" / "rolling_forcing.json", [result(0, "a")], ["max_steps=9"])
+    assert run_main(ablate.main, ["--folder", str(tmp_path), "--table_only"]) == 0
+    alone = (tmp_path / "table.md").read_text()
+    assert list(rows(alone)) == ["Rolling Forcing"]
+    assert ", max_steps=9. Mean over" in alone
+    write_figures(tmp_path / "60s" / "self_forcing.json", [result(0, "a")])
+    assert run_main(ablate.main, ["--folder", str(tmp_path), "--table_only"]) == 0
+    both = (tmp_path / "table.md").read_text()
+    assert list(rows(both)) == ["Rolling Forcing, max_steps=9", "Self Forcing"]
 
 
 def test_long_videos_alone_tell_only_how_long_they_were_right(tmp_path):

@@ -173,6 +173,62 @@ def test_ranks_share_the_videos_and_the_last_one_sums_up(tiny_world, tmp_path, m
     assert [r["prompt"] for r in json.loads(out.read_text())["videos"]] == held_out_captions(3)
 
 
+def test_a_finished_command_ends_once_however_many_ranks_repeat_it(
+    tiny_world, tmp_path, monkeypatch, capsys
+):
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    given = [*model(tiny_world), "--prompts", 1, "--seconds", 0.5, "--json", out]
+    assert evaluate(*given) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = []
+    for rank in (1, 0):
+        capsys.readouterr()
+        monkeypatch.setenv("RANK", str(rank))
+        assert evaluate(*given, "--plot", plot) == 0
+        made.append((plot.exists(), str(out) in capsys.readouterr().out))
+    assert made == [(False, False), (True, True)]
+
+
+def test_prompts_may_be_longer_than_a_file_name(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vbench", None)
+    prompt = "a very " + "long " * 80 + "walk"
+    (tmp_path / "prompts.txt").write_text(prompt)
+    made, copied = tmp_path / "made", tmp_path / "copied"
+    given = ["--data_path", tmp_path / "prompts.txt", "--seconds", 0.5, "--keep_videos", made]
+    assert evaluate(*model(tiny_world), *given, "--json", tmp_path / "out.json") == 0
+    again = ["--videos", made, "--json", tmp_path / "again.json", "--vbench", copied]
+    assert evaluate(*again) == 0
+    (result,) = json.loads((tmp_path / "again.json").read_text())["videos"]
+    assert result["prompt"] == prompt
+    (copy,) = copied.iterdir()
+    assert copy.name.startswith("a very long long")
+    assert copy.suffix == ".mp4"
+
+
+def test_two_videos_of_one_vbench_name_are_refused(tmp_path, capsys):
+    for name in ("a-0", "a_2-0"):
+        write_clip(tmp_path / f"{name}.mp4", sample_scene(0, 0), 5, beside={"prompt": "a"})
+    out = tmp_path / "out.json"
+    assert evaluate("--videos", tmp_path, "--json", out, "--vbench", tmp_path / "named") == 2
+    assert "a-0.mp4 and a_2-0.mp4 would both be" in capsys.readouterr().err
+    assert evaluate("--videos", tmp_path, "--json", out) == 0
+
+
+def test_results_of_another_meter_are_not_used(clips, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    assert evaluate("--videos", clips, "--json", out) == 0
+    changed = {"motion": 7.0}
+    before = Judge.report
+    monkeypatch.setattr(Judge, "report", lambda self: before(self) | changed)
+    assert evaluate("--videos", clips, "--json", out) == 0
+    measures = json.loads(out.read_text())["summary"]["shapes"]["measures"]
+    assert measures["motion"]["mean"] < 2, "kept"
+    monkeypatch.setattr(scripts.evaluate, "METER_VERSION", scripts.evaluate.METER_VERSION + 1)
+    assert evaluate("--videos", clips, "--json", out) == 0
+    measures = json.loads(out.read_text())["summary"]["shapes"]["measures"]
+    assert measures["motion"]["mean"] == 7
+
+
 def test_vbench_is_called_where_it_is_installed(clips, tmp_path, monkeypatch):
     calls = []
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.shape_meter import ShapeMeter, measure, observe, report, survival
+from utils.shape_meter import ShapeMeter, measure, observe, report
 from utils.shapes import COLOURS, KINDS, Attributes, Scene, Shape, caption, render, sample_scene
 from utils.video_meter import to_json
 
@@ -319,14 +319,84 @@ def test_a_shape_that_is_hidden_for_a_moment_moves_on():
     assert report(measure(frames, SCENES[0].attributes)).motion < 0.75
 
 
-def test_survival_is_the_share_of_videos_still_right():
-    whole, gone = (
-        report(measure(f, SCENES[0].attributes))
-        for f in (render(SCENES[0], 96), vanish(render(SCENES[0], 96), None))
-    )
-    assert survival([whole, gone]) == [1, 1, 1, 0.5, 0.5, 0.5]
-    with pytest.raises(UserError, match="at least one"):
-        survival([])
+def hide_for(seconds):
+    """A white clip of 8 s in which a blue square comes, is away, and goes on; a red one stays."""
+    red = shape("large red square", "slow right", 20.0, 32.0)
+    blue = shape("large blue square", "slow right", 34.0, 32.0)
+    scene = Scene("white", (red, blue), "")
+    shown = Scene("white", (red,), "")
+    gone = slice(40, 40 + round(16 * seconds))
+    frames = render(scene, 128)
+    frames[gone] = render(shown, 128)[gone]
+    return measure(frames, scene.attributes)
+
+
+def test_what_is_hidden_is_not_wrong_for_as_long_as_the_world_hides_it():
+    covered = hide_for(1.4)
+    assert np.isnan(covered.right[40:60]).all()
+    gone = hide_for(2)
+    assert (gone.right[40:72] == 0).all()
+
+
+@pytest.mark.parametrize(("index", "until"), [(110, 3590), (40, 4005), (282, 1260), (11, 1500)])
+def test_true_shapes_that_hide_each_other_for_long_survive(index, until):
+    """The longest times that scenes of the data set hide a shape (see `HIDDEN_SECONDS`)."""
+    scene = sample_scene(0, index, split="heldout")
+    measures = measure(render(scene, 112, start=until - 80), scene.caption)
+    assert not measures.seen.shapes[1].present.all() or index == 11
+    assert report(measures).survived_seconds == 7
+    assert not (measures.right == 0).any()
+
+
+def test_a_pair_that_is_one_shape_is_wrong_from_the_start():
+    pair = SCENES[2]
+    alone = Scene(pair.background, pair.shapes[:1], "")
+    measures = measure(render(alone, 96), pair.attributes)
+    assert (measures.right == 0).all()
+    assert report(measures).survived_seconds == 0
+
+
+def test_an_unclear_shape_hides_no_wrong_one():
+    front = shape("large red square", "slow right", 24.0, 32.0)
+    back = shape("large blue star", "slow right", 28.0, 32.0)
+    scene = Scene("white", (front, back), "")
+    frames = render(scene, 24)
+    measures = measure(frames, scene.attributes)
+    assert np.isnan(measures.right).all(), "too little of the star is visible to judge it"
+    (square, star) = scene.attributes.shapes
+    wrong = Attributes("white", (type(square)(**{**asdict(square), "kind": "circle"}), star))
+    measures = measure(frames, wrong)
+    assert (measures.right == 0).all()
+    assert report(measures).survived_seconds == 0
+    frozen = np.repeat(frames[:1], 80, axis=0)
+    assert (measure(frozen, scene.attributes).right == 0).all(), "unclear for too long"
+
+
+def test_the_last_five_seconds_are_counted_in_frames():
+    frames = np.concatenate([render(SCENES[0], 80), vanish(render(SCENES[0], 2), None)[-1:]])
+    frames[-1] = frames[-1, 0, 0]
+    result = report(measure(frames, SCENES[0].attributes))
+    assert result.per_second["right"][-1] == 0
+    assert result.late["right"] == pytest.approx(1 - 1 / 40)  # halves: the video is under 10 s
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "message"),
+    [
+        (render(SCENES[0], 20), 1, "from 2 frames/s on, not at 1"),
+        (render(SCENES[0], 20, size=8), 16, "from 16 pixels on, not 8"),
+    ],
+)
+def test_what_is_too_coarse_to_measure_is_refused(frames, fps, message):
+    with pytest.raises(UserError, match=message):
+        measure(frames, SCENES[0].attributes, fps=fps)
+
+
+def test_a_direction_that_cannot_be_seen_is_unknown():
+    result = report(measure(render(SCENES[0], 20, fps=2.5), SCENES[0].attributes, fps=2.5))
+    assert np.isnan(result.accuracy.direction)
+    assert result.accuracy.kind == 1
+    assert result.motion > 0.9
 
 
 # Whatever a network draws

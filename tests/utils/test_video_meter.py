@@ -71,6 +71,22 @@ def test_a_video_that_stops_loses_its_motion():
     assert abs(result.drift.contrast) < 1e-6
 
 
+def test_what_was_nothing_has_no_relative_drift():
+    rng = np.random.default_rng(0)
+    video = np.zeros((160, 16, 16, 3), np.uint8)
+    video[80:] = rng.integers(0, 256, video[80:].shape)
+    result = video_meter.report(video)
+    assert result.drift.mean > 100
+    assert np.isnan([result.drift.contrast, result.drift.sharpness, result.drift.motion]).all()
+
+
+def test_the_first_frame_has_no_change():
+    video = np.zeros((32, 16, 16, 3), np.uint8)
+    video[::2] = 80
+    curve = video_meter.report(video).per_second["change"]
+    assert curve == [pytest.approx(80), pytest.approx(80)]
+
+
 def test_flicker_sees_jumps_at_block_boundaries_only():
     video = np.repeat(walk(1), 105, 0)
     block = (np.arange(105) - 9) // 12 + 1
