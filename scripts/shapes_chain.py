@@ -333,7 +333,7 @@ LATENTS = Precomputing(
     "scripts/encode_videos.py",
     "teacher",
     keys=("image_or_video_shape", "dtype"),
-    training=2048,
+    training=3072,
     heldout=64,
     flags=("--storage_dtype", "bfloat16", "--shard_size", "64"),
     quick_flags=("--storage_dtype", "bfloat16", "--shard_size", "16"),
