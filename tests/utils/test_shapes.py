@@ -97,8 +97,9 @@ def test_scenes_cover_every_attribute_and_keep_the_rules():
     for field, table in {**tables, "direction": DIRECTIONS}.items():
         assert {getattr(shape, field) for shape in shapes} == set(table)
     assert {scene.background for scene in drawn} == set(BACKGROUNDS)
-    for split in ("train", "heldout"):
-        assert 0.2 < np.mean([len(scene.shapes) == 2 for scene in scenes(600, split)]) < 0.3
+    for split, share in (("train", 1 / 2), ("heldout", 1 / 4)):
+        pairs = np.mean([len(scene.shapes) == 2 for scene in scenes(600, split)])
+        assert abs(pairs - share) < 0.05
     for scene in drawn:
         assert len({shape.colour for shape in scene.shapes}) == len(scene.shapes)
         radii = [shape.radius for shape in scene.shapes]
