@@ -6,9 +6,9 @@
 
 Weights that ship (`checkpoints/shapes_*.pt`) are used where the config is the one that they were
 trained with. What is missing, changed by `key=value` or in `--configs` (with `--retrain`, all) is
-trained in the folder. What is finished is skipped, so the same command goes on where it was
-stopped; results of other weights, another config or other numbers are made anew. `key=value` goes
-to every training and evaluation. The folder gets
+trained in the folder, from the ODE initialisation that ships. What is finished is skipped, so the
+same command goes on where it was stopped; results of other weights, another config or other numbers
+are made anew. `key=value` goes to every training and evaluation. The folder gets
 
     table.md                     the table; --write also puts it between the marks of a page
     curves.png, curves_300s.png  the main variants, second by second

@@ -3,8 +3,8 @@
     python scripts/plot_run.py logs/run
     python scripts/plot_run.py logs/run logs/ablation --out compare.png --smooth 20
 
-One run: every metric is a line. Several runs: a colour per run, a line style per metric; the
-critic's loss by timestep and the seconds per phase are then means over the last quarter of each.
+One run: the main metrics, one line each. Several runs: a colour per run, a line style per metric,
+and of the critic's loss by timestep and the seconds per phase the means over their last quarters.
 """
 
 import argparse

@@ -107,8 +107,9 @@ class ShapeMeasures:
     """One shape against its prompt, per frame [F] (1 or 0 for right or wrong).
 
     An absent shape has nothing right and no motion. A measure without a value is NaN: those of
-    what is hidden behind another shape for at most 1.5 s, kind and size while under half of a shape
-    is visible for at most 4 s, the area while part of it is hidden.
+    what is hidden behind another shape for at most 1.5 s (but the motion, which is then taken to be
+    even), kind and size while under half of a shape is visible for at most 4 s, the area while part
+    of it is hidden.
     """
 
     colour_right: Array
@@ -203,9 +204,9 @@ def prompt_accuracy(measures: Measures) -> PromptAccuracy:
     """Judge what the caption says over the first five seconds.
 
     Background, count, colour, kind and size are right if they are so in most frames; speed if the
-    median speed is nearer, in ratio, to the right one than to the other; direction if the straight
-    line through the run-up (1.25 s) points within 22.5 degrees of it, at 2.5 units per second at
-    least. The direction is NaN below 4 frames in the run-up.
+    median speed is within a factor of sqrt(2) of the right one; direction if the straight line
+    through the run-up (1.25 s) points within 22.5 degrees of it, at 2.5 units per second at least.
+    The direction is NaN below 4 frames in the run-up.
     """
     span = round(ACCURACY_SECONDS * measures.seen.fps)
     pairs = list(zip(measures.prompt.shapes, measures.shapes, strict=True))
