@@ -216,11 +216,11 @@ CURVES = {
 }
 
 LEGEND = (
-    "Mean over all videos ± standard deviation (n - 1) of the seeds' means. Prompt followed: mean "
-    "of colour, kind, background and direction. Drift: error in the last 5 s minus that in the "
-    "first 5 s, in grey levels; that of the colour counts shapes that are seen. Right for a time: "
-    "share of the videos in which every shape has its colour and kind for so long. The formulas "
-    "are in docs/shapes.md."
+    "Mean over all videos ± standard deviation (n - 1) of the seeds' means, where there are "
+    "several. Prompt followed: mean of colour, kind, background and direction. Drift: error in "
+    "the last 5 s minus that in the first 5 s, in grey levels; that of the colour counts shapes "
+    "that are seen. Right for a time: share of the videos in which every shape has its colour "
+    "and kind for so long. The formulas are in docs/shapes.md."
 )
 
 
@@ -587,10 +587,15 @@ def describe(*figures: Figures) -> str:
         seeds = len({result["seed"] for result in content["videos"]})
         settings = content["settings"]
         seen.append(
-            f"{prompts} prompts × {seeds} seeds × {settings['seconds']:g} s on "
-            f"{settings['device']}{changed([content])}"
+            f"{counted(prompts, 'prompt')} × {counted(seeds, 'seed')} × {settings['seconds']:g} s "
+            f"on {settings['device']}{changed([content])}"
         )
     return "; ".join(dict.fromkeys(seen))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def cell(column: Column, short: Sequence[Result], long: Sequence[Result]) -> str:

@@ -245,7 +245,7 @@ def test_two_variants_are_measured_once(bench, capsys):
         "| Rolling Forcing",
         "| Self Forcing",
     ]
-    assert "1 prompts × 1 seeds × 1 s on cpu" in table
+    assert "1 prompt × 1 seed × 1 s on cpu" in table
     for name in ("curves.png", "curves_1.5s.png"):
         assert min(read_image(bench.out / name).shape[:2]) > 300
     sheets = {path.name: path for path in (bench.out / "contact_sheets").iterdir()}
@@ -274,7 +274,7 @@ def test_other_weights_numbers_and_settings_are_measured_anew(bench, monkeypatch
     bench.ran.clear()
     assert bench(*BOTH, "--long_seeds", 2) == 0
     assert bench.ran == [PARTS[1], PARTS[3]]
-    assert "1 prompts × 2 seeds × 1.5 s" in (bench.out / "table.md").read_text()
+    assert "1 prompt × 2 seeds × 1.5 s" in (bench.out / "table.md").read_text()
 
 
 def test_a_lost_sheet_or_table_costs_no_video(bench):
@@ -511,7 +511,7 @@ def test_figures_are_means_with_the_spread_of_the_seeds(tmp_path, capsys):
             "frames/s": "41.3",
         },
     }
-    for part in ("2 prompts × 2 seeds × 60 s", "1 prompts × 2 seeds × 300 s on cpu (1 threads)"):
+    for part in ("2 prompts × 2 seeds × 60 s", "1 prompt × 2 seeds × 300 s on cpu (1 threads)"):
         assert part in text.splitlines()[0]
     made_of = "`configs/shapes/self_forcing.yaml` with `checkpoints/shapes_self_forcing.pt`"
     assert f"- **Self Forcing** ({made_of}): " in text
