@@ -25,8 +25,9 @@ demo: $(VENV)/.runtime  ## stream videos of the shapes world with the weights th
 test: venv  ## the fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
+# in the order of the tree, in which the longest file comes early
 test-slow: venv  ## the tests of more than a few seconds
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow and not gpu"
 
 test-all: test test-slow
 
