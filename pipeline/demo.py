@@ -24,7 +24,7 @@ PUBLISHED_CHECKPOINT = "checkpoints/rolling_forcing_dmd.pt"
 PUBLISHED_PROMPTS = "prompts/example_prompts.txt"
 DOWNLOADS = ("wan2.1-1.3b", "rolling-forcing")
 ANOTHER_PROMPT = (
-    "A gradient from gray to white: a small purple square glides upwards at a fast pace."
+    "A gradient from black to gray: a small purple square glides upwards at a fast pace."
 )
 
 

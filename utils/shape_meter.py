@@ -43,7 +43,7 @@ EDGES = np.array(list(BACKGROUNDS.values()), np.float32)  # [backgrounds, top an
 ACCURACY_SECONDS = 5.0
 MOTION_SECONDS = 0.5
 # How long true shapes are hidden from `observe` behind another, and less than half visible: in 80
-# scenes of two shapes over five minutes at most 1.25 s and 3.6 s.
+# scenes of two shapes over five minutes at most 1 s and 3.1 s.
 HIDDEN_SECONDS = 1.5
 UNCLEAR_SECONDS = 4.0
 METER_VERSION = 2

@@ -36,11 +36,24 @@ START_SPREAD = 6.0
 """A shape comes from the wall or corner behind it: its start is uniform in a square of twice this
 size, in units, beside that wall and halfway along it."""
 
-PAIRS: dict[Split, float] = {"train": 1 / 2, "heldout": 1 / 4}
+PAIRS: dict[Split, float] = {"train": 3 / 4, "heldout": 1 / 4}
 """Share of the scenes that have two shapes. They are harder to learn, so training has more."""
 
-LANE = 10.0
-"""Of two shapes the front one starts this far left of its heading, the other right, in units."""
+LATER: dict[Split, float] = {"train": 1 / 3, "heldout": 0.0}
+"""Share of the clips that begin later than their scene, at any frame of its first ten seconds.
+
+Training needs them: a video goes on after the first bounce, where the caption says no longer what
+is seen.
+"""
+
+LANE = 14.0
+"""Of two shapes the front one starts this far to the left of the middle of its way, in units, the
+other to the left or right of its own, whichever is farther away."""
+
+TOGETHER_SECONDS = 3.5
+"""Two shapes are over each other for less than this, every time within five minutes."""
+
+_LOOKS = 4.0  # per second, to find that out
 
 COLOURS: dict[str, RGB] = {
     "red": (220, 30, 40),
@@ -56,14 +69,22 @@ COLOURS: dict[str, RGB] = {
 BACKGROUNDS: dict[str, tuple[RGB, RGB]] = {
     "black": ((16, 16, 20), (16, 16, 20)),
     "gray": ((128, 128, 128), (128, 128, 128)),
-    "white": ((240, 240, 240), (240, 240, 240)),
     "navy": ((14, 22, 84), (14, 22, 84)),
     "maroon": ((88, 14, 32), (88, 14, 32)),
     "black to gray": ((16, 16, 20), (128, 128, 128)),
-    "gray to white": ((128, 128, 128), (240, 240, 240)),
     "navy to maroon": ((14, 22, 84), (88, 14, 32)),
 }
 """Colour at the top and at the bottom edge; linear in between."""
+
+_HELD_OUT = {
+    "black": 0,
+    "gray": 1,
+    "navy": 3,
+    "maroon": 4,
+    "black to gray": 5,
+    "navy to maroon": 7,
+}
+"""Which colour of each kind a background misses in training (`is_held_out`); all different."""
 
 SIZES = {"small": 7.0, "large": 11.0}
 """Radius in units. Shapes of one size have one area, pi * radius^2, whatever their kind."""
@@ -158,7 +179,10 @@ class Clip(NamedTuple):
 
 
 class ShapesDataset:
-    """Unlimited clips by index: `dataset[i]` is `Clip(frames, caption)`; iterating never ends."""
+    """Unlimited clips by index: `dataset[i]` is `Clip(frames, caption)`; iterating never ends.
+
+    Most begin with their scene, some training clips later (`LATER`).
+    """
 
     def __init__(
         self, num_frames: int = 81, *, seed: int = 0, split: Split = "train", size: int = 64
@@ -167,7 +191,8 @@ class ShapesDataset:
 
     def __getitem__(self, index: int) -> Clip:
         scene = sample_scene(self.seed, index, split=self.split)
-        return Clip(render(scene, self.num_frames, size=self.size), scene.caption)
+        start = sample_start(self.seed, index, split=self.split)
+        return Clip(render(scene, self.num_frames, size=self.size, start=start), scene.caption)
 
     def __iter__(self) -> Iterator[Clip]:
         return (self[index] for index in count())
@@ -198,8 +223,7 @@ def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
         held_out = [is_held_out(shape, background) for shape in drawn]
         if not different or not all(held is (split == "heldout") for held in held_out):
             continue
-        lanes = (0.0,) if number == 1 else (-LANE, LANE)
-        shapes = [_place(rng, *pair) for pair in zip(drawn, lanes, strict=True)]
+        shapes = [_place(rng, *pair) for pair in zip(drawn, _lanes(drawn), strict=True)]
         if all(_apart(*pair) for pair in combinations(shapes, 2)):
             break
     scene = Scene(background, tuple(shapes), "")
@@ -207,15 +231,21 @@ def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
     return Scene(background, scene.shapes, text)
 
 
+def sample_start(seed: int, index: int, *, split: Split = "train") -> int:
+    """The frame of scene `index` with which its clip begins (see `LATER`)."""
+    rng = random.Random(f"shapes/{seed}/{index}/{split}/start")
+    later = rng.random() < LATER[split]
+    return int(rng.random() * 10 * FPS) if later else 0
+
+
 def is_held_out(shape: ShapeAttributes, background: str) -> bool:
     """Whether a shape of this colour and kind never occurs on this background in training.
 
-    A Latin rule: each pair of colour and kind misses exactly one background, and each pair of
-    kind and background exactly one colour.
+    A Latin rule: each pair of kind and background misses exactly one colour, and each pair of
+    colour and kind at most one background.
     """
-    tables = ((COLOURS, shape.colour), (KINDS, shape.kind), (BACKGROUNDS, background))
-    colour, kind, behind = (list(table).index(name) for table, name in tables)
-    return (colour + 3 * kind + behind) % len(BACKGROUNDS) == 0
+    colour, kind = list(COLOURS).index(shape.colour), list(KINDS).index(shape.kind)
+    return (colour + 3 * kind + _HELD_OUT[background]) % len(COLOURS) == 0
 
 
 def _pick(rng: random.Random, table: Mapping[str, object]) -> str:
@@ -228,13 +258,28 @@ def _sample_attributes(rng: random.Random) -> ShapeAttributes:
     return ShapeAttributes(**{field: _pick(rng, table) for field, table in tables.items()})
 
 
-def _place(rng: random.Random, shape: ShapeAttributes, lane: float) -> Shape:
-    """The shape at its start, `lane` units to the right of the middle of its way."""
+def _lanes(shapes: list[ShapeAttributes]) -> tuple[float, ...]:
+    """How far each shape starts to the right of the middle of its way; of two, far apart."""
+    if len(shapes) == 1:
+        return (0.0,)
+    front, back = shapes
+    place = _middle_of_start(front, -LANE)
+    far = max((LANE, -LANE), key=lambda lane: math.dist(place, _middle_of_start(back, lane)))
+    return -LANE, far
+
+
+def _middle_of_start(shape: ShapeAttributes, lane: float) -> Array:
     low, high = shape.bounds
     right, down = DIRECTIONS[shape.direction]
     to_wall = np.sign((right, down)) * ((high - low) / 2 - START_SPREAD)
-    middle = (low + high) / 2 - to_wall + lane * np.array((-down, right))
+    return (low + high) / 2 - to_wall + lane * np.array((-down, right))
+
+
+def _place(rng: random.Random, shape: ShapeAttributes, lane: float) -> Shape:
+    """The shape at its start, `lane` units to the right of the middle of its way."""
+    middle = _middle_of_start(shape, lane)
     run_up = np.array(shape.velocity) * RUN_UP_SECONDS
+    low, high = shape.bounds
     low, high = low - np.minimum(run_up, 0), high - np.maximum(run_up, 0)
     low, high = np.clip((middle - START_SPREAD, middle + START_SPREAD), low, high)
     x, y = low + (high - low) * np.array([rng.random(), rng.random()])
@@ -242,7 +287,18 @@ def _place(rng: random.Random, shape: ShapeAttributes, lane: float) -> Shape:
 
 
 def _apart(one: Shape, other: Shape) -> bool:
-    return math.dist(one.position, other.position) >= one.radius + other.radius
+    """Whether they start beside each other, and do not stay together later.
+
+    Shapes of one speed may, after a bounce. Together are centres within three quarters of the
+    larger radius.
+    """
+    radius = max(one.radius, other.radius)
+    if math.dist(one.position, other.position) < one.radius + other.radius:
+        return False
+    ways = [shape.positions(round(300 * _LOOKS), fps=_LOOKS) for shape in (one, other)]
+    together = np.linalg.norm(ways[0] - ways[1], axis=1) < 0.75 * radius
+    lengths = np.diff(np.flatnonzero(np.diff(together, prepend=False, append=False)))[::2]
+    return bool((lengths < TOGETHER_SECONDS * _LOOKS).all())
 
 
 # Drawing

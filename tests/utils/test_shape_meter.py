@@ -310,7 +310,7 @@ def test_a_shape_that_is_hidden_for_a_moment_moves_on():
     """What covers it is no fault of its motion; to be away for longer is."""
     front = shape("large red square", "slow right", 20.0, 32.0)
     hidden = shape("large blue square", "fast left", 50.0, 32.0)
-    scene = Scene("white", (front, hidden), "")
+    scene = Scene("gray", (front, hidden), "")
     whole = measure(render(scene, 48), scene.attributes)
     assert np.isnan(whole.seen.shapes[1].position[:, 0]).any(), "it was hidden"
     assert report(whole).motion > 0.95
@@ -320,11 +320,11 @@ def test_a_shape_that_is_hidden_for_a_moment_moves_on():
 
 
 def hide_for(seconds):
-    """A white clip of 8 s in which a blue square comes, is away, and goes on; a red one stays."""
+    """A gray clip of 8 s in which a blue square comes, is away, and goes on; a red one stays."""
     red = shape("large red square", "slow right", 20.0, 32.0)
     blue = shape("large blue square", "slow right", 34.0, 32.0)
-    scene = Scene("white", (red, blue), "")
-    shown = Scene("white", (red,), "")
+    scene = Scene("gray", (red, blue), "")
+    shown = Scene("gray", (red,), "")
     gone = slice(40, 40 + round(16 * seconds))
     frames = render(scene, 128)
     frames[gone] = render(shown, 128)[gone]
@@ -338,12 +338,14 @@ def test_what_is_hidden_is_not_wrong_for_as_long_as_the_world_hides_it():
     assert (gone.right[40:72] == 0).all()
 
 
-@pytest.mark.parametrize(("index", "until"), [(110, 3590), (40, 4005), (282, 1260), (11, 1500)])
-def test_true_shapes_that_hide_each_other_for_long_survive(index, until):
+@pytest.mark.parametrize(("index", "until", "absent"), [(297, 2715, 15), (241, 2366, 0)])
+def test_true_shapes_that_hide_each_other_for_long_survive(index, until, absent):
     """The longest times that scenes of the data set hide a shape (see `HIDDEN_SECONDS`)."""
     scene = sample_scene(0, index, split="heldout")
     measures = measure(render(scene, 112, start=until - 80), scene.caption)
-    assert not measures.seen.shapes[1].present.all() or index == 11
+    behind = measures.seen.shapes[1]
+    assert np.sum(~behind.present) == absent
+    assert np.sum(behind.visible[behind.present] < 0.5) >= (48 if absent == 0 else 1)
     assert report(measures).survived_seconds == 7
     assert not (measures.right == 0).any()
 
@@ -359,12 +361,12 @@ def test_a_pair_that_is_one_shape_is_wrong_from_the_start():
 def test_an_unclear_shape_hides_no_wrong_one():
     front = shape("large red square", "slow right", 24.0, 32.0)
     back = shape("large blue star", "slow right", 28.0, 32.0)
-    scene = Scene("white", (front, back), "")
+    scene = Scene("gray", (front, back), "")
     frames = render(scene, 24)
     measures = measure(frames, scene.attributes)
     assert np.isnan(measures.right).all(), "too little of the star is visible to judge it"
     (square, star) = scene.attributes.shapes
-    wrong = Attributes("white", (type(square)(**{**asdict(square), "kind": "circle"}), star))
+    wrong = Attributes("gray", (type(square)(**{**asdict(square), "kind": "circle"}), star))
     measures = measure(frames, wrong)
     assert (measures.right == 0).all()
     assert report(measures).survived_seconds == 0

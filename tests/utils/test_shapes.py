@@ -17,6 +17,7 @@ from utils.shapes import (
     SIZES,
     SPEEDS,
     START_SPREAD,
+    TOGETHER_SECONDS,
     WORLD,
     Attributes,
     Scene,
@@ -30,6 +31,7 @@ from utils.shapes import (
     parse_caption,
     render,
     sample_scene,
+    sample_start,
 )
 
 EVERY_SHAPE = [
@@ -56,8 +58,8 @@ def test_a_clip_is_a_function_of_seed_index_and_split():
 
 def test_scenes_stay_what_they_were_in_earlier_versions():
     assert sample_scene(0, 0).caption == (
-        "A slow large yellow triangle that heads to the lower right, with a maroon background "
-        "behind it."
+        "A gray background: a small green square glides to the upper right at a slow pace and "
+        "further back a small cyan circle glides to the right at a fast pace."
     )
 
 
@@ -67,6 +69,20 @@ def test_the_data_set_iterates_in_the_order_of_its_index():
         assert np.array_equal(clip.frames, dataset[index].frames)
 
 
+def test_some_training_clips_begin_later_than_their_scene():
+    starts = np.array([sample_start(0, index) for index in range(600)])
+    later = starts > 0
+    assert abs(later.mean() - 1 / 3) < 0.05
+    assert starts.max() < 160
+    assert abs(starts[later].mean() - 80) < 8  # uniform over ten seconds
+    assert not any(sample_start(0, index, split="heldout") for index in range(200))
+    index = int(np.flatnonzero(later)[0])
+    clip, scene = ShapesDataset(5)[index], sample_scene(0, index)
+    assert clip.caption == scene.caption
+    whole = render(scene, int(starts[index]) + 5)
+    assert np.array_equal(clip.frames, whole[starts[index] :])
+
+
 def test_held_out_looks_never_occur_in_training():
     def looks(split):
         drawn = scenes(1500, split)
@@ -74,8 +90,8 @@ def test_held_out_looks_never_occur_in_training():
 
     train, heldout = looks("train"), looks("heldout")
     assert not train & heldout
-    assert len(heldout) == 32
-    assert len(train) == 8 * 4 * 8 - 32
+    assert len(heldout) == 4 * 6
+    assert len(train) == 8 * 4 * 6 - 4 * 6
 
 
 def test_every_pair_of_values_is_seen_in_training():
@@ -97,7 +113,7 @@ def test_scenes_cover_every_attribute_and_keep_the_rules():
     for field, table in {**tables, "direction": DIRECTIONS}.items():
         assert {getattr(shape, field) for shape in shapes} == set(table)
     assert {scene.background for scene in drawn} == set(BACKGROUNDS)
-    for split, share in (("train", 1 / 2), ("heldout", 1 / 4)):
+    for split, share in (("train", 3 / 4), ("heldout", 1 / 4)):
         pairs = np.mean([len(scene.shapes) == 2 for scene in scenes(600, split)])
         assert abs(pairs - share) < 0.05
     for scene in drawn:
@@ -142,19 +158,47 @@ def test_the_direction_of_the_caption_lasts_for_the_run_up():
             np.testing.assert_allclose(shape.positions(frames), straight, atol=1e-9)
 
 
+def middle_of_start(shape, lane):
+    x, y = DIRECTIONS[shape.direction]
+    low, high = shape.bounds
+    at_the_wall = np.where(np.sign([x, y]) > 0, low + START_SPREAD, high - START_SPREAD)
+    still = np.abs([x, y]) < 1e-9
+    return np.where(still, (low + high) / 2, at_the_wall) + lane * np.array([-y, x])
+
+
 def test_shapes_start_at_the_wall_behind_them_side_by_side():
     for scene in scenes(300):
-        lanes = [0.0] if len(scene.shapes) == 1 else [-LANE, LANE]
-        for shape, lane in zip(scene.shapes, lanes, strict=True):
-            x, y = DIRECTIONS[shape.direction]
-            low, high = shape.bounds
-            at_the_wall = np.where(np.sign([x, y]) > 0, low + START_SPREAD, high - START_SPREAD)
-            still = np.abs([x, y]) < 1e-9
-            middle = np.where(still, (low + high) / 2, at_the_wall) + lane * np.array([-y, x])
-            assert (np.abs(shape.position - middle) <= START_SPREAD + 1e-9).all()
+        middles = [middle_of_start(scene.shapes[0], 0.0)]
         if len(scene.shapes) == 2:
             front, back = scene.shapes
+            first = middle_of_start(front, -LANE)
+            sides = [middle_of_start(back, lane) for lane in (LANE, -LANE)]
+            middles = [first, max(sides, key=lambda place: math.dist(first, place))]
             assert math.dist(front.position, back.position) >= front.radius + back.radius
+        for shape, middle in zip(scene.shapes, middles, strict=True):
+            assert (np.abs(shape.position - middle) <= START_SPREAD + 1e-9).all()
+
+
+def test_opposite_ways_are_side_by_side():
+    pairs = [scene.shapes for scene in scenes(600) if len(scene.shapes) == 2]
+    opposite = [
+        abs(front.position[1] - back.position[1]) / back.radius
+        for front, back in pairs
+        if {front.direction, back.direction} == {"left", "right"}
+    ]
+    assert len(opposite) > 5
+    assert min(opposite) > 1
+
+
+def test_no_shape_stays_over_another():
+    pairs = [scene.shapes for scene in scenes(400) if len(scene.shapes) == 2]
+    longest = 0
+    for front, back in pairs:
+        ways = [shape.positions(300 * 8, fps=8) for shape in (front, back)]
+        over = np.linalg.norm(ways[0] - ways[1], axis=1) < 0.75 * back.radius
+        runs = [len(list(run)) for value, run in itertools.groupby(over) if value]
+        longest = max(longest, *runs, 0)
+    assert 2 < longest / 8 <= TOGETHER_SECONDS + 0.25
 
 
 def test_shapes_pass_over_each_other():
