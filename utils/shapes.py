@@ -42,7 +42,7 @@ PAIRS: dict[Split, float] = {"train": 3 / 4, "heldout": 1 / 4}
 LATER: dict[Split, float] = {"train": 1 / 3, "heldout": 0.0}
 """Share of the clips that begin later than their scene, at any frame of its first ten seconds.
 
-Training needs them: a video goes on after the first bounce, where the caption says no longer what
+Training needs them: a video goes on after the first bounce, where the caption no longer says what
 is seen.
 """
 
@@ -224,7 +224,8 @@ def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
         if not different or not all(held is (split == "heldout") for held in held_out):
             continue
         shapes = [_place(rng, *pair) for pair in zip(drawn, _lanes(drawn), strict=True)]
-        if all(_apart(*pair) for pair in combinations(shapes, 2)):
+        pairs = combinations(shapes, 2)
+        if all(_start_apart(*pair) and not _stay_together(*pair) for pair in pairs):
             break
     scene = Scene(background, tuple(shapes), "")
     text = caption(scene.attributes, int(rng.random() * len(PHRASINGS)))
@@ -286,19 +287,19 @@ def _place(rng: random.Random, shape: ShapeAttributes, lane: float) -> Shape:
     return Shape(**vars(shape), position=(float(x), float(y)))
 
 
-def _apart(one: Shape, other: Shape) -> bool:
-    """Whether they start beside each other, and do not stay together later.
+def _start_apart(one: Shape, other: Shape) -> bool:
+    return math.dist(one.position, other.position) >= one.radius + other.radius
 
-    Shapes of one speed may, after a bounce. Together are centres within three quarters of the
-    larger radius.
+
+def _stay_together(one: Shape, other: Shape) -> bool:
+    """Whether they lie over each other for `TOGETHER_SECONDS`, as two of one speed may.
+
+    That is, their centres within three quarters of the larger radius.
     """
-    radius = max(one.radius, other.radius)
-    if math.dist(one.position, other.position) < one.radius + other.radius:
-        return False
     ways = [shape.positions(round(300 * _LOOKS), fps=_LOOKS) for shape in (one, other)]
-    together = np.linalg.norm(ways[0] - ways[1], axis=1) < 0.75 * radius
-    lengths = np.diff(np.flatnonzero(np.diff(together, prepend=False, append=False)))[::2]
-    return bool((lengths < TOGETHER_SECONDS * _LOOKS).all())
+    over = np.linalg.norm(ways[0] - ways[1], axis=1) < 0.75 * max(one.radius, other.radius)
+    changes = np.flatnonzero(np.diff(over, prepend=False, append=False))
+    return bool((np.diff(changes)[::2] >= TOGETHER_SECONDS * _LOOKS).any())
 
 
 # Drawing
