@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
@@ -16,6 +15,7 @@ from trainer.networks import Player
 from trainer.sharding import World, full_tensor
 from utils.config import Config
 from utils.datasets import Dataset
+from utils.tensor_files import write_tensors
 from utils.video import to_float
 from wan.text_encoder import official_umt5_weights
 from wan.vae import WanVAE, encode_moments
@@ -44,7 +44,7 @@ def export_generator(folder: Path, config: Config, player: Player, *, is_main: b
     }
     torch.save(published, partial / "model.pt")
     for network, state in networks.items():
-        save_file(state, partial / f"{network}.safetensors")
+        write_tensors(partial / f"{network}.safetensors", state)
     _give_name(partial, folder)
 
 

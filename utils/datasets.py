@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.config import ROOT
@@ -34,6 +33,7 @@ from utils.errors import UserError
 from utils.noise import philox
 from utils.prompts import read_extended_prompts, read_prompts
 from utils.shapes import ShapesDataset, Split, sample_scene
+from utils.tensor_files import write_tensors
 from utils.video import fit_frames, probe_video, read_video
 
 Item = dict[str, Any]
@@ -308,7 +308,7 @@ def write_shard(
         "fingerprint": fingerprint,
     }
     partial = path.with_suffix(".part")
-    save_file({TENSOR_OF[kind]: data.cpu().contiguous()}, partial, metadata)
+    write_tensors(partial, {TENSOR_OF[kind]: data.cpu().contiguous()}, metadata)
     partial.replace(path)
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.errors import UserError
+from utils.tensor_files import write_tensors
 
 
 def embedding_key(prompt: str) -> str:
@@ -43,7 +43,7 @@ def write_shard(path: Path, embeddings: Mapping[str, Tensor], fingerprint: str =
     tensors = {embedding_key(prompt): trim(e).contiguous() for prompt, e in embeddings.items()}
     prompts = json.dumps(list(embeddings), ensure_ascii=False)
     partial = path.with_suffix(".part")
-    save_file(tensors, partial, {"prompts": prompts, "fingerprint": fingerprint})
+    write_tensors(partial, tensors, {"prompts": prompts, "fingerprint": fingerprint})
     partial.replace(path)
 
 

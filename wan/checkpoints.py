@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.tensor_files import write_tensors
 from wan.dit import DiTConfig, WanDiT
 from wan.weights import read_pickle, replaced, shard_files
 
@@ -112,7 +112,7 @@ def publish_model(source: Path, folder: Path, dtype: torch.dtype = torch.float16
     """Write a run's best weights into a model folder, as the official release has them."""
     state = {name: value.to(dtype).contiguous() for name, value in read_best(source).items()}
     with replaced(folder / "diffusion_pytorch_model.safetensors") as part:
-        save_file(state, part)
+        write_tensors(part, state)
 
 
 def clean_names(state: Mapping[str, Tensor]) -> StateDict:
