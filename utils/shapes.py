@@ -39,7 +39,7 @@ size, in units, beside that wall and halfway along it."""
 PAIRS: dict[Split, float] = {"train": 3 / 4, "heldout": 1 / 4}
 """Share of the scenes that have two shapes. They are harder to learn, so training has more."""
 
-LATER: dict[Split, float] = {"train": 1 / 3, "heldout": 0.0}
+LATER: dict[Split, float] = {"train": 1 / 8, "heldout": 0.0}
 """Share of the clips that begin later than their scene, at any frame of its first ten seconds.
 
 Training needs them: a video goes on after the first bounce, where the caption no longer says what
