@@ -78,12 +78,12 @@ def test_the_vae_keeps_what_a_clip_shows() -> None:
 
 @pytest.mark.slow
 def test_the_student_still_does_what_the_documentation_says(tmp_path: Path) -> None:
-    """Eight of the 64 held-out prompts of the README, with room for so small a sample."""
+    """16 of the 64 held-out prompts of the README, with room for so small a sample."""
     out = tmp_path / "out.json"
     command = ["--config_path", "configs/shapes/rolling_forcing.yaml", "--checkpoint_path"]
-    command += ["checkpoints/shapes_rolling_forcing.pt", "--prompts", "8", "--seconds", "10"]
+    command += ["checkpoints/shapes_rolling_forcing.pt", "--prompts", "16", "--seconds", "5"]
     assert run_main(scripts.evaluate.main, [*command, "--json", str(out)]) == 0
     measures = json.loads(out.read_text())["summary"]["shapes"]["measures"]
-    for name, floor in {"background": 0.9, "colour": 0.8, "kind": 0.5, "direction": 0.4}.items():
+    for name, floor in {"background": 0.95, "colour": 0.9, "kind": 0.75, "direction": 0.55}.items():
         assert measures[f"accuracy.{name}"]["mean"] >= floor, name
-    assert 0.2 < measures["motion"]["mean"] <= 1.3
+    assert 0.35 < measures["motion"]["mean"] <= 1.3
