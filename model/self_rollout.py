@@ -20,7 +20,7 @@ from pipeline.components import (
 )
 from pipeline.rollout import Rollout, WindowResult
 from pipeline.sampling import BlockNoise, Renoise
-from pipeline.schedule import BlockLayout, Schedule
+from pipeline.schedule import BlockLayout, Schedule, Window
 from utils.config import Config
 from utils.draws import Purpose
 from utils.noise import philox
@@ -69,6 +69,12 @@ def rollout_blocks(config: Config) -> tuple[int, int]:
     return fewest, max(fewest, most)
 
 
+def output_windows(config: Config, plan: RolloutPlan) -> list[Window]:
+    """The windows whose x_0 is the output: they do not overlap and cover all blocks."""
+    schedule = _schedule(config, plan)
+    return [window for window in schedule if is_output(plan, schedule, window)]
+
+
 def scored_frames(config: Config) -> int:
     """Latent frames that the scores see: the F of `image_or_video_shape`."""
     return config.image_or_video_shape[1]
@@ -96,7 +102,7 @@ def self_rollout(
     while len(outputs) < plan.num_blocks:
         window = rollout.schedule.window(rollout.index)
         assert window is not None, "every block has its window before the schedule ends"
-        chosen = _is_output(plan, rollout.schedule, window.index, window.blocks[-1])
+        chosen = is_output(plan, rollout.schedule, window)
         touches = layout.start(window.blocks[-1] + 1) > first_scored
         result = rollout.step(grad=grad and chosen and touches)
         assert result is not None
@@ -166,12 +172,11 @@ def _schedule(config: Config, plan: RolloutPlan) -> Schedule:
     return Schedule("block", config.num_levels, plan.num_blocks, block_levels=levels)
 
 
-def _is_output(plan: RolloutPlan, schedule: Schedule, index: int, last_block: int) -> bool:
+def is_output(plan: RolloutPlan, schedule: Schedule, window: Window) -> bool:
     """Whether this window's x_0 is the output of its blocks."""
     if plan.schedule == "rolling":
-        return index % schedule.num_levels == plan.exit_levels[0]
-    window = schedule.window(index)
-    return window is not None and window.levels[0] == plan.exit_levels[last_block]
+        return window.index % schedule.num_levels == plan.exit_levels[0]
+    return window.levels[0] == plan.exit_levels[window.blocks[-1]]
 
 
 def _by_block(result: WindowResult, layout: BlockLayout) -> dict[int, Tensor]:
@@ -194,7 +199,7 @@ def rollout_flops(config: Config, sizes: DiTConfig, plan: RolloutPlan, *, grad: 
             finished += frames
         frames = sum(layout.frames(block) for block in window.blocks)
         forward = pass_flops(sizes, policy.view(finished, frames), tokens)
-        chosen = _is_output(plan, schedule, window.index, window.blocks[-1])
+        chosen = is_output(plan, schedule, window)
         touches = layout.start(window.blocks[-1] + 1) > first_scored
         with_backward = grad and chosen and touches
         checkpointing = config.gradient_checkpointing

@@ -6,9 +6,9 @@
 
 Weights that ship (`checkpoints/shapes_*.pt`) are used where the config is the one that they were
 trained with. What is missing, changed by `key=value` or in `--configs` (with `--retrain`, all) is
-trained in the folder, from the ODE initialisation that ships. What is finished is skipped, so the
-same command goes on where it was stopped; results of other weights, another config or other numbers
-are made anew. `key=value` goes to every training and evaluation. The folder gets
+trained in the folder, from the causal initialisation that ships. What is finished is skipped, so
+the same command goes on where it was stopped; results of other weights, another config or other
+numbers are made anew. `key=value` goes to every training and evaluation. The folder gets
 
     table.md                     the table; --write also puts it between the marks of a page
     curves.png, curves_300s.png  the main variants, second by second
@@ -58,7 +58,8 @@ from utils.video_meter import mean as mean_of_known
 from wan.checkpoints import publish_student
 
 CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
-ODE_INIT = "ode_init"
+START = "causal_init"  # of every training here
+INITIALISATIONS = ("ode_init", START)
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
 MARKS = ("<!-- ablations -->", "<!-- /ablations -->")
 UNKNOWN = "–"
@@ -163,14 +164,28 @@ VARIANTS = (
         "rolling_on_ode_init",
         "ODE initialisation only, rolling",
         "rolling_forcing",
-        ODE_INIT,
-        "what distillation adds to where it starts",
+        "ode_init",
+        "what a student knows that has seen the teacher's videos alone",
     ),
     Variant(
         "block_on_ode_init",
         "ODE initialisation only, block by block",
         "self_forcing",
-        ODE_INIT,
+        "ode_init",
+        "the same, block by block",
+    ),
+    Variant(
+        "rolling_on_causal_init",
+        "causal initialisation only, rolling",
+        "rolling_forcing",
+        "causal_init",
+        "what distillation adds to where it starts",
+    ),
+    Variant(
+        "block_on_causal_init",
+        "causal initialisation only, block by block",
+        "self_forcing",
+        "causal_init",
         "the same, block by block",
     ),
 )
@@ -394,11 +409,11 @@ def find_shipped(args: argparse.Namespace, key: str) -> Path | None:
     """
     name = args.checkpoints / f"shapes_{key}.pt"
     found = next((path for path in (name, ROOT / name) if path.is_file()), None)
-    if key == ODE_INIT and found is None:
+    if key in INITIALISATIONS and found is None:
         raise UserError(
             f"{name} is missing and not trained here; make it with scripts/shapes_chain.py"
         )
-    if found is None or key == ODE_INIT:
+    if found is None or key in INITIALISATIONS:
         return found
     asked = load_config(args.configs / f"{key}.yaml", args.overrides)
     theirs = ROOT / CONFIGS if args.checkpoints == CHECKPOINTS else args.configs
@@ -411,7 +426,7 @@ def plan_training(args: argparse.Namespace, key: str) -> Training:
     path = args.configs / f"{key}.yaml"
     if load_config(path, args.overrides).max_steps is None:
         raise UserError(f"{path} never ends; give max_steps=…")
-    overrides = [f"generator_ckpt={find_shipped(args, ODE_INIT)}", *args.overrides]
+    overrides = [f"generator_ckpt={find_shipped(args, START)}", *args.overrides]
     config = load_config(path, overrides)
     start = find_file(str(config.generator_ckpt), "checkpoint")
     decided = fingerprint({**recipe(config), "generator_ckpt": file_hash(start)})

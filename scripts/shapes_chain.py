@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +78,9 @@ QUICK = {
     "teacher_short": QUICK_TEACHER,
     "teacher": QUICK_TEACHER,
     "ode_init": Quick(0.1, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=8")),
+    "causal_init": Quick(
+        0.05, ("max_steps=20", "lr_warmup_steps=5", "heldout_videos=8", "total_batch_size=4")
+    ),
     # The loss is the critic's, so the student stands almost still.
     "rolling_forcing": Quick(
         0.02,
@@ -338,6 +341,9 @@ LATENTS = Precomputing(
     flags=("--storage_dtype", "bfloat16", "--shard_size", "64"),
     quick_flags=("--storage_dtype", "bfloat16", "--shard_size", "16"),
 )
+LONG_LATENTS = replace(
+    LATENTS, name="long_latents", config="causal_init", training=1024, heldout=32
+)
 ODE_PAIRS = Precomputing(
     "ode_pairs",
     "scripts/generate_ode_pairs.py",
@@ -364,9 +370,9 @@ def stored(name: str) -> Callable[[Chain], Sequence[str]]:
     return inputs
 
 
-def from_ode_init(chain: Chain) -> Sequence[str]:
-    """Overrides of the distillation: the student's first weights."""
-    return [f"generator_ckpt={chain.checkpoints / 'shapes_ode_init.pt'}"]
+def start_from(name: str) -> Callable[[Chain], Sequence[str]]:
+    """Overrides for a student's first weights."""
+    return lambda chain: [f"generator_ckpt={chain.checkpoints / f'shapes_{name}.pt'}"]
 
 
 def evaluate(chain: Chain) -> str:
@@ -407,8 +413,14 @@ STAGES: dict[str, Stage] = {
     "teacher": Training("teacher", install_teacher, stored("latents")),
     "ode_pairs": ODE_PAIRS,
     "ode_init": Training("ode_init", install_student("ode_init"), stored("ode_pairs")),
+    "long_latents": LONG_LATENTS,
+    "causal_init": Training(
+        "causal_init",
+        install_student("causal_init"),
+        lambda chain: [*stored("long_latents")(chain), *start_from("ode_init")(chain)],
+    ),
     "rolling_forcing": Training(
-        "rolling_forcing", install_student("rolling_forcing"), from_ode_init
+        "rolling_forcing", install_student("rolling_forcing"), start_from("causal_init")
     ),
     "evaluate": Step(evaluate, "rolling_forcing"),
 }
@@ -514,7 +526,8 @@ def check_shipped(chain: Chain) -> None:
     config = load_config(chain.config("rolling_forcing"), [f"model_root={chain.models}"])
     files = ModelFiles.find(config, MODEL)
     files.require(files.vae, files.text_encoder, files.tokenizer)
-    find_file(chain.checkpoints / "shapes_ode_init.pt", "checkpoint")
+    for name in ("ode_init", "causal_init"):
+        find_file(chain.checkpoints / f"shapes_{name}.pt", "checkpoint")
 
 
 def main(argv: Sequence[str]) -> int:

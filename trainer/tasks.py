@@ -5,6 +5,7 @@ The objectives themselves are in `model/`; a task feeds them with networks, text
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from model.ode_regression import block_levels, ode_regression_loss
 from model.result import LossResult
 from model.self_rollout import (
     RolloutPlan,
+    output_windows,
     plan_rollout,
     rollout_blocks,
     rollout_flops,
@@ -29,6 +31,7 @@ from model.vae import vae_loss
 from pipeline.components import ModelFiles, block_layout, level_timesteps, video_shape
 from pipeline.sampling import BlockNoise
 from pipeline.text_to_video import VideoPipeline
+from pipeline.trajectories import whole_blocks
 from trainer.data import BatchPlan, check_auxiliary_data, check_training_data
 from trainer.export import export_generator, export_text_encoder, export_vae
 from trainer.metrics import Timer, latent_statistics
@@ -161,16 +164,18 @@ class GeneratorTask(Task):
         with self.timer.phase("encode"):
             return self.vae.encode(self._video(batch)).float()
 
-    def _parallel_context(self, *, teacher_forcing: bool = False) -> AttentionContext:
+    def _parallel_context(
+        self, *, teacher_forcing: bool = False, windows: Sequence[range] | None = None
+    ) -> AttentionContext:
         """Block-causal attention of parallel training."""
         frames = scored_frames(self.config)
-        local = self.config.model_kwargs.local_attn_size
         mask = frame_mask(
             frames,
             self.config.num_frame_per_block,
-            local_frames=local if local > 0 else None,
+            local_frames=self.config.attention_frames,
             independent_first_frame=self.config.independent_first_frame,
             teacher_forcing=teacher_forcing,
+            windows=windows,
         )
         positions = tuple(range(frames)) * (2 if teacher_forcing else 1)
         head_dim = self.generator.config.head_dim
@@ -370,12 +375,18 @@ class FlowMatching(GeneratorTask):
         self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
     ) -> None:
         super().__init__(config, world, plan, timer, data)
-        if config.teacher_forcing and config.schedule == "full":
-            raise UserError("teacher_forcing is for a block-causal network, not schedule=full")
+        self.forced = config.teacher_forcing or config.window_forcing
+        if self.forced and config.schedule == "full":
+            raise UserError("teacher and window forcing are for block-causal networks, not schedule=full")
+        if config.window_forcing:
+            if config.denoising_step_list is None:
+                raise UserError("window_forcing needs a denoising_step_list in the config")
+            whole_blocks(self.layout, scored_frames(config))
         self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
         self.context = None  # full attention
-        if config.schedule != "full":
+        if config.schedule != "full" and not config.window_forcing:
             self.context = self._parallel_context(teacher_forcing=config.teacher_forcing)
+        self.windowed: dict[tuple[range, ...], AttentionContext] = {}
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
@@ -385,28 +396,54 @@ class FlowMatching(GeneratorTask):
         kept = draws.uniform(Purpose.PROMPT_DROPOUT) >= config.prompt_dropout
         prompts = [p if k else "" for p, k in zip(batch["prompt"], kept.tolist(), strict=True)]
         clean, clean_timesteps = None, None
-        if config.teacher_forcing:
+        if self.forced:
             noise = draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]).to(device)
             level = draws.uniform(Purpose.CLEAN_TIMESTEP) * config.clean_context_noise
             clean_timesteps = level[:, None].expand(-1, frames).to(device)
             clean = add_noise(latents, noise, clean_timesteps)
+        timesteps, context = self._levels(draws, frames)
         return flow_matching_loss(
             self.generator,
             latents,
             draws.normal(Purpose.NOISE, latents.shape[1:]).to(device),
-            self._timesteps(draws, frames).to(device),
+            timesteps.to(device),
             self.generator.encode_text(self.text(prompts)),
             shift=config.generator_shift if config.weighting_scheme == "bell" else None,
-            context=self.context,
+            context=context,
             clean=clean,
             clean_timesteps=clean_timesteps,
         )
 
     def flops(self, phase: str, draws: Draws) -> int:
         """See `Task`."""
-        frames = scored_frames(self.config) * (2 if self.config.teacher_forcing else 1)
+        frames = scored_frames(self.config) * (2 if self.forced else 1)
         forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)
         return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+
+    def _levels(self, draws: Draws, frames: int) -> tuple[Tensor, AttentionContext | None]:
+        """Timesteps `[B, F]` and attention of a batch."""
+        if self.config.window_forcing:
+            timesteps, context = self._windows(draws.update)
+            return timesteps.expand(len(draws.indices), -1), context
+        return self._timesteps(draws, frames), self.context
+
+    def _windows(self, update: int) -> tuple[Tensor, AttentionContext]:
+        """Timesteps `[F]` and attention of the output windows of one rollout, drawn as in DMD."""
+        frames, layout = scored_frames(self.config), self.layout
+        plan = plan_rollout(replace(self.config, num_training_frames=frames), update)
+        windows = output_windows(self.config, plan)
+        levels = {block: level for window in windows for block, level in window}
+        timesteps = [
+            level_timesteps(self.config)[levels[block]].expand(layout.frames(block))
+            for block in sorted(levels)
+        ]
+        spans = tuple(
+            range(layout.start(window.blocks[0]), layout.start(window.blocks[-1] + 1))
+            for window in windows
+        )
+        if spans not in self.windowed:
+            self.windowed[spans] = self._parallel_context(teacher_forcing=True, windows=spans)
+        return torch.cat(timesteps), self.windowed[spans]
 
     def _timesteps(self, draws: Draws, frames: int) -> Tensor:
         """One timestep per video, or per block with `diffusion_forcing`: `[B, F]`."""

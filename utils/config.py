@@ -178,6 +178,7 @@ class Config:
     dfake_gen_update_ratio: int
     teacher_forcing: bool
     diffusion_forcing: bool
+    window_forcing: bool
     clean_context_noise: float
     prompt_dropout: float
     weighting_scheme: Literal["bell", "none"]

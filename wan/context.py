@@ -4,7 +4,7 @@ The network hands every layer's q, k and v (after norm, before RoPE) to `attend`
 else. Token tensors are `[B, frames * tokens_per_frame, heads, head_dim]`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -53,13 +53,15 @@ def frame_mask(
     local_frames: int | None = None,
     independent_first_frame: bool = False,
     teacher_forcing: bool = False,
+    windows: Sequence[range] | None = None,
 ) -> Tensor:
     """Which frame (row) sees which (column), `[F, F]` bool; the mask of parallel training.
 
     Block-causal: a frame sees up to the end of its own block, and with `local_frames` no further
     back than that many frames before that end. With `teacher_forcing` it is `[2F, 2F]`: clean
     frames first, block-causal among themselves; a noisy frame sees its own noisy block and the
-    clean blocks before it.
+    clean blocks before it. With `windows`, ranges of frames that cover all of them, it sees its
+    window instead of its block.
     """
     index = torch.arange(frames)
     shift = block - 1 if independent_first_frame else 0
@@ -70,9 +72,17 @@ def frame_mask(
         causal &= index[None] >= block_end[:, None] - local_frames
     if not teacher_forcing:
         return causal
-    own = block_of[:, None] == block_of[None]
+    if windows is None:
+        window_of = block_of
+    else:
+        window_of = torch.cat([torch.full((len(w),), i) for i, w in enumerate(windows)])
+    own = window_of[:, None] == window_of[None]
+    first = own.int().argmax(dim=1, keepdim=True)
+    past = index[None] < first
+    if local_frames is not None:
+        past &= index[None] >= first + own.sum(dim=1, keepdim=True) - local_frames
     nothing = torch.zeros_like(own)
-    return torch.cat([torch.cat([causal, nothing], 1), torch.cat([causal & ~own, own], 1)])
+    return torch.cat([torch.cat([causal, nothing], 1), torch.cat([past, own], 1)])
 
 
 class MaskedContext:

@@ -3,16 +3,17 @@
 import io
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import pytest
 import torch
 from torch import Tensor
 
+from model.self_rollout import RolloutPlan, is_output
 from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, OdeStep, Renoise
-from pipeline.schedule import BlockLayout
+from pipeline.schedule import BlockLayout, Schedule
 from tests.tiny_pipeline import random_dit
 from tests.tiny_rollout import (
     GRID,
@@ -343,6 +344,40 @@ def test_clean_passes_equal_one_parallel_forward(
         keys, values = rollout.cache.read(layer, rollout.cache.slots(held))
         assert_close(keys, k[:, tokens])
         assert_close(values, v[:, tokens])
+
+
+@pytest.mark.parametrize("kind", ["rolling", "block"])
+@pytest.mark.parametrize("exit_level", [0, 1, 2])
+@pytest.mark.parametrize("frames_in_view", [12, 8])
+def test_windows_over_a_known_past_are_one_parallel_pass(
+    dit: WanDiT, kind: Literal["rolling", "block"], exit_level: int, frames_in_view: int
+) -> None:
+    """Clean frames in front, the windows of one exit level behind: their flows in the rollout."""
+    num_blocks, block = 6, 2
+    method = TinyMethod(kind, ContextPolicy(0, frames_in_view, "original"), BlockLayout(block))
+    log = LoggingDiT(dit)
+    flows = flows_of(log)
+    rollout = new_rollout(log, method, num_blocks)
+    blocks = run(rollout)
+    plan = RolloutPlan(kind, num_blocks, (exit_level,) * num_blocks)
+    windows = [flow for flow, call in zip(flows, log.calls, strict=True) if not call.clean_pass]
+    schedule = Schedule(kind, method.levels, num_blocks)
+    chosen = [window for window in schedule if is_output(plan, schedule, window)]
+    assert [b for window in chosen for b in window.blocks] == list(range(num_blocks))
+
+    spans = [range(w.blocks[0] * block, (w.blocks[-1] + 1) * block) for w in chosen]
+    frames = num_blocks * block
+    mask = frame_mask(
+        frames, block, local_frames=frames_in_view, teacher_forcing=True, windows=spans
+    )
+    positions = tuple(range(frames)) * 2
+    context = MaskedContext(mask, positions, GRID, dit.config.head_dim, CPU)
+    clean = torch.cat([blocks[b] for b in range(num_blocks)], dim=1)
+    noisy = torch.cat([log.windows[window.index].latents for window in chosen], dim=1)
+    times = torch.cat([log.windows[window.index].timesteps for window in chosen], dim=1)
+    inputs, times = torch.cat([clean, noisy], dim=1), torch.cat([0 * times, times], dim=1)
+    parallel = dit(inputs, times, rollout.text, context)[:, frames:]
+    assert_close(parallel, torch.cat([windows[window.index] for window in chosen], dim=1))
 
 
 def flows_of(log: LoggingDiT) -> list[Tensor]:

@@ -18,7 +18,15 @@ import torch
 import scripts.evaluate
 import train
 from scripts import ablate
-from scripts.ablate import COLUMNS, MARKS, ODE_INIT, VARIANTS, Measurement, Training
+from scripts.ablate import (
+    COLUMNS,
+    INITIALISATIONS,
+    MARKS,
+    START,
+    VARIANTS,
+    Measurement,
+    Training,
+)
 from tests.tiny_pipeline import random_dit, write_config
 from tests.tiny_training import write_training_world
 from utils.cli import run_main
@@ -30,7 +38,7 @@ from wan.checkpoints import read_state_dict
 
 SHORT = ["--prompts", 1, "--seeds", 1, "--seconds", 1]
 LONG = ["--long_prompts", 1, "--long_seeds", 1, "--long_seconds", 1.5]
-TRAINED = {variant.weights for variant in VARIANTS} - {ODE_INIT}
+TRAINED = {variant.weights for variant in VARIANTS} - set(INITIALISATIONS)
 
 
 def options(*arguments):
@@ -54,7 +62,7 @@ def touch(folder, *keys):
 
 
 def test_each_training_comes_once_and_before_what_needs_it(tmp_path):
-    shipped = touch(tmp_path / "shipped", ODE_INIT, "rolling_forcing")
+    shipped = touch(tmp_path / "shipped", *INITIALISATIONS, "rolling_forcing")
     folder = tmp_path / "out"
     parts = ablate.plan(options("--folder", folder, "--checkpoints", shipped))
     trainings = [part for part in parts if isinstance(part, Training)]
@@ -72,23 +80,25 @@ def test_each_training_comes_once_and_before_what_needs_it(tmp_path):
     ]
     assert {m.weights for m in measured if m.weights.parent == shipped} == {
         shipped / "shapes_rolling_forcing.pt",
-        shipped / f"shapes_{ODE_INIT}.pt",
+        *(shipped / f"shapes_{name}.pt" for name in INITIALISATIONS),
     }
 
 
 def test_retraining_uses_nothing_that_ships_but_the_initialisation(tmp_path):
-    shipped = touch(tmp_path / "shipped", ODE_INIT, *TRAINED)
+    shipped = touch(tmp_path / "shipped", *INITIALISATIONS, *TRAINED)
     given = ["--folder", tmp_path / "out", "--checkpoints", shipped]
     assert not [p for p in ablate.plan(options(*given)) if isinstance(p, Training)]
     parts = ablate.plan(options(*given, "--retrain"))
     assert {part.key for part in parts if isinstance(part, Training)} == TRAINED
     weights = {m.weights for m in parts if isinstance(m, Measurement)}
-    assert {path for path in weights if path.parent == shipped} == {shipped / "shapes_ode_init.pt"}
+    assert {path for path in weights if path.parent == shipped} == {
+        shipped / f"shapes_{name}.pt" for name in INITIALISATIONS
+    }
 
 
 def test_another_config_is_another_training(tmp_path):
     """What ships is used for nothing but the config that it was trained with."""
-    shipped = touch(tmp_path / "shipped", ODE_INIT, *TRAINED)
+    shipped = touch(tmp_path / "shipped", *INITIALISATIONS, *TRAINED)
     own = tmp_path / "configs"
     shutil.copytree(ROOT / "configs" / "shapes", own)
     given = ["--checkpoints", shipped, "--folder", tmp_path, "--only", "self_forcing"]
@@ -101,7 +111,7 @@ def test_another_config_is_another_training(tmp_path):
     assert logdirs("--configs", own) == set(), "weights and configs of one's own"
     changes = ["max_steps=7", "total_batch_size=16", "model_kwargs.sink_size=1"]
     found = [*(logdirs("--", change) for change in changes), logdirs("--retrain")]
-    (shipped / f"shapes_{ODE_INIT}.pt").write_bytes(b"another start")
+    (shipped / f"shapes_{START}.pt").write_bytes(b"another start")
     found.append(logdirs("--retrain"))
     assert all(len(made) == 1 for made in found)
     assert len(set.union(*found)) == len(found)
@@ -112,7 +122,7 @@ def test_configs_of_ones_own_do_not_use_what_ships(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs" / "shapes", own)
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     shutil.copytree(own, tmp_path / "configs" / "shapes")
-    touch(tmp_path / "checkpoints", ODE_INIT, *TRAINED)
+    touch(tmp_path / "checkpoints", *INITIALISATIONS, *TRAINED)
     given = ["--configs", own, "--only", "self_forcing"]
     assert not any(isinstance(part, Training) for part in ablate.plan(options(*given)))
     with (own / "self_forcing.yaml").open("a") as file:
@@ -121,7 +131,7 @@ def test_configs_of_ones_own_do_not_use_what_ships(tmp_path, monkeypatch):
 
 
 def test_commands(tmp_path):
-    shipped = touch(tmp_path, ODE_INIT)
+    shipped = touch(tmp_path, START)
     given = ["--checkpoints", shipped, "--folder", "out", "--only", "self_forcing"]
     training, short, long = ablate.plan(options(*given, "--", "device=cpu"))
     logdir = training.command[5]
@@ -131,7 +141,7 @@ def test_commands(tmp_path):
         *(sys.executable, str(ROOT / "train.py"), "--config_path"),
         *("configs/shapes/self_forcing.yaml", "--logdir", logdir),
         *("--disable-wandb", "--no_visualize"),
-        *(f"generator_ckpt={shipped / 'shapes_ode_init.pt'}", "device=cpu", "batch_size=4"),
+        *(f"generator_ckpt={shipped / f'shapes_{START}.pt'}", "device=cpu", "batch_size=4"),
     )
     assert short.command == (
         *(sys.executable, str(ROOT / "scripts" / "evaluate.py")),
@@ -174,7 +184,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
         (["--write", tmp_path / "none.md"], "Cannot read"),
         (["--write", page], "needs one <!-- ablations -->"),
         ([*empty, "--table_only"], "holds no figures of 60 s or 300 s videos yet"),
-        (empty, "shapes_ode_init.pt is missing"),
+        (empty, "shapes_causal_init.pt is missing"),
         ([*empty, "--only", "rolling_forcing", "--configs", tmp_path], "never ends"),
     ]:
         assert run_main(ablate.main, [str(argument) for argument in arguments]) == 2
@@ -222,7 +232,8 @@ def bench(tiny_world, tmp_path, monkeypatch):
         write_config(tmp_path / f"{method}.yaml", **base, **values)
     bench.ship("rolling_forcing", 1)
     bench.ship("self_forcing", 2)
-    bench.ship(ODE_INIT, 3)
+    for name in INITIALISATIONS:
+        bench.ship(name, 3)
 
     def run(name, command):
         bench.ran.append(name)
@@ -350,7 +361,7 @@ def test_weights_that_do_not_ship_are_trained_to_the_end(bench, tmp_path, monkey
     write_config(bench.root / "self_forcing.yaml", **values)
     (bench.root / "shapes_self_forcing.pt").unlink()
     start = read_state_dict(world.models / values["generator_name"])
-    torch.save({"generator": start}, bench.root / f"shapes_{ODE_INIT}.pt")
+    torch.save({"generator": start}, bench.root / f"shapes_{START}.pt")
     assert bench("--only", "self_forcing") == 0
     assert bench.ran == ["training of self_forcing", *PARTS[2:]]
     (run,) = (bench.out / "train").iterdir()

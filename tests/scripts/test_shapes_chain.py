@@ -89,7 +89,7 @@ def test_every_stage_is_a_command_that_its_script_accepts(
     assert results["teacher"] == "held-out loss 2.0000 -> 0.5000"
     assert results["evaluate"] == "prompt accuracy 0.50 (ODE initialisation) -> 0.50 (student)"
     trainings = [words for script, words in rehearsal.said if script == "train.py"]
-    assert len(trainings) == sum(isinstance(stage, Training) for stage in STAGES.values()) == 8
+    assert len(trainings) == sum(isinstance(stage, Training) for stage in STAGES.values()) == 9
     assert all("seed=7" in words for words in trainings)
     assert (tmp_path / "checkpoints" / "shapes_rolling_forcing.pt").is_file()
     teacher = next(words for words in trainings if str(tmp_path / "train" / "teacher") in words)

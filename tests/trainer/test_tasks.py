@@ -43,6 +43,12 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "teacher_forcing": True,
         "clean_context_noise": 100,
     },
+    "window forcing": {
+        "schedule": None,
+        "method": "rolling_forcing",
+        "denoising_step_list": [1000, 600, 300],
+        "window_forcing": True,
+    },
 }
 
 
