@@ -377,7 +377,9 @@ class FlowMatching(GeneratorTask):
         super().__init__(config, world, plan, timer, data)
         self.forced = config.teacher_forcing or config.window_forcing
         if self.forced and config.schedule == "full":
-            raise UserError("teacher and window forcing are for block-causal networks, not schedule=full")
+            raise UserError(
+                "teacher and window forcing are for a block-causal network, not schedule=full"
+            )
         if config.window_forcing:
             if config.denoising_step_list is None:
                 raise UserError("window_forcing needs a denoising_step_list in the config")

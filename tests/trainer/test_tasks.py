@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from model.dmd import Scores, dmd_gradient, generator_loss
 from model.self_rollout import RolloutPlan, plan_rollout
+from pipeline.components import level_timesteps
 from tests.tiny_training import (
     FRAMES,
     LATENT,
@@ -21,10 +23,11 @@ from tests.tiny_training import (
     train,
 )
 from trainer.sharding import open_world
-from trainer.tasks import Distillation
+from trainer.tasks import Distillation, FlowMatching
 from trainer.trainer import Trainer
 from utils.datasets import write_shard
 from utils.draws import Draws
+from utils.errors import UserError
 from utils.video import VideoWriter
 from wan.flow import shift_timesteps, training_weight
 from wan.vae import WanVAE
@@ -336,3 +339,41 @@ def test_rollouts_that_whole_blocks_make_longer_are_reencoded_too(
     with trainer_of(training_world, tmp_path, **changes) as trainer:
         assert trainer.task.vae is not None  # type: ignore[attr-defined]
         assert {plan_rollout(trainer.config, n).num_blocks for n in range(20)} == {2}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_window_forcing_trains_the_levels_that_a_rollout_ends_with(
+    share: float, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    changes = training_world.flow(**SWITCHES["window forcing"], rolling_probability=share)
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        task, config = trainer.task, trainer.config
+        assert isinstance(task, FlowMatching)
+        levels = level_timesteps(config)
+        for update in range(12):
+            timesteps, _ = task._levels(Draws(config.seed, update, (0, 1)), FRAMES)
+            plan = plan_rollout(replace(config, num_training_frames=FRAMES), update)
+            expected = [
+                (exit_level - block) % len(levels) if share else exit_level
+                for block, exit_level in enumerate(plan.exit_levels)
+            ]
+            assert timesteps.tolist() == levels[expected].expand(2, -1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": None, "schedule": "full"}, "block-causal"),
+        ({"denoising_step_list": None}, "denoising_step_list"),
+        ({"num_frame_per_block": 2, "max_attention_frames": 9}, "whole blocks"),
+    ],
+)
+def test_window_forcing_needs_levels_and_whole_blocks(
+    changes: dict[str, Any], said: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    changes = training_world.flow(**(SWITCHES["window forcing"] | changes))
+    with (
+        pytest.raises(UserError, match=said),
+        trainer_of(training_world, tmp_path, **changes),
+    ):
+        pass
