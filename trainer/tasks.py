@@ -28,7 +28,13 @@ from model.self_rollout import (
     self_rollout,
 )
 from model.vae import vae_loss
-from pipeline.components import ModelFiles, block_layout, level_timesteps, video_shape
+from pipeline.components import (
+    ModelFiles,
+    block_layout,
+    context_policy,
+    level_timesteps,
+    video_shape,
+)
 from pipeline.sampling import BlockNoise
 from pipeline.text_to_video import VideoPipeline
 from pipeline.trajectories import whole_blocks
@@ -54,9 +60,9 @@ from utils.errors import UserError
 from utils.shapes import attribute_classes, attribute_labels, parse_caption
 from utils.video import to_float
 from wan.checkpoints import load_dit_config
-from wan.context import AttentionContext, MaskedContext, frame_mask
+from wan.context import AttentionContext, ForcedContext, MaskedContext, frame_mask
 from wan.dit import WanDiT
-from wan.flops import forward_flops, training_flops
+from wan.flops import forward_flops, pass_flops, training_flops
 from wan.flow import add_noise, shift_timesteps
 from wan.text_encoder import TokenBatch, clean_prompt
 
@@ -164,9 +170,7 @@ class GeneratorTask(Task):
         with self.timer.phase("encode"):
             return self.vae.encode(self._video(batch)).float()
 
-    def _parallel_context(
-        self, *, teacher_forcing: bool = False, windows: Sequence[range] | None = None
-    ) -> AttentionContext:
+    def _parallel_context(self, *, teacher_forcing: bool = False) -> AttentionContext:
         """Block-causal attention of parallel training."""
         frames = scored_frames(self.config)
         mask = frame_mask(
@@ -175,7 +179,6 @@ class GeneratorTask(Task):
             local_frames=self.config.attention_frames,
             independent_first_frame=self.config.independent_first_frame,
             teacher_forcing=teacher_forcing,
-            windows=windows,
         )
         positions = tuple(range(frames)) * (2 if teacher_forcing else 1)
         head_dim = self.generator.config.head_dim
@@ -388,7 +391,7 @@ class FlowMatching(GeneratorTask):
         self.context = None  # full attention
         if config.schedule != "full" and not config.window_forcing:
             self.context = self._parallel_context(teacher_forcing=config.teacher_forcing)
-        self.windowed: dict[tuple[range, ...], AttentionContext] = {}
+        self.windowed: dict[tuple[range, ...], ForcedContext] = {}
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
@@ -418,8 +421,13 @@ class FlowMatching(GeneratorTask):
 
     def flops(self, phase: str, draws: Draws) -> int:
         """See `Task`."""
-        frames = scored_frames(self.config) * (2 if self.forced else 1)
-        forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)
+        sizes, tokens = self.generator.config, self.shape.tokens_per_frame
+        if self.config.window_forcing:
+            views = self._windows(draws.update)[1].views
+            forward = sum(pass_flops(sizes, view, tokens) for view in views)
+        else:
+            frames = scored_frames(self.config) * (2 if self.config.teacher_forcing else 1)
+            forward = forward_flops(sizes, frames, frames, tokens)
         return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
 
     def _levels(self, draws: Draws, frames: int) -> tuple[Tensor, AttentionContext | None]:
@@ -429,7 +437,7 @@ class FlowMatching(GeneratorTask):
             return timesteps.expand(len(draws.indices), -1), context
         return self._timesteps(draws, frames), self.context
 
-    def _windows(self, update: int) -> tuple[Tensor, AttentionContext]:
+    def _windows(self, update: int) -> tuple[Tensor, ForcedContext]:
         """Timesteps `[F]` and attention of the output windows of one rollout, drawn as in DMD."""
         frames, layout = scored_frames(self.config), self.layout
         plan = plan_rollout(replace(self.config, num_training_frames=frames), update)
@@ -444,7 +452,14 @@ class FlowMatching(GeneratorTask):
             for window in windows
         )
         if spans not in self.windowed:
-            self.windowed[spans] = self._parallel_context(teacher_forcing=True, windows=spans)
+            self.windowed[spans] = ForcedContext(
+                context_policy(self.config),
+                [range(layout.start(block), layout.start(block + 1)) for block in sorted(levels)],
+                spans,
+                self.shape.grid,
+                self.generator.config.head_dim,
+                self.world.device,
+            )
         return torch.cat(timesteps), self.windowed[spans]
 
     def _timesteps(self, draws: Draws, frames: int) -> Tensor:

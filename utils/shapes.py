@@ -39,13 +39,6 @@ size, in units, beside that wall and halfway along it."""
 PAIRS: dict[Split, float] = {"train": 3 / 4, "heldout": 1 / 4}
 """Share of the scenes that have two shapes. They are harder to learn, so training has more."""
 
-LATER: dict[Split, float] = {"train": 1 / 8, "heldout": 0.0}
-"""Share of the clips that begin later than their scene, at any frame of its first ten seconds.
-
-Training needs them: a video goes on after the first bounce, where the caption no longer says what
-is seen.
-"""
-
 LANE = 14.0
 """Of two shapes the front one starts this far to the left of the middle of its way, in units, the
 other to the left or right of its own, whichever is farther away."""
@@ -179,10 +172,7 @@ class Clip(NamedTuple):
 
 
 class ShapesDataset:
-    """Unlimited clips by index: `dataset[i]` is `Clip(frames, caption)`; iterating never ends.
-
-    Most begin with their scene, some training clips later (`LATER`).
-    """
+    """Unlimited clips by index: `dataset[i]` is `Clip(frames, caption)`; iterating never ends."""
 
     def __init__(
         self, num_frames: int = 81, *, seed: int = 0, split: Split = "train", size: int = 64
@@ -191,8 +181,7 @@ class ShapesDataset:
 
     def __getitem__(self, index: int) -> Clip:
         scene = sample_scene(self.seed, index, split=self.split)
-        start = sample_start(self.seed, index, split=self.split)
-        return Clip(render(scene, self.num_frames, size=self.size, start=start), scene.caption)
+        return Clip(render(scene, self.num_frames, size=self.size), scene.caption)
 
     def __iter__(self) -> Iterator[Clip]:
         return (self[index] for index in count())
@@ -230,13 +219,6 @@ def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
     scene = Scene(background, tuple(shapes), "")
     text = caption(scene.attributes, int(rng.random() * len(PHRASINGS)))
     return Scene(background, scene.shapes, text)
-
-
-def sample_start(seed: int, index: int, *, split: Split = "train") -> int:
-    """The frame of scene `index` with which its clip begins (see `LATER`)."""
-    rng = random.Random(f"shapes/{seed}/{index}/{split}/start")
-    later = rng.random() < LATER[split]
-    return int(rng.random() * 10 * FPS) if later else 0
 
 
 def is_held_out(shape: ShapeAttributes, background: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from wan.attention import Backend, attention
-from wan.kv_cache import KVCache, View
+from wan.kv_cache import ContextPolicy, KVCache, View
 from wan.rope import Rotation, apply_rope, rotation
 
 
@@ -53,15 +53,13 @@ def frame_mask(
     local_frames: int | None = None,
     independent_first_frame: bool = False,
     teacher_forcing: bool = False,
-    windows: Sequence[range] | None = None,
 ) -> Tensor:
     """Which frame (row) sees which (column), `[F, F]` bool; the mask of parallel training.
 
     Block-causal: a frame sees up to the end of its own block, and with `local_frames` no further
     back than that many frames before that end. With `teacher_forcing` it is `[2F, 2F]`: clean
     frames first, block-causal among themselves; a noisy frame sees its own noisy block and the
-    clean blocks before it. With `windows`, ranges of frames that cover all of them, it sees its
-    window instead of its block.
+    clean blocks before it.
     """
     index = torch.arange(frames)
     shift = block - 1 if independent_first_frame else 0
@@ -72,17 +70,9 @@ def frame_mask(
         causal &= index[None] >= block_end[:, None] - local_frames
     if not teacher_forcing:
         return causal
-    if windows is None:
-        window_of = block_of
-    else:
-        window_of = torch.cat([torch.full((len(w),), i) for i, w in enumerate(windows)])
-    own = window_of[:, None] == window_of[None]
-    first = own.int().argmax(dim=1, keepdim=True)
-    past = index[None] < first
-    if local_frames is not None:
-        past &= index[None] >= first + own.sum(dim=1, keepdim=True) - local_frames
+    own = block_of[:, None] == block_of[None]
     nothing = torch.zeros_like(own)
-    return torch.cat([torch.cat([causal, nothing], 1), torch.cat([past, own], 1)])
+    return torch.cat([torch.cat([causal, nothing], 1), torch.cat([causal & ~own, own], 1)])
 
 
 class MaskedContext:
@@ -174,3 +164,44 @@ class CachedContext:
         if self.destination is not None:
             self.cache.write(layer, self.destination, k, v)
         return apply_rope(q, self.query_turn), apply_rope(keys, self.key_turn), values
+
+
+class ForcedContext:
+    """All passes of a rollout over a known past, in one forward (training with teacher forcing).
+
+    The sequence holds F clean frames, then the same F noisy ones. `blocks` and `windows` are ranges
+    of frames that each cover all F. The clean frames of a block see what its clean pass would, the
+    noisy ones of a window what that window would: clean frames by the policy, then themselves.
+    """
+
+    def __init__(
+        self,
+        policy: ContextPolicy,
+        blocks: Sequence[range],
+        windows: Sequence[range],
+        grid: tuple[int, int],
+        head_dim: int,
+        device: torch.device,
+    ) -> None:
+        tokens, frames = grid[0] * grid[1], blocks[-1].stop
+        self.parts: list[tuple[Tensor, Rotation, Rotation]] = []
+        """For each pass: tokens of the keys; rotations of the queries and of the keys."""
+        self.views: list[View] = []
+        for spans, clean_pass, offset in ((blocks, True, 0), (windows, False, frames)):
+            for span in spans:
+                view = policy.view(span.start, len(span), clean_pass=clean_pass)
+                keys = torch.tensor([*view.frames, *(offset + frame for frame in span)])
+                index = (keys[:, None] * tokens + torch.arange(tokens)).flatten().to(device)
+                turn = rotation(view.positions, grid, head_dim, device)
+                own = Rotation(*(table[-len(span) * tokens :] for table in turn))
+                self.parts.append((index, own, turn))
+                self.views.append(view)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionContext`."""
+        queries = q.split([len(own.cos) for _, own, _ in self.parts], dim=1)
+        outputs = [
+            attention(apply_rope(query, own), apply_rope(k[:, index], turn), v[:, index])
+            for query, (index, own, turn) in zip(queries, self.parts, strict=True)
+        ]
+        return torch.cat(outputs, dim=1)

@@ -26,7 +26,7 @@ from tests.tiny_rollout import (
     tiny_method,
 )
 from utils.noise import CounterNoise
-from wan.context import MaskedContext, frame_mask
+from wan.context import ForcedContext, MaskedContext, frame_mask
 from wan.dit import WanDiT
 from wan.flow import add_noise, euler_step, x0_from_flow
 from wan.kv_cache import ContextPolicy, KVCache
@@ -346,38 +346,39 @@ def test_clean_passes_equal_one_parallel_forward(
         assert_close(values, v[:, tokens])
 
 
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", ["rolling", "block"])
 @pytest.mark.parametrize("exit_level", [0, 1, 2])
-@pytest.mark.parametrize("frames_in_view", [12, 8])
-def test_windows_over_a_known_past_are_one_parallel_pass(
-    dit: WanDiT, kind: Literal["rolling", "block"], exit_level: int, frames_in_view: int
+def test_windows_over_a_known_past_are_one_forward(
+    dit: WanDiT, name: str, kind: Literal["rolling", "block"], exit_level: int
 ) -> None:
-    """Clean frames in front, the windows of one exit level behind: their flows in the rollout."""
-    num_blocks, block = 6, 2
-    method = TinyMethod(kind, ContextPolicy(0, frames_in_view, "original"), BlockLayout(block))
+    """A rollout's clean frames in front, its windows of one exit level behind: the same flows."""
+    num_blocks, block = 9, 2
+    method = replace(tiny_method(name, block), kind=kind)
     log = LoggingDiT(dit)
     flows = flows_of(log)
     rollout = new_rollout(log, method, num_blocks)
     blocks = run(rollout)
+    window_flows = [f for f, call in zip(flows, log.calls, strict=True) if not call.clean_pass]
     plan = RolloutPlan(kind, num_blocks, (exit_level,) * num_blocks)
-    windows = [flow for flow, call in zip(flows, log.calls, strict=True) if not call.clean_pass]
     schedule = Schedule(kind, method.levels, num_blocks)
     chosen = [window for window in schedule if is_output(plan, schedule, window)]
     assert [b for window in chosen for b in window.blocks] == list(range(num_blocks))
 
-    spans = [range(w.blocks[0] * block, (w.blocks[-1] + 1) * block) for w in chosen]
-    frames = num_blocks * block
-    mask = frame_mask(
-        frames, block, local_frames=frames_in_view, teacher_forcing=True, windows=spans
+    context = ForcedContext(
+        method.policy,
+        [range(b * block, (b + 1) * block) for b in range(num_blocks)],
+        [range(w.blocks[0] * block, (w.blocks[-1] + 1) * block) for w in chosen],
+        GRID,
+        dit.config.head_dim,
+        CPU,
     )
-    positions = tuple(range(frames)) * 2
-    context = MaskedContext(mask, positions, GRID, dit.config.head_dim, CPU)
     clean = torch.cat([blocks[b] for b in range(num_blocks)], dim=1)
     noisy = torch.cat([log.windows[window.index].latents for window in chosen], dim=1)
     times = torch.cat([log.windows[window.index].timesteps for window in chosen], dim=1)
     inputs, times = torch.cat([clean, noisy], dim=1), torch.cat([0 * times, times], dim=1)
-    parallel = dit(inputs, times, rollout.text, context)[:, frames:]
-    assert_close(parallel, torch.cat([windows[window.index] for window in chosen], dim=1))
+    together = dit(inputs, times, rollout.text, context)[:, clean.shape[1] :]
+    assert_close(together, torch.cat([window_flows[window.index] for window in chosen], dim=1))
 
 
 def flows_of(log: LoggingDiT) -> list[Tensor]:

@@ -31,7 +31,6 @@ from utils.shapes import (
     parse_caption,
     render,
     sample_scene,
-    sample_start,
 )
 
 EVERY_SHAPE = [
@@ -67,20 +66,6 @@ def test_the_data_set_iterates_in_the_order_of_its_index():
     dataset = ShapesDataset(2)
     for index, clip in enumerate(itertools.islice(dataset, 3)):
         assert np.array_equal(clip.frames, dataset[index].frames)
-
-
-def test_some_training_clips_begin_later_than_their_scene():
-    starts = np.array([sample_start(0, index) for index in range(600)])
-    later = starts > 0
-    assert abs(later.mean() - 1 / 8) < 0.03
-    assert starts.max() < 160
-    assert abs(starts[later].mean() - 80) < 16  # uniform over ten seconds
-    assert not any(sample_start(0, index, split="heldout") for index in range(200))
-    index = int(np.flatnonzero(later)[0])
-    clip, scene = ShapesDataset(5)[index], sample_scene(0, index)
-    assert clip.caption == scene.caption
-    whole = render(scene, int(starts[index]) + 5)
-    assert np.array_equal(clip.frames, whole[starts[index] :])
 
 
 def test_held_out_looks_never_occur_in_training():
