@@ -79,7 +79,7 @@ QUICK = {
     "teacher": QUICK_TEACHER,
     "ode_init": Quick(0.1, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=8")),
     "causal_init": Quick(
-        0.05, ("max_steps=20", "lr_warmup_steps=5", "heldout_videos=8", "total_batch_size=4")
+        0.05, ("max_steps=15", "lr_warmup_steps=5", "heldout_videos=4", "total_batch_size=4")
     ),
     # The loss is the critic's, so the student stands almost still.
     "rolling_forcing": Quick(
