@@ -61,9 +61,7 @@ def main(argv: Sequence[str]) -> int:
     pipe = load_pipeline(config, args.checkpoint_path, args.device, use_ema=args.use_ema)
     given = pipe.shape.video_frames(pipe.layout.start(args.blocks))
     frames = given + round(SECONDS[-1] * FPS)
-    blocks = args.blocks
-    while pipe.shape.video_frames(pipe.layout.start(blocks)) < frames:
-        blocks += 1
+    blocks = pipe.layout.blocks_for(pipe.shape.latent_frames(frames))
     start, errors, still = round(args.start * FPS), [], []
     for index in tqdm(range(args.scenes), "scenes"):
         scene = sample_scene(0, index, split="heldout")

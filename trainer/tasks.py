@@ -442,11 +442,9 @@ class FlowMatching(GeneratorTask):
         frames, layout = scored_frames(self.config), self.layout
         plan = plan_rollout(replace(self.config, num_training_frames=frames), update)
         windows = output_windows(self.config, plan)
-        levels = {block: level for window in windows for block, level in window}
-        timesteps = [
-            level_timesteps(self.config)[levels[block]].expand(layout.frames(block))
-            for block in sorted(levels)
-        ]
+        timesteps = level_timesteps(self.config)
+        per_block = [timesteps[level] for window in windows for _, level in window]
+        per_frame = [t.expand(layout.frames(block)) for block, t in enumerate(per_block)]
         spans = tuple(
             range(layout.start(window.blocks[0]), layout.start(window.blocks[-1] + 1))
             for window in windows
@@ -454,13 +452,13 @@ class FlowMatching(GeneratorTask):
         if spans not in self.windowed:
             self.windowed[spans] = ForcedContext(
                 context_policy(self.config),
-                [range(layout.start(block), layout.start(block + 1)) for block in sorted(levels)],
+                [range(layout.start(b), layout.start(b + 1)) for b in range(plan.num_blocks)],
                 spans,
                 self.shape.grid,
                 self.generator.config.head_dim,
                 self.world.device,
             )
-        return torch.cat(timesteps), self.windowed[spans]
+        return torch.cat(per_frame), self.windowed[spans]
 
     def _timesteps(self, draws: Draws, frames: int) -> Tensor:
         """One timestep per video, or per block with `diffusion_forcing`: `[B, F]`."""

@@ -121,6 +121,15 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
+def view_turns(
+    view: View, grid: tuple[int, int], head_dim: int, device: torch.device
+) -> tuple[Rotation, Rotation]:
+    """Rotations of a pass's queries, and of all its keys, the past first."""
+    keys = rotation(view.positions, grid, head_dim, device)
+    past_tokens = len(view.frames) * grid[0] * grid[1]
+    return Rotation(*(table[past_tokens:] for table in keys)), keys
+
+
 class CachedContext:
     """The queries see frames of the cache, then themselves (rollouts).
 
@@ -142,9 +151,7 @@ class CachedContext:
         self.view = view
         self.backend: Backend = backend
         self.past = cache.slots(view.frames) if view.frames else None
-        self.key_turn = rotation(view.positions, grid, head_dim, cache.device)
-        past_tokens = len(view.frames) * grid[0] * grid[1]
-        self.query_turn = Rotation(*(table[past_tokens:] for table in self.key_turn))
+        self.query_turn, self.key_turn = view_turns(view, grid, head_dim, cache.device)
         queries = len(view.positions) - len(view.frames)
         self.destination = cache.next_slots(queries) if write else None
 
@@ -192,9 +199,7 @@ class ForcedContext:
                 view = policy.view(span.start, len(span), clean_pass=clean_pass)
                 keys = torch.tensor([*view.frames, *(offset + frame for frame in span)])
                 index = (keys[:, None] * tokens + torch.arange(tokens)).flatten().to(device)
-                turn = rotation(view.positions, grid, head_dim, device)
-                own = Rotation(*(table[-len(span) * tokens :] for table in turn))
-                self.parts.append((index, own, turn))
+                self.parts.append((index, *view_turns(view, grid, head_dim, device)))
                 self.views.append(view)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
