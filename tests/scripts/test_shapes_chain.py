@@ -40,7 +40,7 @@ class Rehearsal:
 
     def __init__(self, folder: Path, *, quick: bool) -> None:
         self.said: list[tuple[str, list[str]]] = []
-        self.accuracy = {"ode_init": 0.5, "rolling_forcing": 0.5}
+        self.accuracy = {"ode_init": 0.5, "causal_init": 0.75, "rolling_forcing": 0.625}
         self.chain = Chain(folder, ["seed=7"], quick=quick, processes=2)
         (folder / "models" / "Shapes").mkdir(parents=True)
 
@@ -87,7 +87,10 @@ def test_every_stage_is_a_command_that_its_script_accepts(
     rehearsal = rehearse(tmp_path, quick=quick)
     results = {name: stage(rehearsal.chain) for name, stage in STAGES.items()}
     assert results["teacher"] == "held-out loss 2.0000 -> 0.5000"
-    assert results["evaluate"] == "prompt accuracy 0.50 (ODE initialisation) -> 0.50 (student)"
+    assert results["evaluate"] == (
+        "prompt accuracy 0.50 (ODE initialisation) -> 0.75 (causal initialisation) -> "
+        "0.62 (student)"
+    )
     trainings = [words for script, words in rehearsal.said if script == "train.py"]
     assert len(trainings) == sum(isinstance(stage, Training) for stage in STAGES.values()) == 9
     assert all("seed=7" in words for words in trainings)
@@ -110,11 +113,14 @@ def test_a_loss_that_hardly_falls_is_refused() -> None:
             check_margin("teacher", 1.0, last)
 
 
+@pytest.mark.parametrize("better", ["ode_init", "causal_init"])
 def test_a_student_that_forgot_its_prompts_is_refused(
-    rehearse: Callable[..., Rehearsal], tmp_path: Path
+    rehearse: Callable[..., Rehearsal], tmp_path: Path, better: str
 ) -> None:
     rehearsal = rehearse(tmp_path, quick=True)
-    rehearsal.accuracy = {"ode_init": 0.9, "rolling_forcing": 0.7}
+    rehearsal.accuracy = {"ode_init": 0.8, "causal_init": 0.8, "rolling_forcing": 0.7}
+    STAGES["evaluate"](rehearsal.chain)
+    rehearsal.accuracy[better] = 0.9
     with pytest.raises(UserError, match=r"fell from 0\.90"):
         STAGES["evaluate"](rehearsal.chain)
 
@@ -166,8 +172,14 @@ def test_a_changed_config_is_another_stage(
     rehearsal.said.clear()
     assert run_main(main, [*command, "num_frame_per_block=1"]) == 2
     assert "error: teacher_short was begun with another config; --redo" in capsys.readouterr().err
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = content()
     assert run_main(main, [*command, "--redo", "vae_short", "lr=1e-5"]) == 2
     assert "text_encoder was begun" in capsys.readouterr().err
+    assert content() == before, "nothing is lost"
     vae = tmp_path / "models" / "Shapes" / VAE_FILE
     vae.write_text("of a later stage")
     assert run_main(main, [*command, "--redo", "vae_short", "--until", "vae_short"]) == 0
@@ -185,6 +197,12 @@ def test_a_quick_chain_needs_what_ships(
     shutil.copytree("configs", tmp_path / "configs")
     assert run_main(main, ["--quick", "--folder", str(tmp_path / "out")]) == 2
     assert "Shapes" in capsys.readouterr().err
+    models = tmp_path / "wan_models" / "Shapes"
+    for name in (TEXT_ENCODER_FILE, VAE_FILE, "google/umt5-xxl/tokenizer.json"):
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
+        (models / name).touch()
+    assert run_main(main, ["--quick", "--folder", str(tmp_path / "out")]) == 2
+    assert "Shapes has no teacher" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
