@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from utils.errors import UserError
+
 ScheduleKind = Literal["rolling", "block", "full"]
 
 
@@ -123,3 +125,12 @@ class BlockLayout:
         if not self.independent_first_frame:
             return -(-frames // self.block_frames)
         return 1 + -(-(frames - 1) // self.block_frames)
+
+    def require_full_blocks(self, frames: int) -> int:
+        """Blocks that `frames` latent frames fill; UserError if the last one is not full."""
+        blocks = self.blocks_for(frames)
+        if frames < 1 or self.start(blocks) != frames:
+            raise UserError(
+                f"{frames} latent frames do not fill whole blocks of {self.block_frames}"
+            )
+        return blocks

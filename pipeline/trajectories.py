@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.components import block_layout, context_policy, new_cache, video_shape
 from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, OdeStep, StepRule
-from pipeline.schedule import BlockLayout, Schedule
+from pipeline.schedule import Schedule
 from utils.config import Config
 from utils.errors import UserError
 from utils.noise import NoiseSource
@@ -36,16 +36,6 @@ def ode_grid(levels: Tensor, num_steps: int, shift: float) -> Tensor:
     even = shift_timesteps(even, shift)
     distance = (even[:, None] - levels).abs().amin(dim=1)
     return torch.cat([even[distance > SAME_TIMESTEP], levels]).sort(descending=True).values
-
-
-def whole_blocks(layout: BlockLayout, num_latent_frames: int) -> int:
-    """The number of blocks that these frames fill; UserError if the last one is not full."""
-    blocks = layout.blocks_for(num_latent_frames)
-    if num_latent_frames < 1 or layout.start(blocks) != num_latent_frames:
-        raise UserError(
-            f"{num_latent_frames} latent frames do not fill whole blocks of {layout.block_frames}"
-        )
-    return blocks
 
 
 class KeepStates:
@@ -107,7 +97,7 @@ def solve_trajectories(
     rule = KeepStates(OdeStep.at(grid, teacher.device), kept)
     rollout = Rollout(
         teacher,
-        schedule=Schedule("full", len(grid), whole_blocks(layout, num_latent_frames)),
+        schedule=Schedule("full", len(grid), layout.require_full_blocks(num_latent_frames)),
         layout=layout,
         policy=context_policy(config),
         cache=new_cache(

@@ -42,7 +42,7 @@ from pipeline.precompute import (
     weights_hash,
 )
 from pipeline.text_to_video import VideoPipeline
-from pipeline.trajectories import ode_grid, solve_trajectories, whole_blocks
+from pipeline.trajectories import ode_grid, solve_trajectories
 from utils.cli import run_main, set_up_logging
 from utils.config import Config, find_file, fingerprint
 from utils.datasets import write_shard
@@ -121,7 +121,7 @@ def check_before_loading(config: Config, args: argparse.Namespace, prompts: Sequ
     """Raise UserError for what would stop the run after a large model was loaded."""
     if args.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
-    whole_blocks(block_layout(config), latent_frames(config, args))
+    block_layout(config).require_full_blocks(latent_frames(config, args))
     needed = [config.negative_prompt, *prompts] if config.guidance_scale else prompts
     if config.text_embeddings is not None:
         EmbeddingStore(config.text_embeddings).require(needed)

@@ -37,7 +37,6 @@ from pipeline.components import (
 )
 from pipeline.sampling import BlockNoise
 from pipeline.text_to_video import VideoPipeline
-from pipeline.trajectories import whole_blocks
 from trainer.data import BatchPlan, check_auxiliary_data, check_training_data
 from trainer.export import export_generator, export_text_encoder, export_vae
 from trainer.metrics import Timer, latent_statistics
@@ -386,7 +385,7 @@ class FlowMatching(GeneratorTask):
         if config.window_forcing:
             if config.denoising_step_list is None:
                 raise UserError("window_forcing needs a denoising_step_list in the config")
-            whole_blocks(self.layout, scored_frames(config))
+            self.layout.require_full_blocks(scored_frames(config))
         self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
         self.context = None  # full attention
         if config.schedule != "full" and not config.window_forcing:
@@ -419,11 +418,18 @@ class FlowMatching(GeneratorTask):
             clean_timesteps=clean_timesteps,
         )
 
+    def heldout_loss(self, batch: Batch, draws: Draws, size: Tensor) -> LossResult:
+        """See `Task`; with window forcing every item has a rollout of its own."""
+        if self.config.window_forcing:
+            (number,) = draws.indices
+            draws = replace(draws, update=draws.update + number)
+        return super().heldout_loss(batch, draws, size)
+
     def flops(self, phase: str, draws: Draws) -> int:
         """See `Task`."""
         sizes, tokens = self.generator.config, self.shape.tokens_per_frame
         if self.config.window_forcing:
-            views = self._windows(draws.update)[1].views
+            views = self._windows(draws)[1].views
             forward = sum(pass_flops(sizes, view, tokens) for view in views)
         else:
             frames = scored_frames(self.config) * (2 if self.config.teacher_forcing else 1)
@@ -433,14 +439,15 @@ class FlowMatching(GeneratorTask):
     def _levels(self, draws: Draws, frames: int) -> tuple[Tensor, AttentionContext | None]:
         """Timesteps `[B, F]` and attention of a batch."""
         if self.config.window_forcing:
-            timesteps, context = self._windows(draws.update)
+            timesteps, context = self._windows(draws)
             return timesteps.expand(len(draws.indices), -1), context
         return self._timesteps(draws, frames), self.context
 
-    def _windows(self, update: int) -> tuple[Tensor, ForcedContext]:
+    def _windows(self, draws: Draws) -> tuple[Tensor, ForcedContext]:
         """Timesteps `[F]` and attention of the output windows of one rollout, drawn as in DMD."""
         frames, layout = scored_frames(self.config), self.layout
-        plan = plan_rollout(replace(self.config, num_training_frames=frames), update)
+        config = replace(self.config, num_training_frames=frames, seed=draws.seed)
+        plan = plan_rollout(config, draws.update)
         windows = output_windows(self.config, plan)
         timesteps = level_timesteps(self.config)
         per_block = [timesteps[level] for window in windows for _, level in window]
@@ -457,6 +464,7 @@ class FlowMatching(GeneratorTask):
                 self.shape.grid,
                 self.generator.config.head_dim,
                 self.world.device,
+                self.generator.attention_backend,
             )
         return torch.cat(per_frame), self.windowed[spans]
 

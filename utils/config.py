@@ -503,6 +503,19 @@ def _training_checks(config: Config) -> list[tuple[bool, str]]:
         (config.lora is None or config.lora.rank >= 1, "lora.rank must be at least 1"),
         (0 <= config.rolling_probability <= 1, "rolling_probability must be between 0 and 1"),
         (0 <= config.prompt_dropout <= 1, "prompt_dropout must be between 0 and 1"),
+        (
+            not (config.window_forcing and (config.teacher_forcing or config.diffusion_forcing)),
+            "window_forcing has its own windows and levels: without teacher_forcing and "
+            "diffusion_forcing",
+        ),
+        (
+            0 <= config.clean_context_noise <= 1000,
+            "clean_context_noise must be between 0 and 1000",
+        ),
+        (
+            config.clean_context_noise == 0 or config.teacher_forcing or config.window_forcing,
+            "clean_context_noise needs teacher_forcing or window_forcing",
+        ),
         (0 <= config.ema_weight <= 1, "ema_weight must be between 0 and 1"),
     ]
 

@@ -189,7 +189,9 @@ class ForcedContext:
         grid: tuple[int, int],
         head_dim: int,
         device: torch.device,
+        backend: Backend = "auto",
     ) -> None:
+        self.backend: Backend = backend
         tokens, frames = grid[0] * grid[1], blocks[-1].stop
         self.parts: list[tuple[Tensor, Rotation, Rotation]] = []
         """For each pass: tokens of the keys; rotations of the queries and of the keys."""
@@ -206,7 +208,10 @@ class ForcedContext:
         """See `AttentionContext`."""
         queries = q.split([len(own.cos) for _, own, _ in self.parts], dim=1)
         outputs = [
-            attention(apply_rope(query, own), apply_rope(k[:, index], turn), v[:, index])
+            attention(
+                *(apply_rope(query, own), apply_rope(k[:, index], turn), v[:, index]),
+                backend=self.backend,
+            )
             for query, (index, own, turn) in zip(queries, self.parts, strict=True)
         ]
         return torch.cat(outputs, dim=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.tiny_training import (
     TrainingWorld,
@@ -22,8 +23,10 @@ from trainer.estimate import dry_run_report
 from trainer.heldout import HeldOut, heldout_draws
 from trainer.metrics import mean_over_ranks, read_metrics
 from trainer.sharding import open_world
+from trainer.tasks import FlowMatching
 from trainer.trainer import BETWEEN_STEPS, Trainer
 from utils.datasets import collate, write_shard
+from utils.draws import Draws
 from utils.errors import UserError
 
 SHAPES = {"schedule": "full", "method": None, "denoising_step_list": None, "text_embeddings": None}
@@ -108,6 +111,34 @@ def test_it_does_not_depend_on_the_batch_size_or_the_seed(
             assert trainer.heldout is not None
             found.append(mean_over_ranks(trainer.heldout.measure()))
     assert found[0] == found[1] == found[2]
+
+
+def test_every_item_has_a_rollout_of_its_own(
+    training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same ones whatever the run's seed, of both schedules and at several levels."""
+    forced = training_world.flow(
+        **{"schedule": None, "method": "rolling_forcing", "window_forcing": True},
+        **{"denoising_step_list": [1000, 600, 300], "heldout_every": 2, "heldout_videos": 7},
+        heldout_data_path=str(training_world.latents),
+    )
+    levels, used = FlowMatching._levels, []
+
+    def noted(task: FlowMatching, draws: Draws, frames: int) -> tuple[Tensor, Any]:
+        timesteps, context = levels(task, draws, frames)
+        used.append(tuple(timesteps[0].tolist()))
+        return timesteps, context
+
+    monkeypatch.setattr(FlowMatching, "_levels", noted)
+    losses = []
+    for seed in (0, 7):
+        with trainer_of(training_world, tmp_path / f"{seed}", **forced, seed=seed) as trainer:
+            assert trainer.heldout is not None
+            losses.append(mean_over_ranks(trainer.heldout.measure()))
+    assert losses[0] == losses[1]
+    assert used[:7] == used[7:]
+    assert len(set(used)) > 3
+    assert {len(set(timesteps)) for timesteps in used} == {1, 3}, "block by block, and rolling"
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.dmd import Scores, dmd_gradient, generator_loss
 from model.self_rollout import RolloutPlan, plan_rollout
-from pipeline.components import level_timesteps
+from pipeline.components import context_policy, level_timesteps
 from tests.tiny_training import (
     FRAMES,
     LATENT,
@@ -29,6 +29,7 @@ from utils.datasets import write_shard
 from utils.draws import Draws
 from utils.errors import UserError
 from utils.video import VideoWriter
+from wan.context import ForcedContext
 from wan.flow import shift_timesteps, training_weight
 from wan.vae import WanVAE
 
@@ -342,22 +343,39 @@ def test_rollouts_that_whole_blocks_make_longer_are_reencoded_too(
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_window_forcing_trains_the_levels_that_a_rollout_ends_with(
-    share: float, training_world: TrainingWorld, tmp_path: Path
+@pytest.mark.parametrize("frames", [(1, 1, 1), (1, 2)])  # of each block
+def test_window_forcing_trains_the_windows_that_a_rollout_ends_with(
+    share: float, frames: tuple[int, ...], training_world: TrainingWorld, tmp_path: Path
 ) -> None:
-    changes = training_world.flow(**SWITCHES["window forcing"], rolling_probability=share)
+    changes = {"num_frame_per_block": frames[-1], "independent_first_frame": frames[-1] > 1}
+    changes |= {"max_attention_frames": 9, "rolling_probability": share}
+    changes = training_world.flow(**(SWITCHES["window forcing"] | changes))
     with trainer_of(training_world, tmp_path, **changes) as trainer:
         task, config = trainer.task, trainer.config
         assert isinstance(task, FlowMatching)
-        levels = level_timesteps(config)
+        levels, policy = level_timesteps(config), context_policy(config)
         for update in range(12):
-            timesteps, _ = task._levels(Draws(config.seed, update, (0, 1)), FRAMES)
+            timesteps, context = task._levels(Draws(config.seed, update, (0, 1)), FRAMES)
             plan = plan_rollout(replace(config, num_training_frames=FRAMES), update)
-            expected = [
-                (exit_level - block) % len(levels) if share else exit_level
-                for block, exit_level in enumerate(plan.exit_levels)
-            ]
-            assert timesteps.tolist() == levels[expected].expand(2, -1).tolist()
+            exit_level = plan.exit_levels[0]
+            expected = [exit_level] * len(frames)
+            if share:
+                expected = [(exit_level - block) % len(levels) for block in range(len(frames))]
+            per_frame = [level for level, n in zip(expected, frames, strict=True) for _ in range(n)]
+            assert timesteps.tolist() == levels[per_frame].expand(2, -1).tolist()
+            # blocks stand together in a window while their levels fall, to the last one
+            views, start = [], 0
+            for number in frames:
+                views.append(policy.view(start, number, clean_pass=True))
+                start += number
+            start = length = 0
+            for block, number in enumerate(frames):
+                length += number
+                if not share or expected[block] == 0 or block == len(frames) - 1:
+                    views.append(policy.view(start, length, clean_pass=False))
+                    start, length = start + length, 0
+            assert isinstance(context, ForcedContext)
+            assert context.views == views
 
 
 @pytest.mark.parametrize(

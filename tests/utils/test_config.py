@@ -392,6 +392,9 @@ def test_wrong_types(tmp_path: Path, key: str, value: Any) -> None:
         ("fps", 0, "fps must be at least 1"),
         ("num_samples", 0, "num_samples must be at least 1"),
         ("sampling_steps", 0, "sampling_steps must be at least 1"),
+        ("clean_context_noise", 5, "needs teacher_forcing or window_forcing"),
+        ("clean_context_noise", -50, "clean_context_noise must be between 0 and 1000"),
+        ("clean_context_noise", 5000, "clean_context_noise must be between 0 and 1000"),
         ("context_noise", -1, "context_noise must be between 0 and 1000"),
         ("context_noise", 1001, "context_noise must be between 0 and 1000"),
         ("denoising_step_list", [], "must hold timesteps above 0"),
@@ -406,6 +409,11 @@ def test_wrong_types(tmp_path: Path, key: str, value: Any) -> None:
 )
 def test_impossible_values(tmp_path: Path, key: str, value: Any, sentence: str) -> None:
     refused(tmp_path, sentence, **STEPS | {key: value})
+
+
+@pytest.mark.parametrize("other", ["teacher_forcing", "diffusion_forcing"])
+def test_window_forcing_stands_alone(tmp_path: Path, other: str) -> None:
+    refused(tmp_path, "window_forcing has its own windows", window_forcing=True, **{other: True})
 
 
 @pytest.mark.parametrize("override", ["seed", "--seed=1", "=1"])
