@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -124,6 +124,7 @@ VARIANTS = (
         "rolling_no_sink",
         "how much of the gain is the window's alone",
         drawn=True,
+        long=True,
     ),
     Variant(
         "rolling_levels_3",
@@ -193,16 +194,18 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Column:
-    """Mean over the videos of the mean over `measures`; `survival` is known from any length."""
+    """Mean over the videos of the mean over `measures`.
+
+    `lengths`: the videos that tell it; of several the first that know the measures.
+    """
 
     title: str
     measures: tuple[str, ...]
     digits: int = 2
+    lengths: tuple[Literal["short", "long"], ...] = ("short",)
 
-    @property
-    def of_any_length(self) -> bool:
-        """Whether a video of another length may tell it."""
-        return self.measures[0].startswith("survival.")
+
+ANY_LENGTH: tuple[Literal["short", "long"], ...] = ("short", "long")
 
 
 COLUMNS = (
@@ -216,9 +219,11 @@ COLUMNS = (
     Column("motion, last 5 s", ("late.motion",)),
     Column("speed / truth, last 5 s", ("late.speed_ratio",)),
     Column("flicker", ("background_flicker.ratio",)),
-    Column("right for 5 s", ("survival.5s",)),
-    Column("for 60 s", ("survival.60s",)),
-    Column("for 5 min", ("survival.300s",)),
+    Column("right for 5 s", ("survival.5s",), lengths=ANY_LENGTH),
+    Column("for 60 s", ("survival.60s",), lengths=ANY_LENGTH),
+    Column("for 5 min", ("survival.300s",), lengths=ANY_LENGTH),
+    Column("right, last 5 s of long videos", ("late.right",), lengths=("long",)),
+    Column("motion, last 5 s of long videos", ("late.motion",), lengths=("long",)),
     Column("frames/s", ("fps",), 1),
 )
 
@@ -235,7 +240,8 @@ LEGEND = (
     "several. Prompt followed: mean of colour, kind, background and direction. Drift: error in "
     "the last 5 s minus that in the first 5 s, in grey levels; that of the colour counts shapes "
     "that are seen. Right for a time: share of the videos in which every shape has its colour "
-    "and kind for so long. The formulas are in docs/shapes.md."
+    "and kind for so long. Long videos: those of the greater length. The formulas are in "
+    "docs/shapes.md."
 )
 
 
@@ -416,7 +422,8 @@ def find_shipped(args: argparse.Namespace, key: str) -> Path | None:
     if found is None or key in INITIALISATIONS:
         return found
     asked = load_config(args.configs / f"{key}.yaml", args.overrides)
-    theirs = ROOT / CONFIGS if args.checkpoints == CHECKPOINTS else args.configs
+    ours = args.checkpoints.resolve() in (CHECKPOINTS.resolve(), (ROOT / CHECKPOINTS).resolve())
+    theirs = ROOT / CONFIGS if ours else args.configs
     trained = load_config(theirs / f"{key}.yaml")
     return None if args.retrain or recipe(asked) != recipe(trained) else found
 
@@ -614,8 +621,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def cell(column: Column, short: Sequence[Result], long: Sequence[Result]) -> str:
-    """`mean ± spread` of the first of the two that knows the measures."""
-    for results in (short, long) if column.of_any_length else (short,):
+    """`mean ± spread` of the first of the column's videos that know the measures."""
+    videos = {"short": short, "long": long}
+    for results in (videos[length] for length in column.lengths):
         if results:
             mean, spread = column_figures(column, results)
             if not np.isnan(mean):

@@ -127,7 +127,8 @@ def test_configs_of_ones_own_do_not_use_what_ships(tmp_path, monkeypatch):
     assert not any(isinstance(part, Training) for part in ablate.plan(options(*given)))
     with (own / "self_forcing.yaml").open("a") as file:
         file.write("lr: 3.0e-04\n")
-    assert isinstance(ablate.plan(options(*given))[0], Training)
+    for spelled in ([], ["--checkpoints", tmp_path / "checkpoints"]):
+        assert isinstance(ablate.plan(options(*given, *spelled))[0], Training)
 
 
 def test_commands(tmp_path):
@@ -488,7 +489,7 @@ def test_figures_are_means_with_the_spread_of_the_seeds(tmp_path, capsys):
     ]
     write_figures(tmp_path / "60s" / "rolling_forcing.json", two_seeds)
     write_figures(tmp_path / "60s" / "self_forcing.json", [result(0, "a", late=0.0, fps=41.26)])
-    minutes = [result(seed, "a", seconds=300, survived=299 + seed) for seed in (0, 1)]
+    minutes = [result(s, "a", seconds=300, survived=299 + s, late=0.25) for s in (0, 1)]
     write_figures(tmp_path / "300s" / "rolling_forcing.json", minutes)
     assert run_main(ablate.main, ["--folder", str(tmp_path), "--table_only"]) == 0
     text = (tmp_path / "table.md").read_text()
@@ -506,6 +507,8 @@ def test_figures_are_means_with_the_spread_of_the_seeds(tmp_path, capsys):
             "right for 5 s": "0.75 ± 0.35",
             "for 60 s": "0.50 ± 0.00",
             "for 5 min": "0.50 ± 0.71",
+            "right, last 5 s of long videos": "0.25 ± 0.00",
+            "motion, last 5 s of long videos": "0.25 ± 0.00",
             "frames/s": "30.0 ± 0.0",
         },
         "Self Forcing": {
@@ -519,6 +522,8 @@ def test_figures_are_means_with_the_spread_of_the_seeds(tmp_path, capsys):
             "right for 5 s": "1.00",
             "for 60 s": "1.00",
             "for 5 min": "–",
+            "right, last 5 s of long videos": "–",
+            "motion, last 5 s of long videos": "–",
             "frames/s": "41.3",
         },
     }
@@ -540,12 +545,13 @@ def test_rows_of_other_settings_are_told_apart(tmp_path):
     assert list(rows(both)) == ["Rolling Forcing, max_steps=9", "Self Forcing"]
 
 
-def test_long_videos_alone_tell_only_how_long_they_were_right(tmp_path):
-    minutes = [result(0, "a", seconds=300, survived=70)]
+def test_long_videos_alone_tell_how_long_they_were_right_and_their_end(tmp_path):
+    minutes = [result(0, "a", seconds=300, survived=70, late=0.25)]
     write_figures(tmp_path / "300s" / "self_forcing.json", minutes)
     assert run_main(ablate.main, ["--folder", str(tmp_path), "--table_only"]) == 0
     (cells,) = rows((tmp_path / "table.md").read_text()).values()
     known = {"right for 5 s": "1.00", "for 60 s": "1.00", "for 5 min": "0.00"}
+    known |= {f"{what}, last 5 s of long videos": "0.25" for what in ("right", "motion")}
     assert cells == dict.fromkeys((c.title for c in COLUMNS), "–") | known
     assert not (tmp_path / "curves.png").exists()
     assert (tmp_path / "curves_300s.png").is_file()
