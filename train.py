@@ -1,4 +1,4 @@
-"""Train: DMD distillation, ODE initialisation or flow matching, on one process or many.
+"""Train: distillation, ODE initialisation, flow matching, VAE, on one process or many.
 
     torchrun --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint 127.0.0.1:29500 \\
         train.py -- --config_path configs/rolling_forcing_dmd.yaml --logdir logs/rolling_forcing

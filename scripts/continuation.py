@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from pipeline import load_pipeline
+from pipeline.batch import model_settings
 from utils.cli import check_outputs, run_main, set_up_logging
-from utils.config import load_config
+from utils.config import find_file, load_config
 from utils.errors import UserError
 from utils.evaluation import write_json
 from utils.shape_meter import observe
@@ -58,7 +59,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--scenes and --blocks must be at least 1, --start at least 0")
     check_outputs(args.json)
     config = load_config(args.config_path, args.overrides)
-    pipe = load_pipeline(config, args.checkpoint_path, args.device, use_ema=args.use_ema)
+    weights = args.checkpoint_path
+    checkpoint = find_file(weights, "checkpoint") if weights else None
+    pipe = load_pipeline(config, checkpoint, args.device, use_ema=args.use_ema)
     given = pipe.shape.video_frames(pipe.layout.start(args.blocks))
     frames = given + round(SECONDS[-1] * FPS)
     blocks = pipe.layout.blocks_for(pipe.shape.latent_frames(frames))
@@ -79,7 +82,12 @@ def main(argv: Sequence[str]) -> int:
     for name, row in figures.items():
         print(f"{name:<8}" + "".join("       –" if x is None else f"{x:>8.2f}" for x in row))
     if args.json is not None:
-        settings = {"scenes": args.scenes, "start": args.start, "blocks": args.blocks}
+        settings = {
+            **{"scenes": args.scenes, "start": args.start, "blocks": args.blocks},
+            **{"config_path": args.config_path, "checkpoint_path": weights},
+            **{"use_ema": args.use_ema, "overrides": args.overrides},
+            **model_settings(config, checkpoint, use_ema=args.use_ema),
+        }
         write_json(args.json, {**figures, **settings})
     return 0
 

@@ -42,7 +42,7 @@ def vocabulary() -> list[str]:
     """Words and marks of the captions, as the tokenizer cuts them."""
     captions = (sample_scene(0, index).caption.lower() for index in range(CAPTIONS_READ))
     text = " ".join(captions)
-    for mark in ",;.":
+    for mark in ",;:.":
         text = text.replace(mark, f" {mark} ")
     return sorted(set(text.split()))
 

@@ -36,7 +36,7 @@ class Judge:
     square, as that world is.
     """
 
-    def __init__(self, prompt: str | None, *, fps: float, first: int = 9, block: int = 12) -> None:
+    def __init__(self, prompt: str, *, fps: float, first: int = 9, block: int = 12) -> None:
         """`first` and `block`: frames of its first and later blocks, for the flicker."""
         self.prompt = prompt
         self._fps, self._first, self._block = fps, first, block
@@ -46,7 +46,7 @@ class Judge:
         """The next frames, uint8 [n, H, W, 3]."""
         if self._meter is None:
             square = frames.ndim == 4 and frames.shape[1] == frames.shape[2]
-            if square and self.prompt is not None and is_caption(self.prompt):
+            if square and is_caption(self.prompt):
                 self._meter = shape_meter.ShapeMeter(self.prompt, fps=self._fps)
             else:
                 self._meter = video_meter.VideoMeter()

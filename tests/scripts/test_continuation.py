@@ -56,6 +56,8 @@ def test_the_command_measures_each_scene(tiny_world, tmp_path, capsys):
     figures = json.loads(out.read_text())
     assert figures["seconds"] == list(SECONDS)
     assert all(len(figures[name]) == len(SECONDS) for name in ("median", "still", "seen"))
+    assert figures["overrides"] == ["width=32", "device=cpu"]
+    assert figures["checkpoint_path"] == str(tiny_world.checkpoint)
     assert capsys.readouterr().out.startswith("seconds")
 
 
