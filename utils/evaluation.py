@@ -87,16 +87,10 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
     videos and `spread`, the standard deviation (n - 1) of the means of each seed (None for a lone
     seed). `per_second`: the same for every curve, second by second. Values that a video does not
     have do not count. `survival`: share of the videos right after 1, 2, ... seconds, as long as
-    the shortest video.
+    the shortest video. `by_shapes`: `videos` and `measures` of those of one shape and of two, where
+    there are both.
     """
     seeds = [result["seed"] for result in results]
-    rows = [numbers(result["report"]) | extra_measures(result) for result in results]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    measures = {}
-    for name in names:
-        column = np.array([row.get(name, math.nan) for row in rows])
-        mean, spread = mean_and_spread(column[:, None], seeds)
-        measures[name] = {"mean": float(mean[0]), "spread": float(spread[0])}
     curves = {}
     for name in results[0]["report"]["per_second"]:
         table = _padded([result["report"]["per_second"][name] for result in results])
@@ -106,12 +100,32 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
         "videos": len(results),
         "prompts": len({result["prompt"] for result in results}),
         "seeds": len(set(seeds)),
-        "measures": measures,
+        "measures": means(results),
         "per_second": curves,
     }
     if results[0]["kind"] == "shapes":
         summary["survival"] = survival_curve(results)
+        groups: dict[int, list[Result]] = {1: [], 2: []}
+        for result in results:
+            groups[len(parse_caption(result["prompt"]).shapes)].append(result)
+        if all(groups.values()):
+            summary["by_shapes"] = {
+                str(number): {"videos": len(group), "measures": means(group)}
+                for number, group in groups.items()
+            }
     return to_json(summary)
+
+
+def means(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """`mean` over the videos and `spread` over the seeds of every measure."""
+    seeds = [result["seed"] for result in results]
+    rows = [numbers(result["report"]) | extra_measures(result) for result in results]
+    measures = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        column = np.array([row.get(name, math.nan) for row in rows])
+        mean, spread = mean_and_spread(column[:, None], seeds)
+        measures[name] = {"mean": float(mean[0]), "spread": float(spread[0])}
+    return measures
 
 
 def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -292,23 +306,37 @@ CURVES: dict[str, dict[str, str]] = {
 
 
 def table(kind: str, summary: Mapping[str, Any]) -> str:
-    """The main figures of a summary as text: mean, and spread over the seeds."""
+    """The main figures of a summary as text: mean, and spread over the seeds.
+
+    Of all videos, then of those of one shape and of two, where there are both.
+    """
     measures = summary["measures"]
+    parts = summary.get("by_shapes", {})
     lines = [
         f"{kind}: {summary['videos']} videos, {summary['prompts']} prompts, "
         f"{summary['seeds']} seeds (mean ± standard deviation of the seeds' means)"
     ]
+    if parts:
+        words = {"1": "one shape", "2": "two shapes"}
+        heads = ["all", *(f"{words[n]} ({part['videos']})" for n, part in parts.items())]
+        lines.append(f"{'':<24}" + "".join(f"{head:>18}" for head in heads))
     for title, names in TABLES[kind].items():
         known = [name for name in names if name in measures]
         if known:
             lines.append(title)
         for name in known:
-            mean, spread = (measures[name][part] for part in ("mean", "spread"))
-            shown = "-" if mean is None else f"{mean:.3f}"
-            shown += "" if spread is None else f" ± {spread:.3f}"
+            each = [measures, *(part["measures"] for part in parts.values())]
+            shown = "".join(f"{_mean_and_spread(m.get(name)):>18}" for m in each)
             label = name.split(".")[-1] if title not in ("flicker",) else name.split(".")[0]
-            lines.append(f"  {label.replace('_', ' '):<22}{shown:>16}")
+            lines.append(f"  {label.replace('_', ' '):<22}{shown}")
     return "\n".join(lines)
+
+
+def _mean_and_spread(measure: Mapping[str, float | None] | None) -> str:
+    if measure is None or measure["mean"] is None:
+        return "-"
+    spread = measure["spread"]
+    return f"{measure['mean']:.3f}" if spread is None else f"{measure['mean']:.3f} ± {spread:.3f}"
 
 
 def draw_curves(

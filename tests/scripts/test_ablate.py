@@ -33,6 +33,7 @@ from utils.cli import run_main
 from utils.config import ROOT, load_config
 from utils.errors import UserError
 from utils.evaluation import summarise
+from utils.shapes import sample_scene
 from utils.video import read_image
 from wan.checkpoints import read_state_dict
 
@@ -437,11 +438,14 @@ def test_who_asks_us_to_end_asks_the_command(tmp_path):
 # --- the table -----------------------------------------------------------------------------------
 
 
-def result(seed, prompt, *, seconds=60, survived=60, colour=1.0, late=0.5, drift=2.0, fps=30.0):
+SCENES = {name: sample_scene(0, index).caption for index, name in enumerate("ab")}
+
+
+def result(seed, scene, *, seconds=60, survived=60, colour=1.0, late=0.5, drift=2.0, fps=30.0):
     curve = [1.0] * (seconds - 5) + [late] * 5
     curves = (*ablate.CURVES, "background_right", "size_right", "colour_error")
     return {
-        "prompt": prompt,
+        "prompt": SCENES[scene],
         "seed": seed,
         "kind": "shapes",
         "frames": 16 * seconds,

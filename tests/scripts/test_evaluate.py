@@ -14,7 +14,7 @@ from pipeline.evaluation import Evaluation, held_out_captions, plan_trials
 from scripts.evaluate import main
 from utils.cli import run_main
 from utils.config import load_config
-from utils.evaluation import Judge, ResultLog, mean_and_spread, numbers, summarise
+from utils.evaluation import Judge, ResultLog, mean_and_spread, numbers, summarise, table
 from utils.shapes import render, sample_scene
 from utils.video import VideoWriter, read_image, read_video
 from wan.vae import WanVAE
@@ -322,6 +322,28 @@ def test_curves_of_unequal_length_count_while_they_last():
     assert summary["per_second"]["change"]["spread"] == [pytest.approx(2**0.5), None, None]
     assert summary["measures"]["motion"] == {"mean": None, "spread": None}
     assert numbers({"a": {"b": 1, "per_second": {}}, "c": True}) == {"a.b": 1.0, "c": 1.0}
+
+
+def test_one_shape_and_two_are_told_apart():
+    def result(index, seed, motion, survived):
+        report = {"seconds": 5.0, "motion": motion, "survived_seconds": survived, "per_second": {}}
+        prompt = sample_scene(0, index).caption
+        return {"prompt": prompt, "seed": seed, "kind": "shapes", "report": report}
+
+    one, two = (
+        next(i for i in range(99) if len(sample_scene(0, i).shapes) == count) for count in (1, 2)
+    )
+    results = [result(one, 0, 0.5, 5), result(two, 0, 0.0, 1), result(two, 1, 0.25, 5)]
+    summary = summarise(results)
+    parts = summary["by_shapes"]
+    assert [parts[name]["videos"] for name in ("1", "2")] == [1, 2]
+    assert parts["1"]["measures"]["motion"] == {"mean": 0.5, "spread": None}
+    assert parts["2"]["measures"]["motion"]["mean"] == 0.125
+    assert parts["2"]["measures"]["survival.5s"]["mean"] == 0.5
+    lines = [" ".join(line.split()) for line in table("shapes", summary).splitlines()]
+    assert lines[1] == "all one shape (1) two shapes (2)"
+    assert "motion 0.250 ± 0.000 0.500 0.125 ± 0.177" in lines
+    assert "by_shapes" not in summarise(results[1:])
 
 
 def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
