@@ -95,7 +95,7 @@ QUICK = {
         ("max_steps=15", "lr=1e-6", "lr_critic=2e-4", "heldout_videos=8", "ema_start_step=1000"),
     ),
 }
-QUICK_CLIPS, QUICK_HELDOUT = 24, 8
+QUICK_CLIPS, QUICK_HELDOUT = 32, 8
 
 
 class Chain:
