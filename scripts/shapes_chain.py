@@ -517,14 +517,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def go_back(chain: Chain, record: Record, name: str) -> None:
-    """To right before a stage: without what it and later ones made, with what the others had."""
+    """To right before a stage: without what it and later ones made, with what the others had.
+
+    UserError, before anything is lost, if one of the others was begun with another config.
+    """
     number = list(STAGES).index(name)
-    before, again = list(STAGES.values())[:number], list(STAGES)[number:]
+    before, again = list(STAGES)[:number], list(STAGES)[number:]
+    record.check(before)
     record.forget(again)
     for path in (path for name in again for path in STAGES[name].folders(chain)):
         shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(chain.own_models, ignore_errors=True)
-    for stage in before:
+    for stage in (STAGES[name] for name in before):
         if isinstance(stage, Training):
             stage.restore(chain)
         elif stage is STAGES["init"]:
@@ -555,7 +559,6 @@ def main(argv: Sequence[str]) -> int:
     make_folder(chain.folder)
     record = Record(chain.folder / "chain.json", identities)
     if args.redo:
-        record.check(list(STAGES)[: list(STAGES).index(args.redo)])
         go_back(chain, record, args.redo)
     record.check(names)
     for name in names:

@@ -312,6 +312,7 @@ def table(kind: str, summary: Mapping[str, Any]) -> str:
     """
     measures = summary["measures"]
     parts = summary.get("by_shapes", {})
+    columns = [measures, *(part["measures"] for part in parts.values())]
     lines = [
         f"{kind}: {summary['videos']} videos, {summary['prompts']} prompts, "
         f"{summary['seeds']} seeds (mean ± standard deviation of the seeds' means)"
@@ -325,14 +326,13 @@ def table(kind: str, summary: Mapping[str, Any]) -> str:
         if known:
             lines.append(title)
         for name in known:
-            each = [measures, *(part["measures"] for part in parts.values())]
-            shown = "".join(f"{_mean_and_spread(m.get(name)):>18}" for m in each)
+            shown = "".join(f"{_shown(column.get(name)):>18}" for column in columns)
             label = name.split(".")[-1] if title not in ("flicker",) else name.split(".")[0]
             lines.append(f"  {label.replace('_', ' '):<22}{shown}")
     return "\n".join(lines)
 
 
-def _mean_and_spread(measure: Mapping[str, float | None] | None) -> str:
+def _shown(measure: Mapping[str, float | None] | None) -> str:
     if measure is None or measure["mean"] is None:
         return "-"
     spread = measure["spread"]
