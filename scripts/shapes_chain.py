@@ -49,6 +49,7 @@ from utils.launch import (
     default_processes,
     final_export,
     run_command,
+    run_together,
     script_command,
     training_command,
 )
@@ -69,33 +70,37 @@ class Quick:
     overrides: tuple[str, ...]
 
 
-QUICK_TEACHER = Quick(
-    0.2, ("random_init=true", "max_steps=30", "lr_warmup_steps=5", "heldout_videos=8")
-)
+QUICK_TEACHER = ("random_init=true", "lr_warmup_steps=5", "heldout_videos=8")
 QUICK = {
-    "text_encoder": Quick(0.2, ("max_steps=40", "lr_warmup_steps=5", "heldout_videos=64")),
+    "text_encoder": Quick(0.2, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=64")),
     "vae_images": Quick(0.3, ("max_steps=40", "lr_warmup_steps=5", "ema_start_step=1000")),
-    "vae_short": Quick(0.01, ("max_steps=20", "lr=3e-5", "lr_warmup_steps=5", "heldout_videos=8")),
+    "vae_short": Quick(
+        0.01, ("max_steps=14", "lr=4.5e-5", "lr_warmup_steps=5", "heldout_videos=8")
+    ),
     "vae": Quick(
         0.005,
         (
-            *("max_steps=24", "lr=6e-5", "lr_warmup_steps=5", "heldout_videos=4"),
+            *("max_steps=18", "lr=8e-5", "lr_warmup_steps=5", "heldout_videos=4"),
             "image_or_video_shape=[1,4,16,8,8]",
         ),
     ),
-    "teacher_short": QUICK_TEACHER,
-    "teacher": QUICK_TEACHER,
+    "teacher_short": Quick(0.2, ("max_steps=20", *QUICK_TEACHER)),
+    "teacher": Quick(0.2, ("max_steps=16", *QUICK_TEACHER)),
     "ode_init": Quick(0.1, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=8")),
     "causal_init": Quick(
-        0.05, ("max_steps=15", "lr_warmup_steps=5", "heldout_videos=4", "total_batch_size=4")
+        0.05, ("max_steps=10", "lr_warmup_steps=5", "heldout_videos=4", "total_batch_size=4")
     ),
     # The loss is the critic's, so the student stands almost still.
     "rolling_forcing": Quick(
         0.015,
-        ("max_steps=15", "lr=1e-6", "lr_critic=2e-4", "heldout_videos=8", "ema_start_step=1000"),
+        (
+            *("max_steps=15", "lr=1e-6", "lr_critic=2e-4", "heldout_videos=8"),
+            *("image_or_video_shape=[1,12,16,8,8]", "num_training_frames=12"),
+            "ema_start_step=1000",
+        ),
     ),
 }
-QUICK_CLIPS, QUICK_HELDOUT = 32, 8
+QUICK_HELDOUT = 8
 
 
 class Chain:
@@ -126,10 +131,13 @@ class Chain:
         """Folder of a training."""
         return self.folder / "train" / name
 
-    def python(self, script: str, *arguments: object, spread: bool = True) -> None:
-        """Run one of the project's scripts, `spread` over all processes; UserError if it fails."""
-        ranks = self.processes if spread else 1
-        run_command(script, script_command(script, arguments, ranks))
+    def run(self, script: str, *runs: Sequence[object], ranks: int = 1) -> None:
+        """Run one of the project's scripts on some ranks, once for each list of arguments.
+
+        Side by side; UserError if one fails.
+        """
+        commands = [script_command(script, arguments, ranks) for arguments in runs]
+        run_together({f"{script} ({n})": command for n, command in enumerate(commands, 1)})
 
     def train(self, name: str, config: Config, logdir: Path, overrides: Sequence[str]) -> None:
         """Train (on) with `configs/shapes/<name>.yaml`; UserError if it fails."""
@@ -261,7 +269,7 @@ def start_models(chain: Chain) -> str:
     """Sizes, tokenizer and an untrained text encoder."""
     folder = chain.own_models / MODEL
     if not (folder / TEXT_ENCODER_FILE).exists():
-        chain.python("scripts/shapes_init.py", "--folder", folder, spread=False)
+        chain.run("scripts/shapes_init.py", ("--folder", folder))
     return "sizes, tokenizer"
 
 
@@ -297,7 +305,7 @@ def install_student(name: str) -> Callable[[Chain, Path], None]:
 class Precomputing:
     """A stage that stores data for training, and as `<name>_heldout` for its held-out loss.
 
-    `keys`: what the data depend on of `config`.
+    `keys`: what the data depend on of `config`. `quick`: how many for training with `--quick`.
     """
 
     name: str
@@ -306,20 +314,27 @@ class Precomputing:
     keys: tuple[str, ...]
     training: int
     heldout: int
+    quick: int
     flags: tuple[str, ...]
     quick_flags: tuple[str, ...]
 
     def __call__(self, chain: Chain) -> str:
         """Compute what is missing, and tell how much there is."""
         counts = self._counts(chain)
-        for folder, (source, count) in zip(self.folders(chain), counts.items(), strict=True):
-            chain.python(
-                self.script,
+        runs = [
+            (
                 *("--config_path", chain.config(self.config), "--data_path", source),
                 *("--count", count, "--output_folder", folder),
                 *(self.quick_flags if chain.quick else self.flags),
                 *(f"model_root={chain.models}", *chain.overrides),
             )
+            for folder, (source, count) in zip(self.folders(chain), counts.items(), strict=True)
+        ]
+        if chain.quick:  # starting takes longer than the work
+            chain.run(self.script, *runs)
+        else:
+            for arguments in runs:
+                chain.run(self.script, arguments, ranks=chain.processes)
         return ", ".join(f"{count} of {source}" for source, count in counts.items())
 
     def identity(self, chain: Chain) -> dict[str, Any]:
@@ -334,7 +349,7 @@ class Precomputing:
 
     def _counts(self, chain: Chain) -> dict[str, int]:
         train, heldout = (
-            (QUICK_CLIPS, QUICK_HELDOUT) if chain.quick else (self.training, self.heldout)
+            (self.quick, QUICK_HELDOUT) if chain.quick else (self.training, self.heldout)
         )
         return {"shapes:train": train, "shapes:heldout": heldout}
 
@@ -346,6 +361,7 @@ LATENTS = Precomputing(
     keys=("image_or_video_shape", "dtype"),
     training=3072,
     heldout=64,
+    quick=16,
     flags=("--storage_dtype", "bfloat16", "--shard_size", "64"),
     quick_flags=("--storage_dtype", "bfloat16", "--shard_size", "16"),
 )
@@ -363,6 +379,7 @@ ODE_PAIRS = Precomputing(
     ),
     training=512,
     heldout=32,
+    quick=32,
     flags=("--num_steps", "25", "--batch_size", "16", "--shard_size", "16"),
     quick_flags=("--num_steps", "10", "--batch_size", "16", "--shard_size", "16"),
 )
@@ -385,29 +402,29 @@ def start_from(name: str) -> Callable[[Chain], Sequence[str]]:
 
 def evaluate(chain: Chain) -> str:
     """Prompt accuracy of both initialisations and of the student, in the first five seconds."""
-    start = {name: chain.checkpoints / f"shapes_{name}.pt" for name in STARTS}
-    before = {name: prompt_accuracy(chain, name, path) for name, path in start.items()}
-    student = chain.folder / "checkpoints" / "shapes_rolling_forcing.pt"
-    after = prompt_accuracy(chain, "rolling_forcing", student)
-    if chain.quick and after < MIN_KEPT_ACCURACY * max(before.values()):
-        raise UserError(
-            f"prompt accuracy fell from {max(before.values()):.2f} (initialisation) to {after:.2f}"
+    checkpoints = {name: chain.checkpoints / f"shapes_{name}.pt" for name in STARTS}
+    checkpoints["rolling_forcing"] = chain.folder / "checkpoints" / "shapes_rolling_forcing.pt"
+    results = {name: chain.folder / f"evaluation_{name}.json" for name in checkpoints}
+    runs = [
+        (
+            *("--config_path", chain.config("rolling_forcing"), "--checkpoint_path", checkpoint),
+            *("--prompts", 8 if chain.quick else 16, "--seconds", 5, "--json", results[name]),
+            *(f"model_root={chain.models}", *chain.overrides),
         )
-    starts = " -> ".join(f"{before[name]:.2f} ({title})" for name, title in STARTS.items())
+        for name, checkpoint in checkpoints.items()
+    ]
+    chain.run("scripts/evaluate.py", *runs)
+    reached = {name: prompt_accuracy(path) for name, path in results.items()}
+    after, before = reached["rolling_forcing"], max(reached[name] for name in STARTS)
+    if chain.quick and after < MIN_KEPT_ACCURACY * before:
+        raise UserError(f"prompt accuracy fell from {before:.2f} (initialisation) to {after:.2f}")
+    starts = " -> ".join(f"{reached[name]:.2f} ({title})" for name, title in STARTS.items())
     return f"prompt accuracy {starts} -> {after:.2f} (student)"
 
 
-def prompt_accuracy(chain: Chain, name: str, checkpoint: Path) -> float:
-    """Mean share of what is right, in videos of a rolling window."""
-    out = chain.folder / f"evaluation_{name}.json"
-    chain.python(
-        "scripts/evaluate.py",
-        *("--config_path", chain.config("rolling_forcing"), "--checkpoint_path", checkpoint),
-        *("--prompts", 8 if chain.quick else 16, "--seconds", 5, "--json", out),
-        *(f"model_root={chain.models}", *chain.overrides),
-        spread=False,
-    )
-    measures = json.loads(out.read_text(encoding="utf-8"))["summary"]["shapes"]["measures"]
+def prompt_accuracy(evaluation: Path) -> float:
+    """Mean share of what is right, by a JSON of `scripts/evaluate.py`."""
+    measures = json.loads(evaluation.read_text(encoding="utf-8"))["summary"]["shapes"]["measures"]
     rights = [measures[f"accuracy.{what}"]["mean"] or 0.0 for what in ACCURACIES]
     return sum(rights) / len(rights)
 

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.config import ROOT, Config
@@ -62,21 +62,38 @@ def run_command(name: str, command: Sequence[str]) -> None:
     Raises:
         UserError: it fails; its own message stands above.
     """
-    ranks = next((int(w.partition("=")[2]) for w in command if w.startswith("--nproc_per")), 1)
+    run_together({name: command})
+
+
+def run_together(commands: Mapping[str, Sequence[str]]) -> None:
+    """Run commands by name, side by side, to their ends, and end them with us.
+
+    Raises:
+        UserError: one fails, which ends the others; its own message stands above.
+    """
+    ranks = sum(_number_of_ranks(command) for command in commands.values())
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    child = subprocess.Popen(
-        command, env={"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
-    )
+    env = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
+    children: dict[str, subprocess.Popen[bytes]] = {}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = child.wait()
+        for name, command in commands.items():
+            children[name] = subprocess.Popen(command, env=env)
+        for name, child in children.items():
+            code = child.wait()
+            if code != 0:
+                raise UserError(f"{name} failed with exit code {code}; see above")
     finally:
         signal.signal(signal.SIGTERM, before)
-        if child.poll() is None:
+        running = [child for child in children.values() if child.poll() is None]
+        for child in running:
             child.terminate()
+        for child in running:
             child.wait()
-    if code != 0:
-        raise UserError(f"{name} failed with exit code {code}; see above")
+
+
+def _number_of_ranks(command: Sequence[str]) -> int:
+    return next((int(w.partition("=")[2]) for w in command if w.startswith("--nproc_per")), 1)
 
 
 def export_folder(logdir: Path, step: int) -> Path:

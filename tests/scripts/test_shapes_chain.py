@@ -4,7 +4,7 @@ import importlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,10 @@ class Rehearsal:
             content = {"summary": {"shapes": {"measures": accuracy}}}
             Path(flags["--json"]).write_text(json.dumps(content))
 
+    def together(self, commands: Mapping[str, Sequence[str]]) -> None:
+        for name, command in commands.items():
+            self(name, command)
+
     def pretend_training(self, config: Path, logdir: Path, words: list[str]) -> None:
         steps = load_config(config, [word for word in words if "=" in word]).max_steps
         exported = logdir / f"checkpoint_model_{steps:06d}"
@@ -75,6 +79,7 @@ def rehearse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rehearsal]:
     def start(folder: Path, *, quick: bool) -> Rehearsal:
         rehearsal = Rehearsal(folder, quick=quick)
         monkeypatch.setattr(chain_script, "run_command", rehearsal)
+        monkeypatch.setattr(chain_script, "run_together", rehearsal.together)
         return rehearsal
 
     return start

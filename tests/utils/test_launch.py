@@ -1,11 +1,14 @@
 """Ranks that fit every recipe; how runs end. Signals: tests of the scripts that use it."""
 
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from utils.config import ROOT, load_config
-from utils.launch import final_export, script_command, split_batch, training_command
+from utils.errors import UserError
+from utils.launch import final_export, run_together, script_command, split_batch, training_command
 
 TRAINED = [
     path for path in sorted((ROOT / "configs" / "shapes").glob("*.yaml")) if path.stem != "base"
@@ -47,3 +50,20 @@ def test_a_run_has_ended_where_its_last_export_says_so(tmp_path: Path) -> None:
     assert final_export(tmp_path, 10) is None
     (tmp_path / "checkpoint_model_000012").mkdir()
     assert final_export(tmp_path, 10) == tmp_path / "checkpoint_model_000012"
+
+
+def test_of_commands_side_by_side_one_that_fails_ends_the_others(tmp_path: Path):
+    """Each waits for the other's file: one after the other they would never end."""
+    script = (
+        "import pathlib, sys, time\n"
+        "mine, other = map(pathlib.Path, sys.argv[1:])\n"
+        "mine.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\n"
+    )
+    one, two = tmp_path / "one", tmp_path / "two"
+    wait = [sys.executable, "-c", script]
+    run_together({"a": [*wait, str(one), str(two)], "b": [*wait, str(two), str(one)]})
+    never, begun = [*wait, str(tmp_path / "c"), str(tmp_path / "never")], time.monotonic()
+    with pytest.raises(UserError, match="counting failed with exit code 3"):
+        run_together({"counting": [sys.executable, "-c", "raise SystemExit(3)"], "never": never})
+    assert time.monotonic() - begun < 30
