@@ -1,8 +1,10 @@
-"""Training a text encoder where there is no pretrained one: every token has to know the caption.
+"""Training a text encoder where there is no pretrained one: each token has to know its subject.
 
-A linear probe on each token's embedding predicts each attribute of the caption (for instance the
-colour of the second shape). Cross-attention has no positions of its own, so what belongs to what
-has to be in the embeddings; with this objective it is, in every one of them.
+A linear probe on each token's embedding predicts the attributes of what the token speaks of (for
+instance, on every word about the second shape, the colour of that shape). Cross-attention can
+then find the words about a shape by one attribute and read the others there. Were every token to
+know the whole caption, all would be alike and attention could choose nothing: the network would
+have to work out itself which attributes belong together, and hardly learns that.
 """
 
 from collections.abc import Sequence
@@ -38,7 +40,7 @@ def caption_loss(
     labels: Tensor,
     weights: Tensor | float = 1.0,
 ) -> LossResult:
-    """Mean cross-entropy over tokens and attributes; `labels` `[B, attributes]`, -1: no value.
+    """Mean cross-entropy over tokens and attributes; `labels` `[B, L, attributes]`, -1: no value.
 
     `weights` `[attributes]`: by what each one's mean over tokens is multiplied, so that parts of a
     larger batch add up exactly.
@@ -48,7 +50,7 @@ def caption_loss(
     valid = mask.bool()
     losses, right = [], []
     for index, logits in enumerate(parts):
-        wanted = labels[:, index, None].expand_as(ids).masked_fill(~valid, -1)
+        wanted = labels[..., index].masked_fill(~valid, -1)
         losses.append(F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1))
         counted = wanted >= 0
         right.append((logits.argmax(-1) == wanted)[counted].float().mean())

@@ -11,7 +11,7 @@ from pipeline.components import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 from utils.cli import run_main
 from utils.config import ROOT
 from utils.shape_meter import measure, report
-from utils.shapes import ShapesDataset, attribute_labels, parse_caption
+from utils.shapes import ShapesDataset, parse_caption, sample_scene, token_labels
 from utils.video import to_float
 from wan.checkpoints import load_dit, load_dit_config
 from wan.text_encoder import WanTextEncoder
@@ -54,19 +54,43 @@ def test_students_have_the_published_form(path: Path) -> None:
     load_dit(load_dit_config(MODEL), path, network="generator_ema")
 
 
-def test_captions_of_other_meaning_have_other_embeddings() -> None:
-    """The nearest embedding of another caption's is of one that says nearly the same."""
-    encoder = WanTextEncoder.from_official(
+@pytest.fixture(scope="module")
+def encoder() -> WanTextEncoder:
+    return WanTextEncoder.from_official(
         MODEL / TEXT_ENCODER_FILE, MODEL / TOKENIZER_FOLDER, dtype=torch.float32, text_len=64
     )
+
+
+def test_captions_of_other_meaning_have_other_embeddings(encoder: WanTextEncoder) -> None:
+    """The nearest embedding of another caption's is of one that says nearly the same."""
     captions = [held_out(index, 1).caption for index in range(64)]
-    captions = [c for c in captions if len(parse_caption(c).shapes) == 1]
-    labels = torch.tensor([attribute_labels(parse_caption(c)) for c in captions])
-    pooled = torch.nn.functional.normalize(encoder.encode(captions).sum(dim=1), dim=1)
-    nearest = (pooled @ pooled.T - 2 * torch.eye(len(captions))).argmax(dim=1)
-    agreement = (labels == labels[nearest]).float().mean()
-    by_chance = (labels[:, None] == labels[None]).float().mean()
-    assert agreement > by_chance + 0.1
+    said = [parse_caption(caption) for caption in captions]
+    single = [number for number, scene in enumerate(said) if len(scene.shapes) == 1]
+    names = [[said[n].background, *vars(said[n].shapes[0]).values()] for n in single]
+    equal = torch.tensor(
+        [[[a == b for a, b in zip(x, y, strict=True)] for y in names] for x in names]
+    ).float()
+    pooled = encoder.encode([captions[number] for number in single]).sum(dim=1)
+    pooled = torch.nn.functional.normalize(pooled, dim=1)
+    nearest = (pooled @ pooled.T - 2 * torch.eye(len(single))).argmax(dim=1)
+    assert equal[torch.arange(len(single)), nearest].mean() > equal.mean() + 0.1
+
+
+def test_words_about_one_shape_are_unlike_those_about_the_other(encoder: WanTextEncoder) -> None:
+    """Or else cross-attention could not choose the words about a shape."""
+    scenes = (sample_scene(0, index, split="heldout") for index in range(200))
+    captions = [scene.caption for scene in scenes if len(scene.shapes) == 2]
+    split = encoder.tokenizer.split
+    front, back = [], []
+    for caption, words in zip(captions, encoder.encode(captions), strict=True):
+        labels = token_labels(caption, lambda text: len(split(text)))
+        places = torch.tensor([label[2] for label in labels])
+        words = words[: len(labels)]
+        front.append(words[places == 0].mean(dim=0))
+        back.append(words[places == 1].mean(dim=0))
+    within = (torch.stack(front) - torch.stack(back)).square().sum(dim=1).mean()
+    across = (torch.stack(front) - torch.stack(front).roll(1, dims=0)).square().sum(dim=1).mean()
+    assert within > across / 2
 
 
 def test_the_vae_keeps_what_a_clip_shows() -> None:

@@ -56,7 +56,7 @@ from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws, Purpose, TrainingNoise
 from utils.errors import UserError
-from utils.shapes import attribute_classes, attribute_labels, parse_caption
+from utils.shapes import token_classes, token_labels
 from utils.video import to_float
 from wan.checkpoints import load_dit_config
 from wan.context import AttentionContext, ForcedContext, MaskedContext, frame_mask
@@ -514,7 +514,7 @@ class VaeTraining(Task):
 
 
 class TextEncoderTraining(Task):
-    """A umt5 encoder whose tokens know the caption, where no pretrained one fits (shapes)."""
+    """A umt5 encoder whose tokens know their subject, where no pretrained one fits (shapes)."""
 
     def __init__(
         self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
@@ -522,7 +522,7 @@ class TextEncoderTraining(Task):
         super().__init__(config, world, plan, timer, data)
         check_auxiliary_data(config, data)
         self.encoder = build_text_encoder(config, world)
-        self.reader = build_caption_reader(config, world, self.encoder, attribute_classes())
+        self.reader = build_caption_reader(config, world, self.encoder, token_classes())
         self.players = {"text": make_player(config, "text", self.reader)}
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
@@ -530,7 +530,7 @@ class TextEncoderTraining(Task):
         return self._caption_loss(batch["prompt"])
 
     def heldout_size(self, prompts: Sequence[str], draws: Draws) -> Tensor:
-        """See `Task`: tokens of captions that have an attribute, `[attributes]`."""
+        """See `Task`: a caption's tokens that speak of an attribute, `[attributes]`."""
         return self._counted_tokens(prompts).mean(dim=0)
 
     def heldout_loss(self, batch: Batch, draws: Draws, size: Tensor) -> LossResult:
@@ -541,29 +541,31 @@ class TextEncoderTraining(Task):
         return LossResult(result.loss, {"caption/accuracy": accuracy})
 
     def _tokens(self, captions: Sequence[str]) -> TokenBatch:
+        """Ids and mask `[B, L]`, L the length of the longest caption."""
         prompts = [clean_prompt(caption) for caption in captions]
-        return self.encoder.tokenizer(prompts, self.encoder.text_len)
+        tokens = self.encoder.tokenizer(prompts, self.encoder.text_len)
+        used = int(tokens.mask.sum(dim=1).max())
+        device = self.world.device
+        return TokenBatch(tokens.ids[:, :used].to(device), tokens.mask[:, :used].to(device))
 
-    def _labels(self, captions: Sequence[str]) -> Tensor:
-        """`[B, attributes]`; -1: no value."""
-        labels = [attribute_labels(parse_caption(caption)) for caption in captions]
-        return torch.tensor(labels, device=self.world.device)
+    def _labels(self, captions: Sequence[str], length: int) -> Tensor:
+        """`[B, length, attributes]`; -1: no value."""
+        split = self.encoder.tokenizer.split
+        labels = torch.full((len(captions), length, len(self.reader.classes)), -1)
+        for row, caption in zip(labels, captions, strict=True):
+            said = token_labels(clean_prompt(caption), lambda text: len(split(text)))[:length]
+            row[: len(said)] = torch.tensor(said)
+        return labels.to(self.world.device)
 
     def _counted_tokens(self, captions: Sequence[str]) -> Tensor:
-        """A caption's tokens for each attribute that it has, else 0: `[B, attributes]`."""
-        lengths = self._tokens(captions).mask.sum(dim=1, keepdim=True)  # [B, 1]
-        return (self._labels(captions) >= 0) * lengths.to(self.world.device).float()
+        """How many tokens of a caption speak of each attribute: `[B, attributes]`."""
+        length = self._tokens(captions).ids.shape[1]
+        return (self._labels(captions, length) >= 0).sum(dim=1).float()
 
     def _caption_loss(self, captions: Sequence[str], weights: Tensor | float = 1.0) -> LossResult:
-        tokens, device = self._tokens(captions), self.world.device
-        used = int(tokens.mask.sum(dim=1).max())
-        return caption_loss(
-            self.reader,
-            tokens.ids[:, :used].to(device),
-            tokens.mask[:, :used].to(device),
-            self._labels(captions),
-            weights,
-        )
+        tokens = self._tokens(captions)
+        labels = self._labels(captions, tokens.ids.shape[1])
+        return caption_loss(self.reader, tokens.ids, tokens.mask, labels, weights)
 
     def flops(self, phase: str, draws: Draws) -> None:
         """See `Task`."""

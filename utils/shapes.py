@@ -461,31 +461,52 @@ def parse_caption(text: str) -> Attributes:
     Raises:
         UserError: if the text is no caption of this world, where no two shapes share a colour.
     """
+    _, match = _match(text)
+    found = _attributes_from(match.groupdict())
+    if len({shape.colour for shape in found.shapes}) < len(found.shapes):
+        raise UserError(f'Two shapes of one colour cannot be told apart: "{text}".')
+    return found
+
+
+def token_classes() -> list[int]:
+    """How many values each number of a token's labels takes (`token_labels`)."""
+    own = [len(KINDS), len(COLOURS), len(SIZES), len(DIRECTIONS), len(SPEEDS)]
+    return [len(BACKGROUNDS), 2, 2, *own]
+
+
+def token_labels(text: str, count_tokens: Callable[[str], int]) -> list[list[int]]:
+    """What each token of a caption speaks of, as class numbers `[tokens, classes]`; -1: of none.
+
+    All tokens: background and number of shapes. Those of the words about one shape: whether it is
+    in front or behind, and its kind, colour, size, direction and speed. `count_tokens` says how
+    many tokens the beginning of a text has, up to the end of a word.
+
+    Raises:
+        UserError: if the text is no caption of this world.
+    """
+    plain, match = _match(text)
+    said = _attributes_from(match.groupdict())
+    tables: list[list[str]] = [list(t) for t in (KINDS, COLOURS, SIZES, DIRECTIONS, SPEEDS)]
+    scene = [list(BACKGROUNDS).index(said.background), len(said.shapes) - 1]
+    labels = [[*scene, *[-1] * (1 + len(tables))] for _ in range(count_tokens(text))]
+    for place, shape in enumerate(said.shapes):
+        values = (shape.kind, shape.colour, shape.size, shape.direction, shape.speed)
+        own = [table.index(value) for table, value in zip(tables, values, strict=True)]
+        spans = [match.span(name) for name in match.groupdict() if name.endswith(f"_{place}")]
+        first, end = min(start for start, _ in spans), max(end for _, end in spans)
+        for label in labels[count_tokens(plain[:first].rstrip()) : count_tokens(plain[:end])]:
+            label[2:] = [place, *own]
+    return labels
+
+
+def _match(text: str) -> tuple[str, re.Match[str]]:
+    """A caption in lower case without full stop, and what it says by name."""
     plain = " ".join(text.lower().split()).rstrip(".")
     for pattern in _patterns():
         if match := pattern.fullmatch(plain):
-            found = _attributes_from(match.groupdict())
-            if len({shape.colour for shape in found.shapes}) < len(found.shapes):
-                raise UserError(f'Two shapes of one colour cannot be told apart: "{text}".')
-            return found
+            return plain, match
     example = caption(sample_scene(0, 0).attributes, 0)
     raise UserError(f'No caption of the shapes world: "{text}". Write it like this: "{example}"')
-
-
-def attribute_classes() -> list[int]:
-    """How many values each number of `attribute_labels` takes."""
-    slot = [len(KINDS), len(COLOURS), len(SIZES), len(DIRECTIONS), len(SPEEDS)]
-    return [len(BACKGROUNDS), 2, *slot, *slot]
-
-
-def attribute_labels(attributes: Attributes) -> list[int]:
-    """Attributes as class numbers: background, number of shapes, then each shape's; -1: none."""
-    tables: list[list[str]] = [list(t) for t in (KINDS, COLOURS, SIZES, DIRECTIONS, SPEEDS)]
-    labels = [list(BACKGROUNDS).index(attributes.background), len(attributes.shapes) - 1]
-    for shape in attributes.shapes:
-        values = (shape.kind, shape.colour, shape.size, shape.direction, shape.speed)
-        labels += [table.index(value) for table, value in zip(tables, values, strict=True)]
-    return labels + [-1] * (len(attribute_classes()) - len(labels))
 
 
 def _direction_words(name: str) -> str:

@@ -31,6 +31,8 @@ from utils.shapes import (
     parse_caption,
     render,
     sample_scene,
+    token_classes,
+    token_labels,
 )
 
 EVERY_SHAPE = [
@@ -309,6 +311,39 @@ def test_two_shapes_of_one_colour_are_refused():
     for phrasing in range(len(PHRASINGS)):
         with pytest.raises(UserError, match="told apart"):
             parse_caption(caption(twins, phrasing))
+
+
+@pytest.mark.parametrize("phrasing", range(len(PHRASINGS)))
+def test_every_word_is_labelled_with_what_it_speaks_of(phrasing):
+    tables = [list(table) for table in (KINDS, COLOURS, SIZES, DIRECTIONS, SPEEDS)]
+    for scene in scenes(50):
+        text = caption(scene.attributes, phrasing)
+        words = text.lower().rstrip(".").split()
+        labels = token_labels(text, lambda beginning: len(beginning.split()))
+        assert len(labels) == len(words)
+        assert {label[0] for label in labels} == {list(BACKGROUNDS).index(scene.background)}
+        assert {label[1] for label in labels} == {len(scene.shapes) - 1}
+        for place, shape in enumerate(scene.shapes):
+            own = {tuple(label[3:]) for label in labels if label[2] == place}
+            names = (shape.kind, shape.colour, shape.size, shape.direction, shape.speed)
+            assert own == {tuple(map(list.index, tables, names))}
+            about = {
+                word.strip(",;:")
+                for word, label in zip(words, labels, strict=True)
+                if label[2] == place
+            }
+            assert {shape.kind, shape.colour, shape.size} <= about
+            assert not about & {"and", "behind", "front", "background", "over", "all"}
+        rest = [label for label in labels if label[2] == -1]
+        assert rest
+        assert all(label[2:] == [-1] * 6 for label in rest)
+
+
+def test_labels_of_words_are_within_their_classes():
+    for scene in scenes(50):
+        labels = token_labels(scene.caption, lambda beginning: len(beginning.split()))
+        assert len(labels[0]) == len(token_classes())
+        assert (np.max(labels, axis=0) < token_classes()).all()
 
 
 def test_every_shape_has_room_for_its_run_up_in_every_direction():
