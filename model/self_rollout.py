@@ -69,6 +69,11 @@ def rollout_blocks(config: Config) -> tuple[int, int]:
     return fewest, max(fewest, most)
 
 
+def longest_rollout(config: Config) -> int:
+    """Latent frames of the longest training rollout."""
+    return block_layout(config).start(rollout_blocks(config)[1])
+
+
 def output_windows(config: Config, plan: RolloutPlan) -> list[Window]:
     """The windows whose x_0 is the output: they do not overlap and cover all blocks."""
     schedule = _schedule(config, plan)

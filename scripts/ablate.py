@@ -6,9 +6,10 @@
 
 Weights that ship (`checkpoints/shapes_*.pt`) are used where the config is the one that they were
 trained with. What is missing, changed by `key=value` or in `--configs` (with `--retrain`, all) is
-trained in the folder, from the causal initialisation that ships. What is finished is skipped, so
-the same command goes on where it was stopped; results of other weights, another config or other
-numbers are made anew. `key=value` goes to every training and evaluation. The folder gets
+trained in the folder, from the causal initialisation that ships; variants that differ in their sink
+alone share one training, if its rollouts are too short for a sink to matter. What is finished is
+skipped, so the same command goes on where it was stopped; results of other weights, another config
+or other numbers are made anew. `key=value` goes to every training and evaluation. The folder gets
 
     table.md                     the table; --write also puts it between the marks of a page
     curves.png, curves_300s.png  the main variants, second by second
@@ -21,8 +22,9 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +33,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model.self_rollout import longest_rollout
 from pipeline.batch import file_hash
 from pipeline.evaluation import Evaluation, held_out_captions, plan_trials, vbench_name
 from trainer.trainer import recipe
@@ -60,6 +63,7 @@ from wan.checkpoints import publish_student
 CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
 START = "causal_init"  # of every training here
 INITIALISATIONS = ("ode_init", START)
+OF_A_SINK = frozenset({"method", "sink_position", "clean_pass_sees_sink"})  # and its size
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
 MARKS = ("<!-- ablations -->", "<!-- /ablations -->")
 UNKNOWN = "–"
@@ -190,6 +194,9 @@ VARIANTS = (
         "the same, block by block",
     ),
 )
+
+
+STUDENTS = tuple(dict.fromkeys(v.weights for v in VARIANTS if v.weights not in INITIALISATIONS))
 
 
 @dataclass(frozen=True)
@@ -383,6 +390,22 @@ class Measurement:
         rows = [spread_frames(file, SHEET_COLUMNS).numpy() for file in files]
         write_png(self.sheet, contact_sheet(rows, SHEET_COLUMNS))
 
+    def take_from(self, others: Iterable["Part"]) -> "Measurement | None":
+        """The finished one among `others` that plays the same weights by the same config.
+
+        Its videos are these videos: figures and sheet are copied.
+        """
+        for other in others:
+            same = isinstance(other, Measurement) and (
+                (other.config, other.weights, other.seconds)
+                == (self.config, self.weights, self.seconds)
+            )
+            if same and other.is_done():
+                shutil.copyfile(other.json, self.json)
+                shutil.copyfile(other.sheet, self.sheet)
+                return other
+        return None
+
 
 Part = Training | Measurement
 
@@ -395,6 +418,8 @@ def plan(args: argparse.Namespace) -> list[Part]:
         if args.only and variant.key not in args.only:
             continue
         key = variant.weights
+        if key in STUDENTS:
+            key = trained_as(args, key)
         if key not in trained:
             shipped = find_shipped(args, key)
             if shipped is None:
@@ -405,6 +430,29 @@ def plan(args: argparse.Namespace) -> list[Part]:
         if variant.long:
             parts.append(plan_measurement(args, variant, trained[key], long=True))
     return parts
+
+
+def trained_as(args: argparse.Namespace, key: str) -> str:
+    """The first student whose training ends with the same weights."""
+    configs = {name: args.configs / f"{name}.yaml" for name in STUDENTS}
+    asked = decides(load_config(configs[key], args.overrides))
+    before = (name for name in STUDENTS if name == key or configs[name].is_file())
+    return next(
+        name for name in before if decides(load_config(configs[name], args.overrides)) == asked
+    )
+
+
+def decides(config: Config) -> dict[str, Any]:
+    """What decides the weights of a training, but for those that it starts from.
+
+    A rollout that fits into one attention sees its first frames anyway: no sink changes a bit.
+    """
+    decided = recipe(config)
+    if longest_rollout(config) > config.attention_frames:
+        return decided
+    model = {key: value for key, value in decided["model_kwargs"].items() if key != "sink_size"}
+    rest = {key: value for key, value in decided.items() if key not in OF_A_SINK}
+    return {**rest, "model_kwargs": model}
 
 
 def find_shipped(args: argparse.Namespace, key: str) -> Path | None:
@@ -425,7 +473,7 @@ def find_shipped(args: argparse.Namespace, key: str) -> Path | None:
     ours = args.checkpoints.resolve() in (CHECKPOINTS.resolve(), (ROOT / CHECKPOINTS).resolve())
     theirs = ROOT / CONFIGS if ours else args.configs
     trained = load_config(theirs / f"{key}.yaml")
-    return None if args.retrain or recipe(asked) != recipe(trained) else found
+    return None if args.retrain or decides(asked) != decides(trained) else found
 
 
 def plan_training(args: argparse.Namespace, key: str) -> Training:
@@ -436,7 +484,7 @@ def plan_training(args: argparse.Namespace, key: str) -> Training:
     overrides = [f"generator_ckpt={find_shipped(args, START)}", *args.overrides]
     config = load_config(path, overrides)
     start = find_file(str(config.generator_ckpt), "checkpoint")
-    decided = fingerprint({**recipe(config), "generator_ckpt": file_hash(start)})
+    decided = fingerprint({**decides(config), "generator_ckpt": file_hash(start)})
     logdir = args.folder / "train" / f"{key}-{decided}"
     command = training_command(config, path, logdir, overrides, args.processes)
     return Training(key, config, logdir, logdir / f"shapes_{key}.pt", command)
@@ -495,6 +543,9 @@ def work(args: argparse.Namespace) -> list[str]:
         try:
             if part.is_done():
                 print(f"{which}: is there")
+                continue
+            if isinstance(part, Measurement) and (twin := part.take_from(parts)):
+                print(f"{which}: the same videos as {twin.name}")
                 continue
             print(f"{which}\n{shlex.join(part.command)}", flush=True)
             part.run()

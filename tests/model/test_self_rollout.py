@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.self_rollout import RolloutPlan, plan_rollout, scored_clip, self_rollout
+from model.self_rollout import (
+    RolloutPlan,
+    longest_rollout,
+    plan_rollout,
+    scored_clip,
+    self_rollout,
+)
 from pipeline.sampling import BlockNoise
 from tests.golden_cases import Case, case_names, entries, load_case, load_weights
 from tests.tiny_models import write_tiny_vae
@@ -208,6 +214,32 @@ def test_each_block_may_stop_at_its_own_level(tmp_path: Path) -> None:
     same = self_rollout(config, dit, text, noise, RolloutPlan("block", 4, (2, 2, 2, 2)), grad=False)
     assert torch.equal(mixed[:, :3], same[:, :3])
     assert not torch.equal(mixed[:, 3:6], same[:, 3:6])
+
+
+SINKS: tuple[dict[str, Any], ...] = (
+    {"model_kwargs": {"sink_size": 3}},
+    {"model_kwargs": {"sink_size": 0}, "clean_pass_sees_sink": True},
+    {"model_kwargs": {"sink_size": 1}, "sink_position": "original", "clean_pass_sees_sink": True},
+)
+
+
+@pytest.mark.parametrize(("longest", "rollouts"), [(21, 1), (24, 3)])
+@pytest.mark.parametrize("schedule", ["rolling", "block"])
+def test_a_sink_matters_only_where_a_rollout_drops_frames(
+    schedule: Any, longest: int, rollouts: int, tmp_path: Path
+) -> None:
+    dit = random_dit(3)
+    text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
+    seen = set()
+    for sink in SINKS:
+        values = {"image_or_video_shape": [1, 21, 16, 4, 6], "num_training_frames": longest}
+        config = load_config(write_config(tmp_path / "c.yaml", **ROLLING | values | sink))
+        assert longest_rollout(config) == longest
+        plan = RolloutPlan(schedule, longest // 3, (1,) * (longest // 3))
+        noise = seeded_noise(config, dit)
+        seen.add(self_rollout(config, dit, text, noise, plan, grad=False).numpy().tobytes())
+    assert config.attention_frames == 21
+    assert len(seen) == rollouts
 
 
 def test_gradient_of_a_window_by_finite_differences(rolling: Config) -> None:

@@ -23,6 +23,7 @@ from scripts.ablate import (
     INITIALISATIONS,
     MARKS,
     START,
+    STUDENTS,
     VARIANTS,
     Measurement,
     Training,
@@ -39,7 +40,7 @@ from wan.checkpoints import read_state_dict
 
 SHORT = ["--prompts", 1, "--seeds", 1, "--seconds", 1]
 LONG = ["--long_prompts", 1, "--long_seeds", 1, "--long_seconds", 1.5]
-TRAINED = {variant.weights for variant in VARIANTS} - set(INITIALISATIONS)
+TRAINED = {"rolling_forcing", "self_forcing", "rolling_levels_3"}  # the others are as one of these
 
 
 def options(*arguments):
@@ -109,8 +110,9 @@ def test_another_config_is_another_training(tmp_path):
         return {part.logdir for part in parts if isinstance(part, Training)}
 
     assert logdirs("--", "device=cpu", "model_root=elsewhere") == set()
+    assert logdirs("--", "model_kwargs.sink_size=1") == set(), "its rollouts drop no frame"
     assert logdirs("--configs", own) == set(), "weights and configs of one's own"
-    changes = ["max_steps=7", "total_batch_size=16", "model_kwargs.sink_size=1"]
+    changes = ["max_steps=7", "total_batch_size=16", "num_training_frames=27"]
     found = [*(logdirs("--", change) for change in changes), logdirs("--retrain")]
     (shipped / f"shapes_{START}.pt").write_bytes(b"another start")
     found.append(logdirs("--retrain"))
@@ -130,6 +132,20 @@ def test_configs_of_ones_own_do_not_use_what_ships(tmp_path, monkeypatch):
         file.write("lr: 3.0e-04\n")
     for spelled in ([], ["--checkpoints", tmp_path / "checkpoints"]):
         assert isinstance(ablate.plan(options(*given, *spelled))[0], Training)
+
+
+def test_longer_rollouts_are_trained_for_each_sink(tmp_path):
+    shipped = touch(tmp_path / "shipped", *INITIALISATIONS)
+    given = ["--checkpoints", shipped, "--folder", tmp_path / "out"]
+
+    def trained(*arguments):
+        parts = ablate.plan(options(*given, *arguments))
+        return [part.key for part in parts if isinstance(part, Training)]
+
+    assert trained() == ["rolling_forcing", "self_forcing", "rolling_levels_3"]
+    assert trained("--only", "rolling_no_sink") == ["rolling_forcing"]
+    assert trained("--", "num_training_frames=27") == list(STUDENTS)
+    assert trained("--", "num_training_frames=27", "max_attention_frames=27") == trained()
 
 
 def test_commands(tmp_path):
@@ -166,7 +182,8 @@ def test_every_variant_has_its_files():
     assert len(set(keys)) == len({variant.title for variant in VARIANTS}) == len(keys)
     for variant in VARIANTS:
         assert load_config(f"configs/shapes/{variant.config}.yaml").distilled
-    for key in TRAINED:
+    assert set(STUDENTS) > TRAINED
+    for key in STUDENTS:
         config = load_config(f"configs/shapes/{key}.yaml")
         assert config.trainer == "score_distillation"
         assert config.max_steps is not None
@@ -273,6 +290,26 @@ def test_two_variants_are_measured_once(bench, capsys):
     assert bench(*BOTH) == 0
     assert bench.ran == []
     assert capsys.readouterr().out.count("is there") == 4
+
+
+def test_the_same_videos_are_made_once(bench, capsys):
+    """Weights that are the same with and without a sink, played without one."""
+    shutil.copy(bench.root / "rolling_forcing.yaml", bench.root / "rolling_no_sink.yaml")
+    assert bench("--only", "rolling_no_sink", "no_sink_on_rolling") == 0
+    assert bench.ran == ["rolling_no_sink, 1 s", "rolling_no_sink, 1.5 s"]
+    assert "no_sink_on_rolling, 1 s: the same videos as rolling_no_sink, 1 s" in (
+        capsys.readouterr().out
+    )
+    rows = (bench.out / "table.md").read_text().splitlines()[4:6]
+    assert rows[0].split(" | ")[1:10] == rows[1].split(" | ")[1:10]
+    sheets = bench.out / "contact_sheets"
+    twins = (sheets / "rolling_no_sink.png", sheets / "no_sink_on_rolling.png")
+    assert twins[0].read_bytes() == twins[1].read_bytes()
+    # other weights are measured, and nothing is copied from what is no longer true
+    bench.ran.clear()
+    bench.ship("rolling_forcing", 5)
+    assert bench("--only", "no_sink_on_rolling") == 0
+    assert bench.ran == ["no_sink_on_rolling, 1 s"]
 
 
 def test_other_weights_numbers_and_settings_are_measured_anew(bench, monkeypatch):
