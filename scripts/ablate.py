@@ -361,6 +361,11 @@ class Measurement:
         return f"{self.variant.key}, {self.seconds:g} s"
 
     @property
+    def made_from(self) -> tuple[object, ...]:
+        """What decides the videos."""
+        return self.config, self.weights, self.prompts, self.seeds, self.seconds, self.overrides
+
+    @property
     def videos(self) -> Path:
         """Where the videos go."""
         return self.json.parent / "videos" / self.variant.key
@@ -396,11 +401,9 @@ class Measurement:
         Its videos are these videos: figures and sheet are copied.
         """
         for other in others:
-            same = isinstance(other, Measurement) and (
-                (other.config, other.weights, other.seconds)
-                == (self.config, self.weights, self.seconds)
-            )
-            if same and other.is_done():
+            if not isinstance(other, Measurement) or other.made_from != self.made_from:
+                continue
+            if other.is_done():
                 shutil.copyfile(other.json, self.json)
                 shutil.copyfile(other.sheet, self.sheet)
                 return other
