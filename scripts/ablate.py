@@ -14,7 +14,7 @@ or other numbers are made anew. `key=value` goes to every training and evaluatio
     table.md                     the table; --write also puts it between the marks of a page
     curves.png, curves_300s.png  the main variants, second by second
     contact_sheets/*.png         a few prompts, from the first frame to the last
-    60s/, 300s/                  the figures of each variant, and its videos
+    60s/, 300s/                  the figures of each variant, and its videos (of equal ones: once)
     train/<variant>-<hash>/      what was trained here, by a hash of all that decides its weights
 """
 
@@ -396,16 +396,18 @@ class Measurement:
         write_png(self.sheet, contact_sheet(rows, SHEET_COLUMNS))
 
     def take_from(self, others: Iterable["Part"]) -> "Measurement | None":
-        """The finished one among `others` that plays the same weights by the same config.
+        """The finished one among `others` whose videos are these videos, if there is one.
 
-        Its videos are these videos: figures and sheet are copied.
+        Its figures and its sheet are copied; the videos are where it has them.
         """
         for other in others:
             if not isinstance(other, Measurement) or other.made_from != self.made_from:
                 continue
             if other.is_done():
-                shutil.copyfile(other.json, self.json)
+                shutil.rmtree(self.videos, ignore_errors=True)  # of other weights
+                self.json.unlink(missing_ok=True)  # what is done has figures: they come last
                 shutil.copyfile(other.sheet, self.sheet)
+                write_text(self.json, other.json.read_text(encoding="utf-8"))
                 return other
         return None
 
@@ -421,10 +423,11 @@ def plan(args: argparse.Namespace) -> list[Part]:
         if args.only and variant.key not in args.only:
             continue
         key = variant.weights
-        if key in STUDENTS:
+        shipped = find_shipped(args, key)
+        if shipped is None:
             key = trained_as(args, key)
-        if key not in trained:
             shipped = find_shipped(args, key)
+        if key not in trained:
             if shipped is None:
                 training = plan_training(args, key)
                 parts.append(training)
@@ -436,13 +439,16 @@ def plan(args: argparse.Namespace) -> list[Part]:
 
 
 def trained_as(args: argparse.Namespace, key: str) -> str:
-    """The first student whose training ends with the same weights."""
-    configs = {name: args.configs / f"{name}.yaml" for name in STUDENTS}
-    asked = decides(load_config(configs[key], args.overrides))
-    before = (name for name in STUDENTS if name == key or configs[name].is_file())
-    return next(
-        name for name in before if decides(load_config(configs[name], args.overrides)) == asked
-    )
+    """The first student whose training ends with the same weights; UserError for a bad config."""
+    asked = decides(load_config(args.configs / f"{key}.yaml", args.overrides))
+    for name in STUDENTS:
+        try:
+            config = load_config(args.configs / f"{name}.yaml", args.overrides)
+        except UserError:  # missing, or not possible with these overrides: not this one
+            continue
+        if decides(config) == asked:
+            return name
+    raise AssertionError(f"{key} is trained as itself")
 
 
 def decides(config: Config) -> dict[str, Any]:
@@ -487,7 +493,7 @@ def plan_training(args: argparse.Namespace, key: str) -> Training:
     overrides = [f"generator_ckpt={find_shipped(args, START)}", *args.overrides]
     config = load_config(path, overrides)
     start = find_file(str(config.generator_ckpt), "checkpoint")
-    decided = fingerprint({**decides(config), "generator_ckpt": file_hash(start)})
+    decided = fingerprint({**recipe(config), "generator_ckpt": file_hash(start)})
     logdir = args.folder / "train" / f"{key}-{decided}"
     command = training_command(config, path, logdir, overrides, args.processes)
     return Training(key, config, logdir, logdir / f"shapes_{key}.pt", command)
@@ -549,9 +555,9 @@ def work(args: argparse.Namespace) -> list[str]:
                 continue
             if isinstance(part, Measurement) and (twin := part.take_from(parts)):
                 print(f"{which}: the same videos as {twin.name}")
-                continue
-            print(f"{which}\n{shlex.join(part.command)}", flush=True)
-            part.run()
+            else:
+                print(f"{which}\n{shlex.join(part.command)}", flush=True)
+                part.run()
             if isinstance(part, Measurement):
                 write_table(args.folder, *read_all(args))
         except UserError as error:

@@ -131,13 +131,13 @@ class Chain:
         """Folder of a training."""
         return self.folder / "train" / name
 
-    def run(self, script: str, *runs: Sequence[object], ranks: int = 1) -> None:
-        """Run one of the project's scripts on some ranks, once for each list of arguments.
+    def run(self, script: str, runs: Mapping[str, Sequence[object]], ranks: int = 1) -> None:
+        """Run one of the project's scripts, once for each list of arguments; UserError if it fails.
 
-        Side by side; UserError if one fails.
+        Runs of one rank share the processes, side by side.
         """
-        commands = [script_command(script, arguments, ranks) for arguments in runs]
-        run_together({f"{script} ({n})": command for n, command in enumerate(commands, 1)})
+        commands = {name: script_command(script, words, ranks) for name, words in runs.items()}
+        run_together(commands, at_most=max(1, self.processes // ranks))
 
     def train(self, name: str, config: Config, logdir: Path, overrides: Sequence[str]) -> None:
         """Train (on) with `configs/shapes/<name>.yaml`; UserError if it fails."""
@@ -269,7 +269,7 @@ def start_models(chain: Chain) -> str:
     """Sizes, tokenizer and an untrained text encoder."""
     folder = chain.own_models / MODEL
     if not (folder / TEXT_ENCODER_FILE).exists():
-        chain.run("scripts/shapes_init.py", ("--folder", folder))
+        chain.run("scripts/shapes_init.py", {"init": ("--folder", folder)})
     return "sizes, tokenizer"
 
 
@@ -321,20 +321,17 @@ class Precomputing:
     def __call__(self, chain: Chain) -> str:
         """Compute what is missing, and tell how much there is."""
         counts = self._counts(chain)
-        runs = [
-            (
+        runs = {
+            folder.name: (
                 *("--config_path", chain.config(self.config), "--data_path", source),
                 *("--count", count, "--output_folder", folder),
                 *(self.quick_flags if chain.quick else self.flags),
                 *(f"model_root={chain.models}", *chain.overrides),
             )
             for folder, (source, count) in zip(self.folders(chain), counts.items(), strict=True)
-        ]
-        if chain.quick:  # starting takes longer than the work
-            chain.run(self.script, *runs)
-        else:
-            for arguments in runs:
-                chain.run(self.script, arguments, ranks=chain.processes)
+        }
+        # With --quick starting takes longer than the work: both at once, instead of shared out.
+        chain.run(self.script, runs, ranks=1 if chain.quick else chain.processes)
         return ", ".join(f"{count} of {source}" for source, count in counts.items())
 
     def identity(self, chain: Chain) -> dict[str, Any]:
@@ -405,15 +402,15 @@ def evaluate(chain: Chain) -> str:
     checkpoints = {name: chain.checkpoints / f"shapes_{name}.pt" for name in STARTS}
     checkpoints["rolling_forcing"] = chain.folder / "checkpoints" / "shapes_rolling_forcing.pt"
     results = {name: chain.folder / f"evaluation_{name}.json" for name in checkpoints}
-    runs = [
-        (
+    runs = {
+        f"evaluation of {name}": (
             *("--config_path", chain.config("rolling_forcing"), "--checkpoint_path", checkpoint),
             *("--prompts", 8 if chain.quick else 16, "--seconds", 5, "--json", results[name]),
             *(f"model_root={chain.models}", *chain.overrides),
         )
         for name, checkpoint in checkpoints.items()
-    ]
-    chain.run("scripts/evaluate.py", *runs)
+    }
+    chain.run("scripts/evaluate.py", runs)
     reached = {name: prompt_accuracy(path) for name, path in results.items()}
     after, before = reached["rolling_forcing"], max(reached[name] for name in STARTS)
     if chain.quick and after < MIN_KEPT_ACCURACY * before:

@@ -19,9 +19,9 @@ from model.ode_regression import block_levels, ode_regression_loss
 from model.result import LossResult
 from model.self_rollout import (
     RolloutPlan,
+    longest_rollout,
     output_windows,
     plan_rollout,
-    rollout_blocks,
     rollout_flops,
     scored_clip,
     scored_frames,
@@ -229,8 +229,8 @@ class Distillation(GeneratorTask):
         return rollout + fake + 2 * forward_flops(self.real_score.config, frames, frames, tokens)
 
     def _needs_vae(self) -> bool:
-        longest = self.layout.start(rollout_blocks(self.config)[1])
-        return self.config.reencode_first_frame and longest > scored_frames(self.config)
+        longer = longest_rollout(self.config) > scored_frames(self.config)
+        return self.config.reencode_first_frame and longer
 
     def _rollout(
         self, embeddings: Tensor, draws: Draws, *, grad: bool
@@ -553,8 +553,9 @@ class TextEncoderTraining(Task):
         split = self.encoder.tokenizer.split
         labels = torch.full((len(captions), length, len(self.reader.classes)), -1)
         for row, caption in zip(labels, captions, strict=True):
-            said = token_labels(clean_prompt(caption), lambda text: len(split(text)))[:length]
-            row[: len(said)] = torch.tensor(said)
+            said = token_labels(clean_prompt(caption), lambda text: len(split(text)))
+            cut = said[: self.encoder.text_len - 1]  # the last token marks the end
+            row[: len(cut)] = torch.tensor(cut)
         return labels.to(self.world.device)
 
     def _counted_tokens(self, captions: Sequence[str]) -> Tensor:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from utils.config import ROOT, Config
 from utils.errors import UserError
 
 EXPORT_PREFIX = "checkpoint_model_"
+POLL_SECONDS = 0.05
 
 
 def default_processes() -> int:
@@ -65,30 +67,36 @@ def run_command(name: str, command: Sequence[str]) -> None:
     run_together({name: command})
 
 
-def run_together(commands: Mapping[str, Sequence[str]]) -> None:
-    """Run commands by name, side by side, to their ends, and end them with us.
+def run_together(commands: Mapping[str, Sequence[str]], *, at_most: int | None = None) -> None:
+    """Run commands by name, so many of them side by side (all), and end them with us.
 
     Raises:
         UserError: one fails, which ends the others; its own message stands above.
     """
-    ranks = sum(_number_of_ranks(command) for command in commands.values())
+    width = min(len(commands), at_most or len(commands))
+    ranks = width * max(map(_number_of_ranks, commands.values()))
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     env = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
-    children: dict[str, subprocess.Popen[bytes]] = {}
+    waiting = list(commands.items())
+    running: dict[str, subprocess.Popen[bytes]] = {}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for name, command in commands.items():
-            children[name] = subprocess.Popen(command, env=env)
-        for name, child in children.items():
-            code = child.wait()
-            if code != 0:
-                raise UserError(f"{name} failed with exit code {code}; see above")
+        while waiting or running:
+            while waiting and len(running) < width:
+                name, command = waiting.pop(0)
+                running[name] = subprocess.Popen(command, env=env)
+            time.sleep(POLL_SECONDS)
+            for name, child in list(running.items()):
+                code = child.poll()
+                if code is not None:
+                    del running[name]
+                    if code != 0:
+                        raise UserError(f"{name} failed with exit code {code}; see above")
     finally:
         signal.signal(signal.SIGTERM, before)
-        running = [child for child in children.values() if child.poll() is None]
-        for child in running:
+        for child in running.values():
             child.terminate()
-        for child in running:
+        for child in running.values():
             child.wait()
 
 

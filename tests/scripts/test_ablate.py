@@ -134,7 +134,7 @@ def test_configs_of_ones_own_do_not_use_what_ships(tmp_path, monkeypatch):
         assert isinstance(ablate.plan(options(*given, *spelled))[0], Training)
 
 
-def test_longer_rollouts_are_trained_for_each_sink(tmp_path):
+def test_longer_rollouts_are_trained_for_each_sink(tmp_path, monkeypatch):
     shipped = touch(tmp_path / "shipped", *INITIALISATIONS)
     given = ["--checkpoints", shipped, "--folder", tmp_path / "out"]
 
@@ -146,6 +146,13 @@ def test_longer_rollouts_are_trained_for_each_sink(tmp_path):
     assert trained("--only", "rolling_no_sink") == ["rolling_forcing"]
     assert trained("--", "num_training_frames=27") == list(STUDENTS)
     assert trained("--", "num_training_frames=27", "max_attention_frames=27") == trained()
+    monkeypatch.chdir(tmp_path)
+    assert trained("--only", "infinite_forcing") == ["self_forcing"]
+    # a sibling that these overrides forbid is no reason to stop
+    assert trained("--only", "self_forcing", "--", "max_attention_frames=12") == ["self_forcing"]
+    own = touch(shipped, "infinite_forcing") / "shapes_infinite_forcing.pt"
+    (measured,) = ablate.plan(options(*given, "--only", "infinite_forcing"))
+    assert measured.weights == own
 
 
 def test_commands(tmp_path):
@@ -305,11 +312,37 @@ def test_the_same_videos_are_made_once(bench, capsys):
     sheets = bench.out / "contact_sheets"
     twins = (sheets / "rolling_no_sink.png", sheets / "no_sink_on_rolling.png")
     assert twins[0].read_bytes() == twins[1].read_bytes()
-    # other weights are measured, and nothing is copied from what is no longer true
+    # a twin that has no figures yet is nothing to copy
     bench.ran.clear()
     bench.ship("rolling_forcing", 5)
     assert bench("--only", "no_sink_on_rolling") == 0
-    assert bench.ran == ["no_sink_on_rolling, 1 s"]
+    assert bench("--only", "rolling_no_sink", "no_sink_on_rolling", "--seconds", 1.25) == 0
+    assert bench.ran == [
+        "no_sink_on_rolling, 1 s",
+        "rolling_no_sink, 1.25 s",
+        "rolling_no_sink, 1.5 s",
+    ]
+
+
+def test_a_twin_with_figures_of_other_weights_is_measured_first(bench, monkeypatch):
+    monkeypatch.setattr(ablate, "draw", lambda *given: None)  # the slowest part
+    shutil.copy(bench.root / "rolling_forcing.yaml", bench.root / "rolling_no_sink.yaml")
+    both = ["--only", "rolling_no_sink", "no_sink_on_rolling"]
+    assert bench(*both) == 0
+    before = (bench.out / "1s" / "no_sink_on_rolling.json").read_text()
+    bench.ran.clear()
+    bench.ship("rolling_forcing", 5)
+    measure = Measurement.run
+
+    def fails(self):
+        if self.name == "rolling_no_sink, 1 s":
+            raise UserError("out of luck")
+        measure(self)
+
+    monkeypatch.setattr(Measurement, "run", fails)
+    assert bench(*both) == 2
+    assert bench.ran == ["rolling_no_sink, 1.5 s", "no_sink_on_rolling, 1 s"]
+    assert (bench.out / "1s" / "no_sink_on_rolling.json").read_text() != before
 
 
 def test_other_weights_numbers_and_settings_are_measured_anew(bench, monkeypatch):

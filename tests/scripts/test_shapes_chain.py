@@ -58,7 +58,7 @@ class Rehearsal:
             content = {"summary": {"shapes": {"measures": accuracy}}}
             Path(flags["--json"]).write_text(json.dumps(content))
 
-    def together(self, commands: Mapping[str, Sequence[str]]) -> None:
+    def together(self, commands: Mapping[str, Sequence[str]], at_most: int) -> None:
         for name, command in commands.items():
             self(name, command)
 

@@ -64,6 +64,23 @@ def test_of_commands_side_by_side_one_that_fails_ends_the_others(tmp_path: Path)
     wait = [sys.executable, "-c", script]
     run_together({"a": [*wait, str(one), str(two)], "b": [*wait, str(two), str(one)]})
     never, begun = [*wait, str(tmp_path / "c"), str(tmp_path / "never")], time.monotonic()
-    with pytest.raises(UserError, match="counting failed with exit code 3"):
-        run_together({"counting": [sys.executable, "-c", "raise SystemExit(3)"], "never": never})
+    commands = {"counting": [sys.executable, "-c", "raise SystemExit(3)"], "never": never}
+    for order in (1, -1):
+        with pytest.raises(UserError, match="counting failed with exit code 3"):
+            run_together({name: commands[name] for name in list(commands)[::order]})
     assert time.monotonic() - begun < 30
+
+
+def test_no_more_commands_at_once_than_asked_for(tmp_path: Path):
+    """Each fails if it finds another at work."""
+    script = (
+        "import pathlib, sys, time\n"
+        "lock = pathlib.Path(sys.argv[1])\n"
+        "lock.mkdir()\n"
+        "time.sleep(0.1)\n"
+        "lock.rmdir()\n"
+        "pathlib.Path(sys.argv[2]).touch()\n"
+    )
+    one = [sys.executable, "-c", script, str(tmp_path / "lock")]
+    run_together({name: [*one, str(tmp_path / name)] for name in "abc"}, at_most=1)
+    assert all((tmp_path / name).exists() for name in "abc")
