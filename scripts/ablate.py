@@ -226,9 +226,9 @@ COLUMNS = (
     Column("motion, last 5 s", ("late.motion",)),
     Column("speed / truth, last 5 s", ("late.speed_ratio",)),
     Column("flicker", ("background_flicker.ratio",)),
-    Column("right for 5 s", ("survival.5s",), lengths=ANY_LENGTH),
-    Column("for 60 s", ("survival.60s",), lengths=ANY_LENGTH),
-    Column("for 5 min", ("survival.300s",), lengths=ANY_LENGTH),
+    Column("never wrong in 5 s", ("survival.5s",), lengths=ANY_LENGTH),
+    Column("in 60 s", ("survival.60s",), lengths=ANY_LENGTH),
+    Column("in 5 min", ("survival.300s",), lengths=ANY_LENGTH),
     Column("right, last 5 s of long videos", ("late.right",), lengths=("long",)),
     Column("motion, last 5 s of long videos", ("late.motion",), lengths=("long",)),
     Column("frames/s", ("fps",), 1),
@@ -246,9 +246,9 @@ LEGEND = (
     "Mean over all videos ± standard deviation (n - 1) of the seeds' means, where there are "
     "several. Prompt followed: mean of colour, kind, background and direction. Drift: error in "
     "the last 5 s minus that in the first 5 s, in grey levels; that of the colour counts shapes "
-    "that are seen. Right for a time: share of the videos in which every shape has its colour "
-    "and kind for so long. Long videos: those of the greater length. The formulas are in "
-    "docs/shapes.md."
+    "that are seen. Right: share of the frames in which every shape has its colour and kind. Never "
+    "wrong: share of the videos without a second in which half of the frames are not right. Long "
+    "videos: those of the greater length. The formulas are in docs/shapes.md."
 )
 
 

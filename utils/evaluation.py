@@ -86,7 +86,7 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
     `measures`: of every number of a report, and of those in `extra_measures`, `mean` over all
     videos and `spread`, the standard deviation (n - 1) of the means of each seed (None for a lone
     seed). `per_second`: the same for every curve, second by second. Values that a video does not
-    have do not count. `survival`: share of the videos right after 1, 2, ... seconds, as long as
+    have do not count. `survival`: share of the videos never wrong in 1, 2, ... seconds, as long as
     the shortest video. `by_shapes`: `videos` and `measures` of those of one shape and of two, where
     there are both.
     """
@@ -143,8 +143,9 @@ def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def extra_measures(result: Result) -> dict[str, float]:
     """What is made of a result besides its report.
 
-    `survival.Ns`: 1 if it survived N seconds, for the N that the video is long enough for. `fps`
-    and `first_frame_s` of its making.
+    For each N of `SURVIVAL_SECONDS` that the video is long enough for, `survival.Ns`: 1 if it was
+    never wrong in N seconds, and `right_after.Ns`: 1 if it is right in most of second N, whatever
+    was before. `fps` and `first_frame_s` of its making.
     """
     report = result["report"]
     extra = {}
@@ -152,6 +153,8 @@ def extra_measures(result: Result) -> dict[str, float]:
         for seconds in SURVIVAL_SECONDS:
             if report["seconds"] >= seconds:
                 extra[f"survival.{seconds}s"] = float(report["survived_seconds"] >= seconds)
+                right = report["per_second"]["right"][seconds - 1]
+                extra[f"right_after.{seconds}s"] = math.nan if right is None else float(right > 0.5)
     return extra | result.get("timings", {})
 
 
@@ -168,7 +171,7 @@ def mean_and_spread(table: np.ndarray, seeds: Sequence[Any]) -> tuple[np.ndarray
 
 
 def survival_curve(results: Sequence[Result]) -> list[float]:
-    """Share of the videos still right after 1, 2, ... seconds, up to the shortest video."""
+    """Share of the videos never wrong in 1, 2, ... seconds, up to the shortest video."""
     lasted = np.array([result["report"]["survived_seconds"] for result in results])
     shortest = int(min(result["report"]["seconds"] for result in results))
     return (lasted[:, None] >= np.arange(1, shortest + 1)).mean(0).tolist()
@@ -267,7 +270,11 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "motion": ("motion", "speed_ratio"),
         "flicker": ("background_flicker.ratio", "brightness_flicker.ratio"),
-        "survival": tuple(f"survival.{seconds}s" for seconds in SURVIVAL_SECONDS),
+        "survival": tuple(
+            f"{name}.{seconds}s"
+            for name in ("survival", "right_after")
+            for seconds in SURVIVAL_SECONDS
+        ),
         "speed of making": ("fps", "first_frame_s"),
     },
     "video": {

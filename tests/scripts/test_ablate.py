@@ -578,9 +578,9 @@ def test_figures_are_means_with_the_spread_of_the_seeds(tmp_path, capsys):
             "motion, last 5 s": "0.50 ± 0.00",
             "speed / truth, last 5 s": "–",
             "flicker": "1.25 ± 0.00",
-            "right for 5 s": "0.75 ± 0.35",
-            "for 60 s": "0.50 ± 0.00",
-            "for 5 min": "0.50 ± 0.71",
+            "never wrong in 5 s": "0.75 ± 0.35",
+            "in 60 s": "0.50 ± 0.00",
+            "in 5 min": "0.50 ± 0.71",
             "right, last 5 s of long videos": "0.25 ± 0.00",
             "motion, last 5 s of long videos": "0.25 ± 0.00",
             "frames/s": "30.0 ± 0.0",
@@ -593,9 +593,9 @@ def test_figures_are_means_with_the_spread_of_the_seeds(tmp_path, capsys):
             "motion, last 5 s": "0.00",
             "speed / truth, last 5 s": "–",
             "flicker": "1.25",
-            "right for 5 s": "1.00",
-            "for 60 s": "1.00",
-            "for 5 min": "–",
+            "never wrong in 5 s": "1.00",
+            "in 60 s": "1.00",
+            "in 5 min": "–",
             "right, last 5 s of long videos": "–",
             "motion, last 5 s of long videos": "–",
             "frames/s": "41.3",
@@ -624,7 +624,7 @@ def test_long_videos_alone_tell_how_long_they_were_right_and_their_end(tmp_path)
     write_figures(tmp_path / "300s" / "self_forcing.json", minutes)
     assert run_main(ablate.main, ["--folder", str(tmp_path), "--table_only"]) == 0
     (cells,) = rows((tmp_path / "table.md").read_text()).values()
-    known = {"right for 5 s": "1.00", "for 60 s": "1.00", "for 5 min": "0.00"}
+    known = {"never wrong in 5 s": "1.00", "in 60 s": "1.00", "in 5 min": "0.00"}
     known |= {f"{what}, last 5 s of long videos": "0.25" for what in ("right", "motion")}
     assert cells == dict.fromkeys((c.title for c in COLUMNS), "–") | known
     assert not (tmp_path / "curves.png").exists()

@@ -81,7 +81,8 @@ def test_true_clips_are_right(clips, tmp_path, capsys):
     assert measures["late.right"] > 0.97
     assert measures["motion"] > 0.9
     assert measures["survival.5s"] == 1
-    assert "survival.60s" not in measures
+    assert measures["right_after.5s"] == 1
+    assert not {"survival.60s", "right_after.60s"} & set(measures)
     assert abs(measures["drift.colour_error"]) < 3
     assert summary["survival"] == [1.0] * 6
     assert len(summary["per_second"]["colour_error"]["mean"]) == 6
@@ -326,7 +327,8 @@ def test_curves_of_unequal_length_count_while_they_last():
 
 def test_one_shape_and_two_are_told_apart():
     def result(index, seed, motion, survived):
-        report = {"seconds": 5.0, "motion": motion, "survived_seconds": survived, "per_second": {}}
+        report = {"seconds": 5.0, "motion": motion, "survived_seconds": survived}
+        report["per_second"] = {"right": [1.0, 0.0, 1.0, None, 0.6 if motion else 0.5]}
         prompt = sample_scene(0, index).caption
         return {"prompt": prompt, "seed": seed, "kind": "shapes", "report": report}
 
@@ -340,6 +342,7 @@ def test_one_shape_and_two_are_told_apart():
     assert parts["1"]["measures"]["motion"] == {"mean": 0.5, "spread": None}
     assert parts["2"]["measures"]["motion"]["mean"] == 0.125
     assert parts["2"]["measures"]["survival.5s"]["mean"] == 0.5
+    assert [parts[n]["measures"]["right_after.5s"]["mean"] for n in ("1", "2")] == [1, 0.5]
     lines = [" ".join(line.split()) for line in table("shapes", summary).splitlines()]
     assert lines[1] == "all one shape (1) two shapes (2)"
     assert "motion 0.250 ± 0.000 0.500 0.125 ± 0.177" in lines
