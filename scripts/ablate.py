@@ -229,6 +229,8 @@ COLUMNS = (
     Column("never wrong in 5 s", ("survival.5s",), lengths=ANY_LENGTH),
     Column("in 60 s", ("survival.60s",), lengths=ANY_LENGTH),
     Column("in 5 min", ("survival.300s",), lengths=ANY_LENGTH),
+    Column("right after 60 s", ("right_after.60s",), lengths=ANY_LENGTH),
+    Column("after 5 min", ("right_after.300s",), lengths=ANY_LENGTH),
     Column("right, last 5 s of long videos", ("late.right",), lengths=("long",)),
     Column("motion, last 5 s of long videos", ("late.motion",), lengths=("long",)),
     Column("frames/s", ("fps",), 1),
@@ -247,8 +249,9 @@ LEGEND = (
     "several. Prompt followed: mean of colour, kind, background and direction. Drift: error in "
     "the last 5 s minus that in the first 5 s, in grey levels; that of the colour counts shapes "
     "that are seen. Right: share of the frames in which every shape has its colour and kind. Never "
-    "wrong: share of the videos without a second in which half of the frames are not right. Long "
-    "videos: those of the greater length. The formulas are in docs/shapes.md."
+    "wrong: share of the videos without a second in which half of the frames are not right; right "
+    "after: of those right in that second, whatever was before. Long videos: those of the greater "
+    "length. The formulas are in docs/shapes.md."
 )
 
 

@@ -563,7 +563,7 @@ def test_figures_are_means_with_the_spread_of_the_seeds(tmp_path, capsys):
     ]
     write_figures(tmp_path / "60s" / "rolling_forcing.json", two_seeds)
     write_figures(tmp_path / "60s" / "self_forcing.json", [result(0, "a", late=0.0, fps=41.26)])
-    minutes = [result(s, "a", seconds=300, survived=299 + s, late=0.25) for s in (0, 1)]
+    minutes = [result(s, "a", seconds=300, survived=299 + s, late=0.75) for s in (0, 1)]
     write_figures(tmp_path / "300s" / "rolling_forcing.json", minutes)
     assert run_main(ablate.main, ["--folder", str(tmp_path), "--table_only"]) == 0
     text = (tmp_path / "table.md").read_text()
@@ -581,8 +581,10 @@ def test_figures_are_means_with_the_spread_of_the_seeds(tmp_path, capsys):
             "never wrong in 5 s": "0.75 ± 0.35",
             "in 60 s": "0.50 ± 0.00",
             "in 5 min": "0.50 ± 0.71",
-            "right, last 5 s of long videos": "0.25 ± 0.00",
-            "motion, last 5 s of long videos": "0.25 ± 0.00",
+            "right after 60 s": "0.00 ± 0.00",
+            "after 5 min": "1.00 ± 0.00",
+            "right, last 5 s of long videos": "0.75 ± 0.00",
+            "motion, last 5 s of long videos": "0.75 ± 0.00",
             "frames/s": "30.0 ± 0.0",
         },
         "Self Forcing": {
@@ -596,6 +598,8 @@ def test_figures_are_means_with_the_spread_of_the_seeds(tmp_path, capsys):
             "never wrong in 5 s": "1.00",
             "in 60 s": "1.00",
             "in 5 min": "–",
+            "right after 60 s": "0.00",
+            "after 5 min": "–",
             "right, last 5 s of long videos": "–",
             "motion, last 5 s of long videos": "–",
             "frames/s": "41.3",
@@ -625,6 +629,7 @@ def test_long_videos_alone_tell_how_long_they_were_right_and_their_end(tmp_path)
     assert run_main(ablate.main, ["--folder", str(tmp_path), "--table_only"]) == 0
     (cells,) = rows((tmp_path / "table.md").read_text()).values()
     known = {"never wrong in 5 s": "1.00", "in 60 s": "1.00", "in 5 min": "0.00"}
+    known |= {"right after 60 s": "1.00", "after 5 min": "0.00"}
     known |= {f"{what}, last 5 s of long videos": "0.25" for what in ("right", "motion")}
     assert cells == dict.fromkeys((c.title for c in COLUMNS), "–") | known
     assert not (tmp_path / "curves.png").exists()
@@ -636,7 +641,9 @@ def test_every_column_is_a_measure_of_the_meter(bench):
     content = json.loads((bench.out / "1s" / "rolling_forcing.json").read_text())
     summary = content["summary"]["shapes"]
     names = {name for column in COLUMNS for name in column.measures}
-    assert {name for name in names if not name.startswith("survival")} <= set(summary["measures"])
+    assert {name for name in names if not name.startswith(("survival", "right_after"))} <= set(
+        summary["measures"]
+    )
     assert set(ablate.CURVES) <= set(summary["per_second"])
 
 
