@@ -1,10 +1,11 @@
 """Training a text encoder where there is no pretrained one: each token has to know its subject.
 
-A linear probe on each token's embedding predicts the attributes of what the token speaks of (for
-instance, on every word about the second shape, the colour of that shape). Cross-attention can
-then find the words about a shape by one attribute and read the others there. Were every token to
-know the whole caption, all would be alike and attention could choose nothing: the network would
-have to work out itself which attributes belong together, and hardly learns that.
+A linear probe on each token's embedding predicts the attributes of what the token speaks of: on
+every word about the second shape, for instance, the colour of that shape, and on every token of the
+caption what holds for the whole scene. Cross-attention can then find the words about a shape by one
+attribute and read the others there. Were every token to know the whole caption, all would be alike
+and attention could choose nothing: the network would have to work out itself which attributes
+belong together, and hardly learns that.
 """
 
 from collections.abc import Sequence

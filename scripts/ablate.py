@@ -15,7 +15,7 @@ or other numbers are made anew. `key=value` goes to every training and evaluatio
     curves.png, curves_300s.png  the main variants, second by second
     contact_sheets/*.png         a few prompts, from the first frame to the last
     60s/, 300s/                  the figures of each variant, and its videos (of equal ones: once)
-    train/<variant>-<hash>/      what was trained here, by a hash of all that decides its weights
+    train/<variant>-<hash>/      what was trained here, by a hash of its config and its start
 """
 
 import argparse
@@ -63,7 +63,7 @@ from wan.checkpoints import publish_student
 CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
 START = "causal_init"  # of every training here
 INITIALISATIONS = ("ode_init", START)
-OF_A_SINK = frozenset({"method", "sink_position", "clean_pass_sees_sink"})  # and its size
+SINK_KEYS = frozenset({"sink_position", "clean_pass_sees_sink"})  # besides sink_size
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
 MARKS = ("<!-- ablations -->", "<!-- /ablations -->")
 UNKNOWN = "–"
@@ -227,10 +227,10 @@ COLUMNS = (
     Column("speed / truth, last 5 s", ("late.speed_ratio",)),
     Column("flicker", ("background_flicker.ratio",)),
     Column("never wrong in 5 s", ("survival.5s",), lengths=ANY_LENGTH),
-    Column("in 60 s", ("survival.60s",), lengths=ANY_LENGTH),
-    Column("in 5 min", ("survival.300s",), lengths=ANY_LENGTH),
-    Column("right after 60 s", ("right_after.60s",), lengths=ANY_LENGTH),
-    Column("after 5 min", ("right_after.300s",), lengths=ANY_LENGTH),
+    Column("never wrong in 60 s", ("survival.60s",), lengths=ANY_LENGTH),
+    Column("never wrong in 5 min", ("survival.300s",), lengths=ANY_LENGTH),
+    Column("right at 60 s", ("right_at.60s",), lengths=ANY_LENGTH),
+    Column("right at 5 min", ("right_at.300s",), lengths=ANY_LENGTH),
     Column("right, last 5 s of long videos", ("late.right",), lengths=("long",)),
     Column("motion, last 5 s of long videos", ("late.motion",), lengths=("long",)),
     Column("frames/s", ("fps",), 1),
@@ -249,9 +249,9 @@ LEGEND = (
     "several. Prompt followed: mean of colour, kind, background and direction. Drift: error in "
     "the last 5 s minus that in the first 5 s, in grey levels; that of the colour counts shapes "
     "that are seen. Right: share of the frames in which every shape has its colour and kind. Never "
-    "wrong: share of the videos without a second in which half of the frames are not right; right "
-    "after: of those right in that second, whatever was before. Long videos: those of the greater "
-    "length. The formulas are in docs/shapes.md."
+    "wrong: share of the videos without a second in which half of the frames are wrong; right at: "
+    "of those that are right in the second before, whatever was earlier. Long videos: those of the "
+    "greater length. The formulas are in docs/shapes.md."
 )
 
 
@@ -455,15 +455,16 @@ def trained_as(args: argparse.Namespace, key: str) -> str:
 
 
 def decides(config: Config) -> dict[str, Any]:
-    """What decides the weights of a training, but for those that it starts from.
+    """What decides the weights of a training.
 
-    A rollout that fits into one attention sees its first frames anyway: no sink changes a bit.
+    A rollout that fits into one attention sees its first frames anyway: no sink changes a bit, and
+    `method` only stands for values of other keys.
     """
     decided = recipe(config)
     if longest_rollout(config) > config.attention_frames:
         return decided
     model = {key: value for key, value in decided["model_kwargs"].items() if key != "sink_size"}
-    rest = {key: value for key, value in decided.items() if key not in OF_A_SINK}
+    rest = {key: value for key, value in decided.items() if key not in {"method", *SINK_KEYS}}
     return {**rest, "model_kwargs": model}
 
 
@@ -641,13 +642,16 @@ def make_table(short: Figures, long: Figures) -> str:
         videos = [figures.get(variant.key, {}).get("videos", []) for figures in (short, long)]
         lines.append(markdown_row([title, *(cell(c, *videos) for c in COLUMNS)]))
     lines.append("")
+    first_of: dict[str, str] = {}
     for variant in rows:
         config, weights = (
             " and ".join(dict.fromkeys(shown_path(c["settings"][key]) for c in made[variant.key]))
             for key in ("config", "checkpoint")
         )
         parts = f"{config} with {weights}{changes[variant.key]}"
-        lines.append(f"- **{variant.title}** ({parts}): {variant.why}.")
+        first = first_of.setdefault(parts, variant.title)
+        same = "" if first == variant.title else f"; the same videos as {first}"
+        lines.append(f"- **{variant.title}** ({parts}{same}): {variant.why}.")
     return "\n".join(lines) + "\n"
 
 

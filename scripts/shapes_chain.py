@@ -95,7 +95,7 @@ QUICK = {
         0.015,
         (
             *("max_steps=15", "lr=1e-6", "lr_critic=2e-4", "heldout_videos=8"),
-            *("image_or_video_shape=[1,12,16,8,8]", "num_training_frames=12"),
+            *("image_or_video_shape=[1,15,16,8,8]", "num_training_frames=15"),
             "ema_start_step=1000",
         ),
     ),
@@ -131,13 +131,15 @@ class Chain:
         """Folder of a training."""
         return self.folder / "train" / name
 
-    def run(self, script: str, runs: Mapping[str, Sequence[object]], ranks: int = 1) -> None:
+    def run(self, script: str, runs: Mapping[str, Sequence[object]]) -> None:
         """Run one of the project's scripts, once for each list of arguments; UserError if it fails.
 
-        Runs of one rank share the processes, side by side.
+        All processes share each run. With `--quick`, where starting takes longer than the work, a
+        run has one process, and as many are under way at once.
         """
+        ranks, at_once = (1, self.processes) if self.quick else (self.processes, 1)
         commands = {name: script_command(script, words, ranks) for name, words in runs.items()}
-        run_together(commands, at_most=max(1, self.processes // ranks))
+        run_together(commands, at_most=at_once)
 
     def train(self, name: str, config: Config, logdir: Path, overrides: Sequence[str]) -> None:
         """Train (on) with `configs/shapes/<name>.yaml`; UserError if it fails."""
@@ -269,7 +271,7 @@ def start_models(chain: Chain) -> str:
     """Sizes, tokenizer and an untrained text encoder."""
     folder = chain.own_models / MODEL
     if not (folder / TEXT_ENCODER_FILE).exists():
-        chain.run("scripts/shapes_init.py", {"init": ("--folder", folder)})
+        run_command("init", script_command("scripts/shapes_init.py", ("--folder", folder)))
     return "sizes, tokenizer"
 
 
@@ -330,8 +332,7 @@ class Precomputing:
             )
             for folder, (source, count) in zip(self.folders(chain), counts.items(), strict=True)
         }
-        # With --quick starting takes longer than the work: both at once, instead of shared out.
-        chain.run(self.script, runs, ranks=1 if chain.quick else chain.processes)
+        chain.run(self.script, runs)
         return ", ".join(f"{count} of {source}" for source, count in counts.items())
 
     def identity(self, chain: Chain) -> dict[str, Any]:
@@ -563,6 +564,8 @@ def check_shipped(chain: Chain) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the stages that are not done."""
     args = build_parser().parse_args(argv)
+    if args.processes < 1:
+        raise UserError("--processes must be above 0")
     folder = args.folder or Path("runs") / ("shapes_quick" if args.quick else "shapes")
     chain = Chain(folder.absolute(), args.overrides, quick=args.quick, processes=args.processes)
     identities = {name: fingerprint(stage.identity(chain)) for name, stage in STAGES.items()}

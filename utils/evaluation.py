@@ -144,17 +144,21 @@ def extra_measures(result: Result) -> dict[str, float]:
     """What is made of a result besides its report.
 
     For each N of `SURVIVAL_SECONDS` that the video is long enough for, `survival.Ns`: 1 if it was
-    never wrong in N seconds, and `right_after.Ns`: 1 if it is right in most of second N, whatever
-    was before. `fps` and `first_frame_s` of its making.
+    never wrong in N seconds, and `right_at.Ns`: 1 if that is so, or if most of what can be judged
+    in second N is right; NaN if nothing can. `fps` and `first_frame_s` of its making.
     """
     report = result["report"]
     extra = {}
     if "survived_seconds" in report:
         for seconds in SURVIVAL_SECONDS:
             if report["seconds"] >= seconds:
-                extra[f"survival.{seconds}s"] = float(report["survived_seconds"] >= seconds)
+                survived = report["survived_seconds"] >= seconds
                 right = report["per_second"]["right"][seconds - 1]
-                extra[f"right_after.{seconds}s"] = math.nan if right is None else float(right > 0.5)
+                known = survived or right is not None
+                extra[f"survival.{seconds}s"] = float(survived)
+                extra[f"right_at.{seconds}s"] = (
+                    float(survived or right > 0.5) if known else math.nan
+                )
     return extra | result.get("timings", {})
 
 
@@ -272,7 +276,7 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
         "flicker": ("background_flicker.ratio", "brightness_flicker.ratio"),
         "survival": tuple(
             f"{name}.{seconds}s"
-            for name in ("survival", "right_after")
+            for name in ("survival", "right_at")
             for seconds in SURVIVAL_SECONDS
         ),
         "speed of making": ("fps", "first_frame_s"),

@@ -68,12 +68,12 @@ def run_command(name: str, command: Sequence[str]) -> None:
 
 
 def run_together(commands: Mapping[str, Sequence[str]], *, at_most: int | None = None) -> None:
-    """Run commands by name, so many of them side by side (all), and end them with us.
+    """Run commands by name, `at_most` (all) of them side by side, and end them with us.
 
     Raises:
         UserError: one fails, which ends the others; its own message stands above.
     """
-    width = min(len(commands), at_most or len(commands))
+    width = len(commands) if at_most is None else min(len(commands), at_most)
     ranks = width * max(map(_number_of_ranks, commands.values()))
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     env = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}

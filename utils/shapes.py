@@ -461,11 +461,7 @@ def parse_caption(text: str) -> Attributes:
     Raises:
         UserError: if the text is no caption of this world, where no two shapes share a colour.
     """
-    _, match = _match(text)
-    found = _attributes_from(match.groupdict())
-    if len({shape.colour for shape in found.shapes}) < len(found.shapes):
-        raise UserError(f'Two shapes of one colour cannot be told apart: "{text}".')
-    return found
+    return _read(text)[2]
 
 
 def token_classes() -> list[int]:
@@ -484,8 +480,7 @@ def token_labels(text: str, count_tokens: Callable[[str], int]) -> list[list[int
     Raises:
         UserError: if the text is no caption of this world.
     """
-    plain, match = _match(text)
-    said = _attributes_from(match.groupdict())
+    plain, match, said = _read(text)
     tables: list[list[str]] = [list(t) for t in (KINDS, COLOURS, SIZES, DIRECTIONS, SPEEDS)]
     scene = [list(BACKGROUNDS).index(said.background), len(said.shapes) - 1]
     labels = [[*scene, *[-1] * (1 + len(tables))] for _ in range(count_tokens(text))]
@@ -499,12 +494,15 @@ def token_labels(text: str, count_tokens: Callable[[str], int]) -> list[list[int
     return labels
 
 
-def _match(text: str) -> tuple[str, re.Match[str]]:
-    """A caption in lower case without full stop, and what it says by name."""
+def _read(text: str) -> tuple[str, re.Match[str], Attributes]:
+    """A caption in lower case without full stop, where it says what, and what it says."""
     plain = " ".join(text.lower().split()).rstrip(".")
     for pattern in _patterns():
         if match := pattern.fullmatch(plain):
-            return plain, match
+            said = _attributes_from(match.groupdict())
+            if len({shape.colour for shape in said.shapes}) < len(said.shapes):
+                raise UserError(f'Two shapes of one colour cannot be told apart: "{text}".')
+            return plain, match, said
     example = caption(sample_scene(0, 0).attributes, 0)
     raise UserError(f'No caption of the shapes world: "{text}". Write it like this: "{example}"')
 

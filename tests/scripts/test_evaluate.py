@@ -1,6 +1,7 @@
 """The evaluation: true clips are right, a killed run goes on, figures are those of the videos."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +15,15 @@ from pipeline.evaluation import Evaluation, held_out_captions, plan_trials
 from scripts.evaluate import main
 from utils.cli import run_main
 from utils.config import load_config
-from utils.evaluation import Judge, ResultLog, mean_and_spread, numbers, summarise, table
+from utils.evaluation import (
+    Judge,
+    ResultLog,
+    extra_measures,
+    mean_and_spread,
+    numbers,
+    summarise,
+    table,
+)
 from utils.shapes import render, sample_scene
 from utils.video import VideoWriter, read_image, read_video
 from wan.vae import WanVAE
@@ -81,8 +90,8 @@ def test_true_clips_are_right(clips, tmp_path, capsys):
     assert measures["late.right"] > 0.97
     assert measures["motion"] > 0.9
     assert measures["survival.5s"] == 1
-    assert measures["right_after.5s"] == 1
-    assert not {"survival.60s", "right_after.60s"} & set(measures)
+    assert measures["right_at.5s"] == 1
+    assert not {"survival.60s", "right_at.60s"} & set(measures)
     assert abs(measures["drift.colour_error"]) < 3
     assert summary["survival"] == [1.0] * 6
     assert len(summary["per_second"]["colour_error"]["mean"]) == 6
@@ -325,6 +334,18 @@ def test_curves_of_unequal_length_count_while_they_last():
     assert numbers({"a": {"b": 1, "per_second": {}}, "c": True}) == {"a.b": 1.0, "c": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("survived", "right", "at"),
+    [(5, 1.0, 1), (5, 0.0, 1), (5, None, 1), (3, 0.6, 1), (3, 0.5, 0), (3, None, None)],
+)
+def test_what_was_never_wrong_is_right_then(survived, right, at):
+    """Also where hardly a frame of that second can be judged, or none."""
+    report = {"seconds": 5.0, "survived_seconds": survived, "per_second": {"right": [right] * 5}}
+    known = extra_measures({"report": report})
+    assert known["survival.5s"] == (survived == 5)
+    assert (None if math.isnan(known["right_at.5s"]) else known["right_at.5s"]) == at
+
+
 def test_one_shape_and_two_are_told_apart():
     def result(index, seed, motion, survived):
         report = {"seconds": 5.0, "motion": motion, "survived_seconds": survived}
@@ -342,7 +363,7 @@ def test_one_shape_and_two_are_told_apart():
     assert parts["1"]["measures"]["motion"] == {"mean": 0.5, "spread": None}
     assert parts["2"]["measures"]["motion"]["mean"] == 0.125
     assert parts["2"]["measures"]["survival.5s"]["mean"] == 0.5
-    assert [parts[n]["measures"]["right_after.5s"]["mean"] for n in ("1", "2")] == [1, 0.5]
+    assert [parts[n]["measures"]["right_at.5s"]["mean"] for n in ("1", "2")] == [1, 0.5]
     lines = [" ".join(line.split()) for line in table("shapes", summary).splitlines()]
     assert lines[1] == "all one shape (1) two shapes (2)"
     assert "motion 0.250 ± 0.000 0.500 0.125 ± 0.177" in lines

@@ -40,6 +40,7 @@ class Rehearsal:
 
     def __init__(self, folder: Path, *, quick: bool) -> None:
         self.said: list[tuple[str, list[str]]] = []
+        self.shared: set[tuple[str, int, int]] = set()  # script, ranks, runs at once
         self.accuracy = {"ode_init": 0.5, "causal_init": 0.75, "rolling_forcing": 0.625}
         self.chain = Chain(folder, ["seed=7"], quick=quick, processes=2)
         (folder / "models" / "Shapes").mkdir(parents=True)
@@ -60,7 +61,9 @@ class Rehearsal:
 
     def together(self, commands: Mapping[str, Sequence[str]], at_most: int) -> None:
         for name, command in commands.items():
+            ranks = next((int(w[-1]) for w in command if w.startswith("--nproc_per_node")), 1)
             self(name, command)
+            self.shared.add((self.said[-1][0], ranks, at_most))
 
     def pretend_training(self, config: Path, logdir: Path, words: list[str]) -> None:
         steps = load_config(config, [word for word in words if "=" in word]).max_steps
@@ -104,10 +107,21 @@ def test_every_stage_is_a_command_that_its_script_accepts(
     root = str(tmp_path / "models") if not quick else str(chain_script.ROOT / "wan_models")
     assert f"model_root={root}" in teacher
     assert "batch_size=8" in teacher, "16 videos per update on two ranks"
+    ranks, at_once = (1, 2) if quick else (2, 1)
+    scripts = ("encode_videos.py", "generate_ode_pairs.py", "evaluate.py")
+    assert rehearsal.shared == {(script, ranks, at_once) for script in scripts}
 
 
 def test_quick_changes_every_training() -> None:
     assert {name for name, stage in STAGES.items() if isinstance(stage, Training)} == set(QUICK)
+    config = load_config("configs/shapes/rolling_forcing.yaml", QUICK["rolling_forcing"].overrides)
+    blocks = config.image_or_video_shape[1] // config.num_frame_per_block
+    assert blocks >= len(config.denoising_step_list), "a whole window"
+
+
+def test_no_processes_are_refused(tmp_path: Path) -> None:
+    assert run_main(main, ["--folder", str(tmp_path / "out"), "--processes", "0"]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_hardly_falls_is_refused() -> None:

@@ -309,8 +309,9 @@ def test_two_shapes_of_one_colour_are_refused():
     front, back = two.shapes
     twins = Attributes(two.background, (front, replace(back, colour=front.colour)))
     for phrasing in range(len(PHRASINGS)):
-        with pytest.raises(UserError, match="told apart"):
-            parse_caption(caption(twins, phrasing))
+        for read in (parse_caption, lambda text: token_labels(text, len)):
+            with pytest.raises(UserError, match="told apart"):
+                read(caption(twins, phrasing))
 
 
 @pytest.mark.parametrize("phrasing", range(len(PHRASINGS)))
