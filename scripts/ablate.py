@@ -250,8 +250,8 @@ LEGEND = (
     "the last 5 s minus that in the first 5 s, in grey levels; that of the colour counts shapes "
     "that are seen. Right: share of the frames in which every shape has its colour and kind. Never "
     "wrong: share of the videos without a second in which half of the frames are wrong; right at: "
-    "of those that are right in the second before, whatever was earlier. Long videos: those of the "
-    "greater length. The formulas are in docs/shapes.md."
+    "of those that are right in most of the 5 s before, whatever was earlier. Long videos: those "
+    "of the greater length. The formulas are in docs/shapes.md."
 )
 
 

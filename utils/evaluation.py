@@ -145,7 +145,8 @@ def extra_measures(result: Result) -> dict[str, float]:
 
     For each N of `SURVIVAL_SECONDS` that the video is long enough for, `survival.Ns`: 1 if it was
     never wrong in N seconds, and `right_at.Ns`: 1 if that is so, or if most of what can be judged
-    in second N is right; NaN if nothing can. `fps` and `first_frame_s` of its making.
+    in the five seconds before is right; NaN if nothing can. `fps` and `first_frame_s`: how it was
+    made.
     """
     report = result["report"]
     extra = {}
@@ -153,8 +154,9 @@ def extra_measures(result: Result) -> dict[str, float]:
         for seconds in SURVIVAL_SECONDS:
             if report["seconds"] >= seconds:
                 survived = report["survived_seconds"] >= seconds
-                right = report["per_second"]["right"][seconds - 1]
-                known = survived or right is not None
+                before = report["per_second"]["right"][seconds - 5 : seconds]
+                right = float(video_meter.mean(np.array(before, float)))
+                known = survived or not math.isnan(right)
                 extra[f"survival.{seconds}s"] = float(survived)
                 extra[f"right_at.{seconds}s"] = (
                     float(survived or right > 0.5) if known else math.nan

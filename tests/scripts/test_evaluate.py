@@ -336,11 +336,17 @@ def test_curves_of_unequal_length_count_while_they_last():
 
 @pytest.mark.parametrize(
     ("survived", "right", "at"),
-    [(5, 1.0, 1), (5, 0.0, 1), (5, None, 1), (3, 0.6, 1), (3, 0.5, 0), (3, None, None)],
+    [
+        (5, [0.0] * 5, 1),
+        (5, [None] * 5, 1),
+        (4, [1.0, 1.0, 0.6, None, 0.0], 1),
+        (4, [1.0, 0.6, 0.4, None, 0.0], 0),
+        (4, [None] * 5, None),
+    ],
 )
 def test_what_was_never_wrong_is_right_then(survived, right, at):
-    """Also where hardly a frame of that second can be judged, or none."""
-    report = {"seconds": 5.0, "survived_seconds": survived, "per_second": {"right": [right] * 5}}
+    """Also where hardly a frame can be judged, or none."""
+    report = {"seconds": 5.0, "survived_seconds": survived, "per_second": {"right": right}}
     known = extra_measures({"report": report})
     assert known["survival.5s"] == (survived == 5)
     assert (None if math.isnan(known["right_at.5s"]) else known["right_at.5s"]) == at
@@ -349,7 +355,7 @@ def test_what_was_never_wrong_is_right_then(survived, right, at):
 def test_one_shape_and_two_are_told_apart():
     def result(index, seed, motion, survived):
         report = {"seconds": 5.0, "motion": motion, "survived_seconds": survived}
-        report["per_second"] = {"right": [1.0, 0.0, 1.0, None, 0.6 if motion else 0.5]}
+        report["per_second"] = {"right": [1.0, 0.0, 0.75, None, 0.5 if motion else 0.25]}
         prompt = sample_scene(0, index).caption
         return {"prompt": prompt, "seed": seed, "kind": "shapes", "report": report}
 
