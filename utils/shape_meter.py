@@ -47,7 +47,7 @@ MOTION_SECONDS = 0.5
 HIDDEN_SECONDS = 1.5
 UNCLEAR_SECONDS = 4.0
 METER_VERSION = 2
-"""Raised with every formula, so that results of an older one are not mixed with new ones."""
+"""Raised when a formula changes, so that results of an older one are not mixed with new ones."""
 
 _CHUNK = 32  # frames read at a time
 _SLOTS = 3  # shapes looked for in a frame: one more than a prompt may ask for
@@ -161,6 +161,9 @@ class ShapesDrift:
     area_ratio: float
     artefacts: float
     sharpness: float
+    right: float
+    motion: float
+    speed_ratio: float
 
 
 @dataclass(frozen=True)

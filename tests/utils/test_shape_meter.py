@@ -69,6 +69,7 @@ STEADY = {
     **dict.fromkeys(("area_ratio", "drift_area_ratio", "sharpness", "drift_sharpness"), 0.02),
     **dict.fromkeys(("artefacts", "drift_artefacts"), 0.002),
     **dict.fromkeys(("motion", "speed_ratio"), 0.03),
+    **dict.fromkeys(("drift_right", "drift_motion", "drift_speed_ratio"), 0.06),
     **dict.fromkeys(("background_flicker", "brightness_flicker"), 0.1),
     "survived": 0,
 }
@@ -132,6 +133,8 @@ def flash(frames, rng):
     return frames + (3 * (block % 2))[:, None, None, None].astype(np.uint8)
 
 
+UNKNOWN = (np.nan, 0)
+
 # What each corruption must do to which measure: (value, error bar). All others must stay.
 CORRUPTIONS = {
     blur: {
@@ -147,11 +150,17 @@ CORRUPTIONS = {
         "drift_colour_error": (17, 1.5),
     },
     freeze: {"motion": (0, 0.01), "speed_ratio": (0, 0.01), "direction": (0, 0), "speed": (0, 0)},
-    freeze_halfway: {"motion": (0.5, 0.06), "speed_ratio": (0.5, 0.5)},
+    freeze_halfway: {
+        "motion": (0.5, 0.06),
+        "speed_ratio": (0.5, 0.5),
+        "drift_motion": (-0.92, 0.05),
+        "drift_speed_ratio": (-0.96, 0.05),
+    },
     slow_down: {"motion": (0.47, 0.06), "speed_ratio": (0.5, 0.02), "speed": (0, 0)},
     shuffle: {
         "motion": (0, 0.05),
         "speed_ratio": (3, 1.5),
+        "drift_speed_ratio": (0, 0.5),
         "direction": (0.5, 0.5),
         "speed": (0.1, 0.1),
         "brightness_flicker": (1, 0.2),
@@ -165,6 +174,9 @@ CORRUPTIONS = {
         "motion": (0.5, 0.06),
         "sharpness": (0.24, 0.03),
         "drift_sharpness": (-0.48, 0.06),
+        "drift_right": (-1, 0.02),
+        "drift_motion": (-0.82, 0.05),  # the half second in which they vanish is lost
+        **dict.fromkeys(("drift_colour_error", "drift_area_ratio", "drift_speed_ratio"), UNKNOWN),
         "brightness_flicker": (0.92, 0.05),  # the jump is inside a block
     },
     speckle: {
@@ -190,7 +202,7 @@ def test_a_corruption_moves_what_it_should_and_nothing_else(corrupt):
     wrong = {
         name: f"{found[name]:.3f}, not {value:.3f} +- {bar}"
         for name, (value, bar) in expected.items()
-        if abs(found[name] - value) > bar + 1e-9
+        if not np.isclose(found[name], value, rtol=0, atol=bar + 1e-9, equal_nan=True)
     }
     assert not wrong
 
