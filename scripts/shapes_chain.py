@@ -73,20 +73,22 @@ class Quick:
 QUICK_TEACHER = ("random_init=true", "lr_warmup_steps=5", "heldout_videos=8")
 QUICK = {
     "text_encoder": Quick(0.2, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=64")),
-    "vae_images": Quick(0.3, ("max_steps=40", "lr_warmup_steps=5", "ema_start_step=1000")),
+    "vae_images": Quick(0.3, ("max_steps=20", "lr_warmup_steps=5", "ema_start_step=1000")),
     "vae_short": Quick(
-        0.01, ("max_steps=14", "lr=4.5e-5", "lr_warmup_steps=5", "heldout_videos=8")
+        0.01, ("max_steps=10", "lr=4.5e-5", "lr_warmup_steps=5", "heldout_videos=8")
     ),
     "vae": Quick(
         0.005,
         (
-            *("max_steps=18", "lr=8e-5", "lr_warmup_steps=5", "heldout_videos=4"),
+            *("max_steps=12", "lr=8e-5", "lr_warmup_steps=5", "heldout_videos=4"),
             "image_or_video_shape=[1,4,16,8,8]",
         ),
     ),
-    "teacher_short": Quick(0.2, ("max_steps=20", *QUICK_TEACHER)),
-    "teacher": Quick(0.2, ("max_steps=16", *QUICK_TEACHER)),
-    "ode_init": Quick(0.1, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=8")),
+    "teacher_short": Quick(0.2, ("max_steps=20", "total_batch_size=16", *QUICK_TEACHER)),
+    "teacher": Quick(0.2, ("max_steps=16", "total_batch_size=8", *QUICK_TEACHER)),
+    "ode_init": Quick(
+        0.1, ("max_steps=24", "lr_warmup_steps=5", "heldout_videos=8", "total_batch_size=8")
+    ),
     "causal_init": Quick(
         0.05, ("max_steps=10", "lr_warmup_steps=5", "heldout_videos=4", "total_batch_size=4")
     ),
@@ -94,7 +96,7 @@ QUICK = {
     "rolling_forcing": Quick(
         0.015,
         (
-            *("max_steps=15", "lr=1e-6", "lr_critic=2e-4", "heldout_videos=8"),
+            *("max_steps=10", "lr=1e-6", "lr_critic=2e-4", "heldout_videos=8"),
             *("image_or_video_shape=[1,15,16,8,8]", "num_training_frames=15"),
             "ema_start_step=1000",
         ),
@@ -406,7 +408,7 @@ def evaluate(chain: Chain) -> str:
     runs = {
         f"evaluation of {name}": (
             *("--config_path", chain.config("rolling_forcing"), "--checkpoint_path", checkpoint),
-            *("--prompts", 8 if chain.quick else 16, "--seconds", 5, "--json", results[name]),
+            *("--prompts", 6 if chain.quick else 16, "--seconds", 5, "--json", results[name]),
             *(f"model_root={chain.models}", *chain.overrides),
         )
         for name, checkpoint in checkpoints.items()
