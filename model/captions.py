@@ -31,7 +31,8 @@ class CaptionReader(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask `[B, L]` -> logits of all attributes `[B, L, sum(classes)]`."""
-        return self.probe(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
+        known = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return self.probe(known).clone()  # FSDP warns of a view, which a linear layer returns
 
 
 def caption_loss(
