@@ -13,6 +13,13 @@ from utils.errors import UserError
 
 EXPORT_PREFIX = "checkpoint_model_"
 POLL_SECONDS = 0.05
+# glibc keeps what is freed instead of faulting it in anew at every step: for small images on a CPU
+# a tenth of the time.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2 * 10**9),
+    "MALLOC_TOP_PAD_": str(100 * 10**6),
+}
 
 
 def default_processes() -> int:
@@ -76,7 +83,7 @@ def run_together(commands: Mapping[str, Sequence[str]], *, at_most: int | None =
     width = len(commands) if at_most is None else min(len(commands), at_most)
     ranks = width * max(map(_number_of_ranks, commands.values()))
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    env = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
+    env = {**KEEP_MEMORY, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
     waiting = list(commands.items())
     running: dict[str, subprocess.Popen[bytes]] = {}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
