@@ -119,6 +119,26 @@ class TrainingWorld:
             **changes,
         }
 
+    def vae(self) -> dict[str, Any]:
+        """What makes the experiment the training of a VAE, on single frames."""
+        sizes = {"base_dim": 2, "dim_mult": [1, 1, 1, 1], "kl_weight": 0.1, "edge_weight": 0.5}
+        return self._of_shapes("vae") | {"random_init": True, "vae": sizes}
+
+    def text_encoder(self) -> dict[str, Any]:
+        """What makes the experiment the training of a text encoder."""
+        return self._of_shapes("text_encoder")
+
+    def _of_shapes(self, trainer: str) -> dict[str, Any]:
+        return {
+            "trainer": trainer,
+            "method": None,
+            "schedule": "full",
+            "denoising_step_list": None,
+            "text_embeddings": None,
+            "data_path": "shapes:train",
+            "image_or_video_shape": [1, 1, 16, 2, 2],
+        }
+
 
 def write_training_world(root: Path) -> TrainingWorld:
     """Student (with text encoder and VAE), teacher and critic, and data."""

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -163,14 +164,33 @@ def snapshot(state: dict[str, Any]) -> dict[str, Any]:
 
 def player_state(player: Player) -> dict[str, Any]:
     """Weights, optimiser, average and count of a player, as (sharded) tensors by name."""
+    weights = get_model_state_dict(player.module)
     state: dict[str, Any] = {
-        "weights": get_model_state_dict(player.module),
-        "optimiser": get_optimizer_state_dict(player.module, player.optimiser),
+        "weights": weights,
+        "optimiser": whole_optimiser_state(player, weights),
         "updates": player.updates,
     }
     if player.ema is not None:
         state["ema"] = player.ema.shadow
     return state
+
+
+def whole_optimiser_state(player: Player, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimiser's state by names of weights, zero for those that never had a gradient.
+
+    The optimiser holds none for these (of a VAE's layers in time, where it is trained on single
+    frames), but an optimiser that is to be loaded wants one for each.
+    """
+    whole = cast(dict[str, Any], get_optimizer_state_dict(player.module, player.optimiser))
+    states: dict[str, dict[str, Tensor]] = whole["state"]
+    like = next(iter(states.values()), {})  # none before the first step
+    for name in (name for group in whole["param_groups"] for name in group["params"]):
+        if like and name not in states:
+            states[name] = {
+                key: torch.zeros_like(value if value.ndim == 0 else weights[name])
+                for key, value in like.items()
+            }
+    return whole
 
 
 def restore_player(player: Player, state: Mapping[str, Any]) -> None:

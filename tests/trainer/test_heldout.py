@@ -29,7 +29,6 @@ from utils.datasets import collate, write_shard
 from utils.draws import Draws
 from utils.errors import UserError
 
-SHAPES = {"schedule": "full", "method": None, "denoising_step_list": None, "text_embeddings": None}
 TASKS = ["distillation", "ode", "diffusion", "vae", "text_encoder"]
 
 
@@ -39,22 +38,8 @@ def task_values(world: TrainingWorld, task: str) -> dict[str, Any]:
         "distillation": {"heldout_data_path": str(world.prompts)},
         "ode": world.ode() | {"heldout_data_path": str(world.trajectories)},
         "diffusion": world.flow(prompt_dropout=0.5, heldout_data_path=str(world.latents)),
-        "vae": SHAPES
-        | {
-            "trainer": "vae",
-            "data_path": "shapes:train",
-            "heldout_data_path": "shapes:heldout",
-            "image_or_video_shape": [1, 1, 16, 2, 2],
-            "random_init": True,
-            "vae": {"base_dim": 2, "dim_mult": [1, 1, 1, 1], "kl_weight": 0.1, "edge_weight": 0.5},
-        },
-        "text_encoder": SHAPES
-        | {
-            "trainer": "text_encoder",
-            "data_path": "shapes:train",
-            "heldout_data_path": "shapes:heldout",
-            "image_or_video_shape": [1, 1, 16, 2, 2],
-        },
+        "vae": world.vae() | {"heldout_data_path": "shapes:heldout"},
+        "text_encoder": world.text_encoder() | {"heldout_data_path": "shapes:heldout"},
     }[task]
     return objective | {"heldout_every": 2, "heldout_videos": 4}
 

@@ -33,10 +33,14 @@ def tasks(world: TrainingWorld) -> dict[str, dict[str, Any]]:
         "block-causal": world.flow(
             schedule=None, method="self_forcing", teacher_forcing=True, clean_context_noise=100
         ),
+        "vae": world.vae() | {"ema_start_step": 2},
+        "text_encoder": world.text_encoder() | {"ema_start_step": 2},
     }
 
 
-@pytest.mark.parametrize("task", ["distillation", "ode", "diffusion", "block-causal"])
+@pytest.mark.parametrize(
+    "task", ["distillation", "ode", "diffusion", "block-causal", "vae", "text_encoder"]
+)
 def test_stopping_and_going_on_changes_no_bit(
     task: str, training_world: TrainingWorld, tmp_path: Path
 ) -> None:
@@ -51,11 +55,12 @@ def test_stopping_and_going_on_changes_no_bit(
     left, right = final_state(tmp_path / "once"), final_state(tmp_path / "twice")
     assert_same_state(left, right)
     assert course(tmp_path / "once") == course(tmp_path / "twice")
-    players = ["generator", "critic"] if task == "distillation" else ["generator"]
+    own = {"distillation": ["generator", "critic"], "vae": ["vae"], "text_encoder": ["text"]}
+    players = own.get(task, ["generator"])
     for player in players:
         assert tensors(left, f"/{player}/weights")
         assert tensors(left, f"/{player}/optimiser", "exp_avg_sq")
-    assert tensors(left, "/generator/ema")
+    assert tensors(left, f"/{players[0]}/ema") or task == "text_encoder"
     assert json.loads(left["/run"])["positions"][players[-1]] == 7 * 4
 
 
