@@ -183,13 +183,15 @@ def whole_optimiser_state(player: Player, weights: Mapping[str, Any]) -> dict[st
     """
     whole = cast(dict[str, Any], get_optimizer_state_dict(player.module, player.optimiser))
     states: dict[str, dict[str, Tensor]] = whole["state"]
-    like = next(iter(states.values()), {})  # none before the first step
-    for name in (name for group in whole["param_groups"] for name in group["params"]):
-        if like and name not in states:
-            states[name] = {
-                key: torch.zeros_like(value if value.ndim == 0 else weights[name])
-                for key, value in like.items()
-            }
+    if not states:  # before the first step
+        return whole
+    like = next(iter(states.values()))
+    names = [name for group in whole["param_groups"] for name in group["params"]]
+    for name in [name for name in names if name not in states]:
+        states[name] = {
+            key: torch.zeros_like(value if value.ndim == 0 else weights[name])
+            for key, value in like.items()
+        }
     return whole
 
 

@@ -155,12 +155,9 @@ def extra_measures(result: Result) -> dict[str, float]:
             if report["seconds"] >= seconds:
                 survived = report["survived_seconds"] >= seconds
                 before = report["per_second"]["right"][seconds - 5 : seconds]
-                right = float(video_meter.mean(np.array(before, float)))
-                known = survived or not math.isnan(right)
+                right = 1.0 if survived else float(video_meter.mean(np.array(before, float)))
                 extra[f"survival.{seconds}s"] = float(survived)
-                extra[f"right_at.{seconds}s"] = (
-                    float(survived or right > 0.5) if known else math.nan
-                )
+                extra[f"right_at.{seconds}s"] = right if math.isnan(right) else float(right > 0.5)
     return extra | result.get("timings", {})
 
 
