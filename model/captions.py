@@ -31,8 +31,7 @@ class CaptionReader(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask `[B, L]` -> logits of all attributes `[B, L, sum(classes)]`."""
-        known = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return self.probe(known).clone()  # FSDP warns of a view, which a linear layer returns
+        return self.probe(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
 
 
 def caption_loss(

@@ -113,6 +113,11 @@ def shard_module(
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
+    # FSDP2 hooks the gradients of a module's outputs and warns of views, which would break if
+    # they were changed in place; nobody changes an output here.
+    warnings.filterwarnings(
+        "ignore", r".*returned a view tensor", UserWarning, r"torch\.distributed\.fsdp"
+    )
 
 
 def shard_dit(dit: WanDiT, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
@@ -121,11 +126,6 @@ def shard_dit(dit: WanDiT, mesh: DeviceMesh, compute_dtype: torch.dtype | None) 
     shard_module(dit, blocks, mesh, compute_dtype)
     for module in (dit, *blocks):
         register_fsdp_forward_method(module, "encode_text")
-    # FSDP2 hooks the gradients of a module's outputs and warns of views, which would break if
-    # they were changed in place; nobody changes an output here.
-    warnings.filterwarnings(
-        "ignore", r".*returned a view tensor", UserWarning, r"torch\.distributed\.fsdp"
-    )
 
 
 def load_full_state(
