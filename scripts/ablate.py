@@ -7,14 +7,15 @@
 Weights that ship (`checkpoints/shapes_*.pt`) are used where the config is the one that they were
 trained with. What is missing, changed by `key=value` or in `--configs` (with `--retrain`, all) is
 trained in the folder, from the causal initialisation that ships; variants that differ in their sink
-alone share one training, if its rollouts are too short for a sink to matter. What is finished is
-skipped, so the same command goes on where it was stopped; results of other weights, another config
-or other numbers are made anew. `key=value` goes to every training and evaluation. The folder gets
+alone share one training, if its rollouts are too short for a sink to matter, and a variant whose
+weights and config are then those of another is left out. What is finished is skipped, so the same
+command goes on where it was stopped; results of other weights, another config or other numbers are
+made anew. `key=value` goes to every training and evaluation. The folder gets
 
     table.md                     the table; --write also puts it between the marks of a page
     curves.png, curves_300s.png  the main variants, second by second
     contact_sheets/*.png         a few prompts, from the first frame to the last
-    60s/, 300s/                  the figures of each variant, and its videos (of equal ones: once)
+    60s/, 300s/                  the figures of each variant, and its videos
     train/<variant>-<hash>/      what was trained here, by a hash of its config and its start
 """
 
@@ -22,9 +23,8 @@ import argparse
 import json
 import re
 import shlex
-import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +110,7 @@ VARIANTS = (
         "Self Forcing with a sink",
         "self_forcing_sink",
         "self_forcing_sink",
-        "how much of the gain is the sink's alone",
+        "what a sink does without a window",
         drawn=True,
     ),
     Variant(
@@ -126,7 +126,7 @@ VARIANTS = (
         "Rolling Forcing, no sink",
         "rolling_no_sink",
         "rolling_no_sink",
-        "how much of the gain is the window's alone",
+        "what the window does without a sink",
         drawn=True,
         long=True,
     ),
@@ -149,7 +149,7 @@ VARIANTS = (
         "Block-by-block inference, Rolling Forcing's weights",
         "self_forcing",
         "rolling_forcing",
-        "whether the gain is in the weights or in the window",
+        "whether what training with the window teaches shows without it",
     ),
     Variant(
         "no_sink_on_rolling",
@@ -221,10 +221,13 @@ COLUMNS = (
         ("accuracy.colour", "accuracy.kind", "accuracy.background", "accuracy.direction"),
     ),
     Column("right, last 5 s", ("late.right",)),
-    Column("background drift", ("drift.background_error",), 1),
-    Column("colour drift", ("drift.colour_error",), 1),
+    Column("drift of right", ("drift.right",)),
+    Column("drift of background", ("drift.background_error",), 1),
+    Column("drift of colour", ("drift.colour_error",), 1),
     Column("motion, last 5 s", ("late.motion",)),
-    Column("speed / truth, last 5 s", ("late.speed_ratio",)),
+    Column("drift of motion", ("drift.motion",)),
+    Column("path, last 5 s", ("late.path",)),
+    Column("drift of path", ("drift.path",)),
     Column("flicker", ("background_flicker.ratio",)),
     Column("never wrong in 5 s", ("survival.5s",), lengths=ANY_LENGTH),
     Column("never wrong in 60 s", ("survival.60s",), lengths=ANY_LENGTH),
@@ -240,18 +243,20 @@ CURVES = {
     "right": "colour and kind right (share of frames)",
     "colour_right": "colour right (share of frames)",
     "kind_right": "kind right (share of frames)",
-    "motion": "motion (1: as the truth)",
+    "motion": "motion (speed / prompt's)",
+    "path": "path (1: as the world's law)",
     "background_error": "background error (grey levels)",
 }
 
 LEGEND = (
     "Mean over all videos ± standard deviation (n - 1) of the seeds' means, where there are "
-    "several. Prompt followed: mean of colour, kind, background and direction. Drift: error in "
-    "the last 5 s minus that in the first 5 s, in grey levels; that of the colour counts shapes "
-    "that are seen. Right: share of the frames in which every shape has its colour and kind. Never "
-    "wrong: share of the videos without a second in which half of the frames are wrong; right at: "
-    "of those that are right in most of the 5 s before, whatever was earlier. Long videos: those "
-    "of the greater length. The formulas are in docs/shapes.md."
+    "several. Prompt followed: mean of colour, kind, background and direction. Right: share of the "
+    "frames in which every shape has its colour and kind. Motion: speed over the prompt's. Path: 1 "
+    "if each half second follows the world's law, 0 for a still picture. Drift: last 5 s minus "
+    "first 5 s; of background and colour, of their error in grey levels. Never wrong: share of the "
+    "videos without a second in which half of the frames are wrong; right at: of those that are "
+    "right in most of the 5 s before, whatever was earlier. Long videos: those of the greater "
+    "length. The formulas are in docs/shapes.md."
 )
 
 
@@ -364,11 +369,6 @@ class Measurement:
         return f"{self.variant.key}, {self.seconds:g} s"
 
     @property
-    def made_from(self) -> tuple[object, ...]:
-        """What decides the videos."""
-        return self.config, self.weights, self.prompts, self.seeds, self.seconds, self.overrides
-
-    @property
     def videos(self) -> Path:
         """Where the videos go."""
         return self.json.parent / "videos" / self.variant.key
@@ -398,30 +398,18 @@ class Measurement:
         rows = [spread_frames(file, SHEET_COLUMNS).numpy() for file in files]
         write_png(self.sheet, contact_sheet(rows, SHEET_COLUMNS))
 
-    def take_from(self, others: Iterable["Part"]) -> "Measurement | None":
-        """The finished one among `others` whose videos are these videos, if there is one.
-
-        Its figures and its sheet are copied; the videos are where it has them.
-        """
-        for other in others:
-            if not isinstance(other, Measurement) or other.made_from != self.made_from:
-                continue
-            if other.is_done():
-                shutil.rmtree(self.videos, ignore_errors=True)  # of other weights
-                self.json.unlink(missing_ok=True)  # what is done has figures: they come last
-                shutil.copyfile(other.sheet, self.sheet)
-                write_text(self.json, other.json.read_text(encoding="utf-8"))
-                return other
-        return None
-
 
 Part = Training | Measurement
 
 
 def plan(args: argparse.Namespace) -> list[Part]:
-    """All parts in order: each training right before the first measurement that needs it."""
+    """All parts in order: each training right before the first measurement that needs it.
+
+    A variant that would be the videos of an earlier one is left out.
+    """
     parts: list[Part] = []
     trained: dict[str, Path] = {}
+    planned: dict[tuple[str, Path], str] = {}
     for variant in VARIANTS:
         if args.only and variant.key not in args.only:
             continue
@@ -435,6 +423,10 @@ def plan(args: argparse.Namespace) -> list[Part]:
                 training = plan_training(args, key)
                 parts.append(training)
             trained[key] = shipped or training.target
+        first = planned.setdefault((variant.config, trained[key]), variant.key)
+        if first != variant.key:
+            print(f"{variant.key}: left out, it would be the same videos as {first}")
+            continue
         parts.append(plan_measurement(args, variant, trained[key]))
         if variant.long:
             parts.append(plan_measurement(args, variant, trained[key], long=True))
@@ -557,11 +549,8 @@ def work(args: argparse.Namespace) -> list[str]:
             if part.is_done():
                 print(f"{which}: is there")
                 continue
-            if isinstance(part, Measurement) and (twin := part.take_from(parts)):
-                print(f"{which}: the same videos as {twin.name}")
-            else:
-                print(f"{which}\n{shlex.join(part.command)}", flush=True)
-                part.run()
+            print(f"{which}\n{shlex.join(part.command)}", flush=True)
+            part.run()
             if isinstance(part, Measurement):
                 write_table(args.folder, *read_all(args))
         except UserError as error:
@@ -620,9 +609,14 @@ def read_all(args: argparse.Namespace) -> tuple[Figures, Figures]:
 
 
 def read_figures(folder: Path) -> Figures:
-    """What is there, in the order of the variants."""
+    """What is there of today's meter, in the order of the variants."""
     files = {variant.key: folder / f"{variant.key}.json" for variant in VARIANTS}
-    return {key: read_json(file) for key, file in files.items() if file.is_file()}
+    figures = {key: read_json(file) for key, file in files.items() if file.is_file()}
+    for key, content in list(figures.items()):
+        if content["settings"].get("meter") != METER_VERSION:
+            print(f"{files[key]} was measured by another version of the meter: left out")
+            del figures[key]
+    return figures
 
 
 def make_table(short: Figures, long: Figures) -> str:
@@ -642,16 +636,13 @@ def make_table(short: Figures, long: Figures) -> str:
         videos = [figures.get(variant.key, {}).get("videos", []) for figures in (short, long)]
         lines.append(markdown_row([title, *(cell(c, *videos) for c in COLUMNS)]))
     lines.append("")
-    first_of: dict[str, str] = {}
     for variant in rows:
         config, weights = (
             " and ".join(dict.fromkeys(shown_path(c["settings"][key]) for c in made[variant.key]))
             for key in ("config", "checkpoint")
         )
         parts = f"{config} with {weights}{changes[variant.key]}"
-        first = first_of.setdefault(parts, variant.title)
-        same = "" if first == variant.title else f"; the same videos as {first}"
-        lines.append(f"- **{variant.title}** ({parts}{same}): {variant.why}.")
+        lines.append(f"- **{variant.title}** ({parts}): {variant.why}.")
     return "\n".join(lines) + "\n"
 
 

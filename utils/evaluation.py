@@ -272,15 +272,12 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
             "drift.sharpness",
             "drift.right",
             "drift.motion",
-            "drift.speed_ratio",
+            "drift.path",
         ),
-        "motion": ("motion", "speed_ratio"),
+        "motion (1: as the truth)": ("motion", "path"),
         "flicker": ("background_flicker.ratio", "brightness_flicker.ratio"),
-        "survival": tuple(
-            f"{name}.{seconds}s"
-            for name in ("survival", "right_at")
-            for seconds in SURVIVAL_SECONDS
-        ),
+        "never wrong in": tuple(f"survival.{seconds}s" for seconds in SURVIVAL_SECONDS),
+        "right at": tuple(f"right_at.{seconds}s" for seconds in SURVIVAL_SECONDS),
         "speed of making": ("fps", "first_frame_s"),
     },
     "video": {
@@ -303,8 +300,8 @@ CURVES: dict[str, dict[str, str]] = {
         "background_right": "background right (share of frames)",
         "colour_error": "colour error (grey levels)",
         "background_error": "background error (grey levels)",
-        "motion": "motion (1: as the truth)",
-        "speed_ratio": "speed / prompt's",
+        "motion": "motion (speed / prompt's)",
+        "path": "path (1: as the world's law)",
         "sharpness": "sharpness (1/unit)",
         "area_ratio": "area / prompt's",
         "artefacts": "artefacts (share of pixels)",

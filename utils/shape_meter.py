@@ -41,18 +41,18 @@ PALETTE = np.array(list(COLOURS.values()), np.float32)
 EDGES = np.array(list(BACKGROUNDS.values()), np.float32)  # [backgrounds, top and bottom, 3]
 
 ACCURACY_SECONDS = 5.0
-MOTION_SECONDS = 0.5
+PATH_SECONDS = 0.5
 # How long true shapes are hidden from `observe` behind another, and less than half visible: in 80
 # scenes of two shapes over five minutes at most 1 s and 3.1 s.
 HIDDEN_SECONDS = 1.5
 UNCLEAR_SECONDS = 4.0
-METER_VERSION = 2
-"""Raised when a formula changes, so that results of an older one are not mixed with new ones."""
+METER_VERSION = 3
+"""Raised when a measure is new or its formula another: results of two versions are never mixed."""
 
 _CHUNK = 32  # frames read at a time
 _SLOTS = 3  # shapes looked for in a frame: one more than a prompt may ask for
 _LEAST_SIZE = 16  # of a frame: below, a small shape is under four pixels wide
-_LEAST_FPS = 2.0  # below, no frame follows within a motion's half second
+_LEAST_FPS = 2.0  # below, no frame follows within a path's half second
 _LEAST_SPEED = min(SPEEDS.values()) / 4  # what is slower has no direction
 _MIN_CORE = 12 / WORLD**2  # a shape has at least this share of the pixels in its flat inside
 _SAME = 60.0  # colours closer than this are one colour: under half the gap of the palette
@@ -106,10 +106,11 @@ class Observation:
 class ShapeMeasures:
     """One shape against its prompt, per frame [F] (1 or 0 for right or wrong).
 
-    An absent shape has nothing right and no motion. A measure without a value is NaN: those of
-    what is hidden behind another shape for at most 1.5 s (but the motion, which is then taken to be
-    even), kind and size while under half of a shape is visible for at most 4 s, the area while part
-    of it is hidden.
+    `motion` is the speed seen, over that of the prompt; `path` tells how well each half second
+    follows the world's law. An absent shape has nothing right, and 0 for both. A measure without a
+    value is NaN: those of what is hidden behind another shape for at most 1.5 s (but the path,
+    which is then taken to be even), kind and size while under half of a shape is visible for at
+    most 4 s, the area while part of it is hidden.
     """
 
     colour_right: Array
@@ -117,8 +118,8 @@ class ShapeMeasures:
     size_right: Array
     colour_error: Array
     area_ratio: Array
-    speed_ratio: Array
     motion: Array
+    path: Array
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class ShapesDrift:
     sharpness: float
     right: float
     motion: float
-    speed_ratio: float
+    path: float
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class ShapesReport:
     accuracy: PromptAccuracy
     drift: ShapesDrift
     motion: float
-    speed_ratio: float
+    path: float
     background_flicker: Flicker
     brightness_flicker: Flicker
     survived_seconds: int
@@ -194,7 +195,7 @@ def report(measures: Measures, *, first: int = 9, block: int = 12) -> ShapesRepo
         accuracy=prompt_accuracy(measures),
         drift=shapes_drift(measures),
         motion=float(mean(curve(measures, "motion"))),
-        speed_ratio=float(np.mean([_median(s.speed_ratio) for s in measures.shapes])),
+        path=float(mean(curve(measures, "path"))),
         background_flicker=flicker(seen.change, first, block),
         brightness_flicker=flicker(np.abs(np.diff(seen.brightness)), first, block),
         survived_seconds=survived_seconds(measures),
@@ -225,7 +226,7 @@ def prompt_accuracy(measures: Measures) -> PromptAccuracy:
             _direction_right(shape, track, measures.seen.fps)
             for (shape, _), track in zip(pairs, tracks, strict=True)
         ),
-        speed=_average(float(_is_near(_median(s.speed_ratio[:span]), SPEEDS)) for _, s in pairs),
+        speed=_average(float(_is_near(_median(s.motion[:span]), SPEEDS)) for _, s in pairs),
     )
 
 
@@ -249,7 +250,7 @@ OF_FRAMES = ("artefacts", "sharpness")
 CURVES = (*OF_A_SHAPE, *OF_A_VIDEO, *OF_FRAMES)
 LATE = (
     *("background_right", "colour_right", "kind_right", "size_right", "right"),
-    *("motion", "speed_ratio"),
+    *("motion", "path"),
 )
 
 
@@ -324,6 +325,7 @@ def _measure_shape(
     track: ShapeTrack, shape: ShapeAttributes, hidden: Bools, fps: float
 ) -> ShapeMeasures:
     colour = _index(COLOURS, shape.colour)
+    absent = ~track.present & ~hidden
     clear = track.present & (track.visible >= 0.5)
     unclear = _short_stretches(hidden | track.present & ~clear, round(UNCLEAR_SECONDS * fps))
     kind_right = clear & (track.kind == _index(KINDS, shape.kind))
@@ -334,8 +336,8 @@ def _measure_shape(
         size_right=np.where(unclear, np.nan, size_right),
         colour_error=_distance(track.rgb, PALETTE[colour]),
         area_ratio=track.area / (np.pi * shape.radius**2),
-        speed_ratio=_speed(track.position, fps) / SPEEDS[shape.speed],
-        motion=_motion(track.position, hidden, shape, fps),
+        motion=np.where(absent, 0.0, _speed(track.position, fps) / SPEEDS[shape.speed]),
+        path=_path(track.position, hidden, shape, fps),
     )
 
 
@@ -358,20 +360,20 @@ def _speed(position: Array, fps: float) -> Array:
     return speed
 
 
-def _motion(position: Array, hidden: Bools, shape: ShapeAttributes, fps: float) -> Array:
+def _path(position: Array, hidden: Bools, shape: ShapeAttributes, fps: float) -> Array:
     """How well each half second follows the law of the world [F], from 0 (as a still shape) to 1.
 
     From each position the law (the prompt's speed along each axis, reflection at the walls) says
-    the next half second, up to the signs of the velocity, where the better is taken. The motion
+    the next half second, up to the signs of the velocity, where the better is taken. The path
     is 1 - rms(seen - law) / rms(start - law), at least 0; 0 where the shape is absent; NaN for the
     last half second. Where it is hidden, it is taken to move evenly.
     """
     bridged = _bridge(position, round(HIDDEN_SECONDS * fps))
     position = np.where(hidden[:, None], bridged, position)
-    steps = round(MOTION_SECONDS * fps)
-    motion = np.full(len(position), np.nan)
+    steps = round(PATH_SECONDS * fps)
+    path = np.full(len(position), np.nan)
     if len(position) <= steps:
-        return motion
+        return path
     ahead = np.stack([position[k : len(position) - steps + k] for k in range(1, steps + 1)], 1)
     start = position[: len(ahead), None]  # [F - steps, 1, 2]
     seconds = np.arange(1, steps + 1)[:, None] / fps
@@ -384,8 +386,8 @@ def _motion(position: Array, hidden: Bools, shape: ShapeAttributes, fps: float) 
     better = np.argmin(missed, axis=0)[None]  # [1, F - steps, 2]
     error, still = (np.take_along_axis(np.array(v), better, 0)[0].sum(1) for v in (missed, covered))
     skill = 1 - np.sqrt(error / np.maximum(still, 1e-6))
-    motion[: len(ahead)] = np.where(np.isnan(skill), 0, np.maximum(skill, 0))
-    return motion
+    path[: len(ahead)] = np.where(np.isnan(skill), 0, np.maximum(skill, 0))
+    return path
 
 
 def _bridge(position: Array, longest: int) -> Array:

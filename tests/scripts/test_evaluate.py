@@ -373,6 +373,8 @@ def test_one_shape_and_two_are_told_apart():
     lines = [" ".join(line.split()) for line in table("shapes", summary).splitlines()]
     assert lines[1] == "all one shape (1) two shapes (2)"
     assert "motion 0.250 ± 0.000 0.500 0.125 ± 0.177" in lines
+    never, right = lines.index("never wrong in"), lines.index("right at")
+    assert [lines[row + 1].split()[0] for row in (never, right)] == ["5s", "5s"]
     assert "by_shapes" not in summarise(results[1:])
 
 
