@@ -14,7 +14,7 @@ import torch
 
 from pipeline import demo
 from pipeline.batch import BatchRun, Job, Outputs, plan_jobs
-from utils.cli import run_main, set_up_logging
+from utils.cli import check_picture, run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Without --config_path the model that ships makes them; what else is left out then is as "
         f"in the demo: the prompts of {demo.PROMPTS}, {demo.SECONDS:g} seconds each, a contact "
         "sheet.",
-        epilog="key=value overrides of the config may follow the flags, e.g. sampling_steps=20.",
+        epilog="key=value overrides of the config may follow the flags, e.g. height=320 width=576.",
         allow_abbrev=False,
     )
     model = parser.add_argument_group("model")
@@ -82,6 +82,8 @@ def fill_in_demo(args: argparse.Namespace) -> None:
     args.checkpoint_path = args.checkpoint_path or demo.CHECKPOINT
     args.output_folder = args.output_folder or demo.FOLDER
     if not (args.prompt or args.data_path or args.i2v):
+        if args.image or args.video:
+            raise UserError("say with --prompt what the image or video becomes")
         args.data_path = str(find_file(demo.PROMPTS, "prompt file"))
     if args.duration is None and args.num_output_frames is None:
         args.duration = demo.SECONDS
@@ -99,12 +101,6 @@ def read_config(args: argparse.Namespace, ranks: Ranks) -> Config:
     config.device = ranks.device_name(args.device or config.device)
     config.i2v = config.i2v or args.i2v
     return config
-
-
-def check_contact_sheet(path: str | None) -> None:
-    """UserError now, not after an hour of videos, for a name that no PNG can have."""
-    if path is not None and (Path(path).suffix.lower() != ".png" or Path(path).is_dir()):
-        raise UserError(f"--contact_sheet {path} must be the name of a .png file")
 
 
 def model_flags(args: argparse.Namespace) -> list[str]:
@@ -125,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     is_demo = args.config_path is None
     if is_demo:
         fill_in_demo(args)
-    check_contact_sheet(args.contact_sheet)
+    check_picture("--contact_sheet", args.contact_sheet)
     config = read_config(args, ranks)
     if is_demo:
         demo.require_model(config, args.checkpoint_path)
@@ -139,6 +135,8 @@ def main(argv: Sequence[str]) -> int:
         with_index=args.save_with_index,
         ema=args.use_ema,
     )
+    if is_demo:
+        demo.warn_of_other_prompts([job.prompt for job in jobs])
     outputs = Outputs(
         Path(args.output_folder or DEFAULT_FOLDER),
         num_latent_frames=args.num_output_frames,

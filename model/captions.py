@@ -34,28 +34,23 @@ class CaptionReader(nn.Module):
         return self.probe(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
 
 
-def caption_loss(
-    reader: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    labels: Tensor,
-    weights: Tensor | float = 1.0,
-) -> LossResult:
-    """Mean cross-entropy over tokens and attributes; `labels` `[B, L, attributes]`, -1: no value.
+def caption_loss(reader: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> LossResult:
+    """Cross-entropy of `labels` `[B, L, attributes]` (-1: no value), mean over the attributes.
 
-    `weights` `[attributes]`: by what each one's mean over tokens is multiplied, so that parts of a
-    larger batch add up exactly.
+    Of each, the mean over captions of the mean over a caption's tokens that have a value, so that
+    parts of a larger batch add up exactly; a caption without any counts as known.
     """
     classes: Sequence[int] = reader.classes  # type: ignore[assignment]
     parts = reader(ids, mask).split(list(classes), dim=-1)  # [B, L, classes] each
-    valid = mask.bool()
     losses, right = [], []
     for index, logits in enumerate(parts):
-        wanted = labels[..., index].masked_fill(~valid, -1)
-        losses.append(F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1))
+        wanted = labels[..., index].masked_fill(mask == 0, -1)  # [B, L]
         counted = wanted >= 0
-        right.append((logits.argmax(-1) == wanted)[counted].float().mean())
-    loss = (torch.stack(losses).nan_to_num() * weights).mean()
-    accuracy = torch.stack(right).nan_to_num(1.0)
-    metrics = {"caption/accuracy": (accuracy * weights).mean(), "caption/worst": accuracy.min()}
-    return LossResult(loss, metrics)
+        tokens = counted.sum(dim=1).clamp(min=1)  # [B]
+        missed = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=-1, reduction="none")
+        losses.append((missed.sum(dim=1) / tokens).mean())
+        wrong = (logits.argmax(-1) != wanted) & counted
+        right.append((1 - wrong.sum(dim=1) / tokens).mean())
+    accuracy = torch.stack(right)
+    metrics = {"caption/accuracy": accuracy.mean(), "caption/worst": accuracy.min()}
+    return LossResult(torch.stack(losses).mean(), metrics)

@@ -162,7 +162,9 @@ class BatchRun:
         except OSError as error:
             raise UserError(f"cannot make the output folder {folder}: {error.strerror}") from error
         pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
-        texts = self._encode(pipe, missing)
+        prompts = list(dict.fromkeys(job.prompt for job in missing))
+        shown = self.ranks.is_main and len(prompts) > 1
+        texts = pipe.encode_once(tqdm(prompts, "encoding prompts", disable=not shown))
         pipe.load_vae()
         for index, job in enumerate(missing):
             title = f"{index + 1}/{len(missing)} {job.name}"
@@ -203,22 +205,9 @@ class BatchRun:
                     f"{latent_frames} (--num_output_frames)"
                 )
 
-    def _encode(self, pipe: VideoPipeline, jobs: Sequence[Job]) -> dict[str, Tensor]:
-        """Text embeddings `[1, L, dim]` by prompt, on the CPU; then the encoder is freed."""
-        texts = {}
-        prompts = list(dict.fromkeys(job.prompt for job in jobs))
-        for prompt in tqdm(prompts, "encoding prompts", disable=not self._shows_progress(prompts)):
-            texts[prompt] = pipe.encode_prompts([prompt]).cpu()
-        if not self.config.distilled:
-            pipe.encode_prompts([self.config.negative_prompt])  # the pipeline remembers it
-        pipe.free_text_encoder()
-        return texts
-
-    def _shows_progress(self, items: Sequence[Any]) -> bool:
-        return self.ranks.is_main and len(items) > 1
-
     def _make(self, pipe: VideoPipeline, job: Job, text: Tensor, title: str) -> None:
         path = self.outputs.folder / job.name
+        self._record_path(job).unlink(missing_ok=True)  # it never tells of another video
         start = time.perf_counter()
         prefix = pipe.encode_prefix(image=job.image, video=job.video)
         given = 0 if prefix is None else prefix.latents.shape[1]

@@ -1,5 +1,6 @@
 """The model that ships: what a command without a config runs, and what it says at its end."""
 
+import logging
 import shlex
 import shutil
 import statistics
@@ -11,6 +12,9 @@ from typing import Any
 from pipeline.progress import speed
 from utils.config import ROOT, Config
 from utils.errors import UserError
+from utils.shapes import parse_caption
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "configs/shapes/rolling_forcing.yaml"
 CHECKPOINT = "checkpoints/shapes_rolling_forcing.pt"
@@ -41,6 +45,18 @@ def require_model(config: Config, checkpoint: str) -> None:
             f"give --config_path {PUBLISHED_CONFIG} --checkpoint_path {PUBLISHED_CHECKPOINT} "
             "--data_path PROMPTS"
         )
+
+
+def warn_of_other_prompts(prompts: Sequence[str]) -> None:
+    """Say which prompts the model that ships does not understand: it knows the shapes world only.
+
+    A UserError of the parser tells what is wrong, and how a caption reads.
+    """
+    for prompt in dict.fromkeys(prompts):
+        try:
+            parse_caption(prompt)
+        except UserError as error:
+            logger.warning("expect nothing of this prompt, the model knows shapes only: %s", error)
 
 
 def closing_text(

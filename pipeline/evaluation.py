@@ -123,16 +123,15 @@ class Evaluation:
         """Load all networks and encode the prompts; the text encoder is freed again."""
         pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
         pipe.load_vae()
-        for prompt in dict.fromkeys(trial.prompt for trial in trials):
-            self._texts[prompt] = pipe.encode_prompts([prompt]).cpu()
-        if self.config.distilled:
-            pipe.free_text_encoder()
+        self._texts = pipe.encode_once(dict.fromkeys(trial.prompt for trial in trials))
         self._pipe = pipe
 
     def __call__(self, trial: Trial) -> Result:
         """Make and measure one video; `load` comes first."""
         assert self._pipe is not None
         pipe, path = self._pipe, self.export_path(trial)
+        if path is not None:  # its record never tells of another video
+            path.with_suffix(".json").unlink(missing_ok=True)
         judge = Judge(trial.prompt, fps=self.config.fps, first=self.first, block=self.block)
         made, waited, first_frame = 0, 0.0, 0.0
         text = self._texts[trial.prompt].to(pipe.device)

@@ -1,7 +1,7 @@
 """The public pipeline: prompts in, video out, as a stream or whole."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -238,6 +238,17 @@ class VideoPipeline:
         if isinstance(prompts, str):
             raise UserError(f"prompts must be a list of texts: write ['{prompts[:20]}…']")
         return self._text(prompts)
+
+    def encode_once(self, prompts: Iterable[str]) -> dict[str, Tensor]:
+        """Text embeddings `[1, L, text_dim]` by prompt, on the CPU; the text encoder is then freed.
+
+        The negative prompt of a model that needs one is remembered.
+        """
+        texts = {prompt: self.encode_prompts([prompt]).cpu() for prompt in prompts}
+        if not self.config.distilled:
+            self.encode_prompts([self.config.negative_prompt])
+        self.free_text_encoder()
+        return texts
 
     def free_text_encoder(self) -> None:
         """Drop the text encoder from memory; it is loaded again when it is needed."""

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import load_pipeline
 from pipeline.attention_maps import AttentionMap, AttentionRecorder, group_names, group_table
-from utils.cli import check_outputs, require_matplotlib, run_main, set_up_logging
+from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
 from utils.config import load_config
 from utils.errors import UserError
 from utils.evaluation import write_text
@@ -55,6 +55,9 @@ def main(argv: Sequence[str]) -> int:
     set_up_logging()
     require_matplotlib()
     check_outputs(args.out, args.json)
+    check_picture("--out", args.out)
+    if not args.prompt.strip():
+        raise UserError("the prompt is empty; write what the video should show")
     config = load_config(args.config_path, args.overrides)
     levels = numbers(args.levels, config.num_levels, "--levels")
     blocks = numbers(args.blocks, None, "--blocks")

@@ -11,6 +11,7 @@ on, does worse than that from the first moment.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,12 +56,14 @@ def main(argv: Sequence[str]) -> int:
     """Continue, measure, print a table."""
     args = build_parser().parse_args(argv)
     set_up_logging(quiet=True)
-    if args.scenes < 1 or args.blocks < 1 or not args.start >= 0:
+    if args.scenes < 1 or args.blocks < 1 or not 0 <= args.start < math.inf:
         raise UserError("--scenes and --blocks must be at least 1, --start at least 0")
     check_outputs(args.json)
     config = load_config(args.config_path, args.overrides)
     weights = args.checkpoint_path
     checkpoint = find_file(weights, "checkpoint") if weights else None
+    if config.height != config.width:
+        raise UserError(f"{args.config_path} makes no square videos, as the shapes world needs")
     pipe = load_pipeline(config, checkpoint, args.device, use_ema=args.use_ema)
     given = pipe.shape.video_frames(pipe.layout.start(args.blocks))
     frames = given + round(SECONDS[-1] * FPS)

@@ -39,7 +39,7 @@ from pipeline.evaluation import (
     plan_trials,
     vbench_name,
 )
-from utils.cli import check_outputs, require_matplotlib, run_main, set_up_logging
+from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
 from utils.config import fingerprint, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -128,6 +128,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.seconds is not None and not (math.isfinite(args.seconds) and args.seconds > 0):
         raise UserError(f"--seconds {args.seconds:g} must be a length above 0")
     check_outputs(args.json, args.plot)
+    check_picture("--plot", args.plot)
     if args.plot is not None:
         require_matplotlib()
 

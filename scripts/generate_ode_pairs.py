@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     prompts = read_prompts_of(args.data_path, args.count, args.extended_prompt_path)
     check_before_loading(config, args, prompts)
     shards = plan_shards(args.output_folder, prompts, args.shard_size)
-    run = ShardRun(config, fingerprint(settings_of(config, args, grid)), ranks)
+    run = ShardRun(config, fingerprint(settings_of(config, args, levels, grid)), ranks)
     missing = run.missing(shards)
     if not missing:
         return 0
@@ -182,12 +182,15 @@ def teacher_source(config: Config, args: argparse.Namespace) -> Path:
     return ModelFiles.find(config, config.real_name).folder
 
 
-def settings_of(config: Config, args: argparse.Namespace, grid: Tensor) -> dict[str, Any]:
+def settings_of(
+    config: Config, args: argparse.Namespace, levels: Tensor, grid: Tensor
+) -> dict[str, Any]:
     """Everything that the numbers in a shard depend on, but the prompts."""
     encoder = ModelFiles.find(config, config.generator_name).text_encoder
     return {
         "teacher": weights_hash(teacher_source(config, args)),
         "text": config.text_embeddings or weights_hash(encoder),
+        "levels": levels.tolist(),
         "grid": grid.tolist(),
         "guidance_scale": config.guidance_scale,
         "negative_prompt": config.negative_prompt,

@@ -219,6 +219,26 @@ def test_of_several_ranks_the_last_to_end_shows_the_videos(
     assert [path.name for path in tiny_demo.folder.glob("*.png")] == [tiny_demo.sheet.name]
 
 
+def test_of_prompts_that_its_model_does_not_know_it_says_so(
+    tiny_demo: Demo, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_demo.run(capsys, "--prompt", demo.ANOTHER_PROMPT, "--prompt", "a red fox in the snow")
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1
+    assert "the model knows shapes only" in warned[0]
+    assert '"a red fox in the snow". Write it like this: "' in warned[0]
+
+
+def test_an_image_needs_a_prompt(
+    tiny_demo: Demo, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It once became each of the demo's prompts."""
+    flags = ["--output_folder", str(tmp_path / "out"), "--image", "picture.png", *tiny_demo.model]
+    assert run_main(inference.main, flags) == 2
+    assert "--prompt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_its_model_it_says_what_to_fetch(
     model: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,14 +98,14 @@ class Task(ABC):
         """The player whose loss is measured on held-out data."""
         return next(iter(self.players))
 
-    def heldout_size(self, prompts: Sequence[str], draws: Draws) -> Tensor:
+    def heldout_size(self, prompts: Sequence[str], draws: Draws) -> float:
         """What the loss counts in an item, on average over the held-out ones: 1 if it is items.
 
-        Some objectives average over frames or tokens, which are not equally many in every item.
+        The regression of ODE pairs counts noisy frames, not equally many in every item.
         """
-        return torch.ones(())
+        return 1.0
 
-    def heldout_loss(self, batch: Batch, draws: Draws, size: Tensor) -> LossResult:
+    def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
         """The loss of a batch of one held-out item; `size` is `heldout_size` of all.
 
         Such that means over the items are the loss and the metrics of one batch of all of them.
@@ -333,13 +333,13 @@ class OdeInitialisation(GeneratorTask):
         counted = self._noisy_frames(draws.for_indices(range(self.plan.videos)))
         return self._regression(batch, draws, counted / (self.plan.ranks * self.plan.accumulation))
 
-    def heldout_size(self, prompts: Sequence[str], draws: Draws) -> Tensor:
+    def heldout_size(self, prompts: Sequence[str], draws: Draws) -> float:
         """See `Task`: noisy frames."""
-        return torch.tensor(self._noisy_frames(draws) / len(prompts))
+        return self._noisy_frames(draws) / len(prompts)
 
-    def heldout_loss(self, batch: Batch, draws: Draws, size: Tensor) -> LossResult:
+    def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
         """See `Task`."""
-        return self._regression(batch, draws, size.item())
+        return self._regression(batch, draws, size)
 
     def _regression(self, batch: Batch, draws: Draws, frames_in_loss: float) -> LossResult:
         trajectory = batch["trajectory"].to(self.world.device)
@@ -418,7 +418,7 @@ class FlowMatching(GeneratorTask):
             clean_timesteps=clean_timesteps,
         )
 
-    def heldout_loss(self, batch: Batch, draws: Draws, size: Tensor) -> LossResult:
+    def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
         """See `Task`; with window forcing every item has a rollout of its own."""
         if self.config.window_forcing:
             (number,) = draws.indices
@@ -527,16 +527,13 @@ class TextEncoderTraining(Task):
 
     def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
-        return self._caption_loss(batch["prompt"])
+        tokens = self._tokens(batch["prompt"])
+        labels = self._labels(batch["prompt"], tokens.ids.shape[1])
+        return caption_loss(self.reader, tokens.ids, tokens.mask, labels)
 
-    def heldout_size(self, prompts: Sequence[str], draws: Draws) -> Tensor:
-        """See `Task`: a caption's tokens that speak of an attribute, `[attributes]`."""
-        return self._counted_tokens(prompts).mean(dim=0)
-
-    def heldout_loss(self, batch: Batch, draws: Draws, size: Tensor) -> LossResult:
+    def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
         """See `Task`; without the worst attribute, which is no mean over captions."""
-        own = self._counted_tokens(batch["prompt"]).mean(dim=0)
-        result = self._caption_loss(batch["prompt"], (own / size).nan_to_num(1.0))
+        result = self.loss(self.heldout_phase, batch, draws)
         accuracy = result.metrics["caption/accuracy"]
         return LossResult(result.loss, {"caption/accuracy": accuracy})
 
@@ -557,16 +554,6 @@ class TextEncoderTraining(Task):
             cut = said[: self.encoder.text_len - 1]  # the last token marks the end
             row[: len(cut)] = torch.tensor(cut)
         return labels.to(self.world.device)
-
-    def _counted_tokens(self, captions: Sequence[str]) -> Tensor:
-        """How many tokens of a caption speak of each attribute: `[B, attributes]`."""
-        length = self._tokens(captions).ids.shape[1]
-        return (self._labels(captions, length) >= 0).sum(dim=1).float()
-
-    def _caption_loss(self, captions: Sequence[str], weights: Tensor | float = 1.0) -> LossResult:
-        tokens = self._tokens(captions)
-        labels = self._labels(captions, tokens.ids.shape[1])
-        return caption_loss(self.reader, tokens.ids, tokens.mask, labels, weights)
 
     def flops(self, phase: str, draws: Draws) -> None:
         """See `Task`."""

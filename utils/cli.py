@@ -33,6 +33,12 @@ def check_outputs(*paths: Path | None) -> None:
             raise UserError(f"the folder of {path} does not exist; make it first")
 
 
+def check_picture(flag: str, path: str | Path | None) -> None:
+    """UserError now, not when all work is done, for a name that no PNG can have."""
+    if path is not None and (Path(path).suffix.lower() != ".png" or Path(path).is_dir()):
+        raise UserError(f"{flag} {path} must be the name of a .png file")
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder with its parents; UserError if that is impossible."""
     try:

@@ -26,7 +26,14 @@ def default_processes() -> int:
     """How many processes share a job on this machine: one per GPU, else up to two of the cores."""
     import torch
 
-    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return torch.cuda.device_count() or min(2, usable_cores())
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def script_command(script: str, arguments: Sequence[object], processes: int = 1) -> tuple[str, ...]:
@@ -46,7 +53,8 @@ def training_command(
     """
     ranks, batch = split_batch(config, processes)
     flags = ("--config_path", path, "--logdir", logdir, "--disable-wandb", "--no_visualize")
-    return script_command("train.py", (*flags, *overrides, f"batch_size={batch}"), ranks)
+    sizes = (f"batch_size={batch}", f"global_batch_size={videos_per_update(config)}")
+    return script_command("train.py", (*flags, *overrides, *sizes), ranks)
 
 
 def split_batch(config: Config, processes: int) -> tuple[int, int]:
@@ -58,7 +66,8 @@ def split_batch(config: Config, processes: int) -> tuple[int, int]:
 
 def videos_per_update(config: Config) -> int:
     """How many videos an update is made from when `training_command` trains."""
-    return config.global_batch_size or config.total_batch_size or config.batch_size
+    wanted = config.global_batch_size or config.total_batch_size
+    return wanted or config.batch_size * (config.gradient_accumulation_steps or 1)
 
 
 def _largest_divisor(number: int, limit: int) -> int:
@@ -82,7 +91,7 @@ def run_together(commands: Mapping[str, Sequence[str]], *, at_most: int | None =
     """
     width = len(commands) if at_most is None else min(len(commands), at_most)
     ranks = width * max(map(_number_of_ranks, commands.values()))
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    threads = str(max(1, usable_cores() // ranks))
     env = {**KEEP_MEMORY, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
     waiting = list(commands.items())
     running: dict[str, subprocess.Popen[bytes]] = {}

@@ -47,3 +47,18 @@ def test_padding_and_tokens_without_a_value_do_not_count() -> None:
     logits[0, 1, 2:] = 20.0 * torch.rand(3)  # no value
     logits[0, 2] = 20.0 * torch.rand(5)  # padding
     assert caption_loss(Reader(logits), ids, mask, labels).loss < 1e-6
+
+
+def test_parts_of_a_batch_add_up() -> None:
+    """Two ranks once made another update than one, since captions differ in their tokens."""
+    labels = torch.tensor([[[0, 2], [1, 0], [1, -1]], [[-1, 1], [-1, -1], [0, -1]]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    whole = caption_loss(Reader(logits), mask, mask, labels)
+    parts = [
+        caption_loss(Reader(logits[row, None]), mask[row, None], mask[row, None], labels[row, None])
+        for row in range(2)
+    ]
+    assert torch.isclose(whole.loss, sum(part.loss for part in parts) / 2)
+    name = "caption/accuracy"
+    assert torch.isclose(whole.metrics[name], sum(part.metrics[name] for part in parts) / 2)

@@ -166,6 +166,7 @@ def test_commands(tmp_path):
         *("configs/shapes/self_forcing.yaml", "--logdir", logdir),
         *("--disable-wandb", "--no_visualize"),
         *(f"generator_ckpt={shipped / f'shapes_{START}.pt'}", "device=cpu", "batch_size=4"),
+        "global_batch_size=8",
     )
     assert short.command == (
         *(sys.executable, str(ROOT / "scripts" / "evaluate.py")),

@@ -99,6 +99,8 @@ def test_bad_input_is_one_sentence(tiny_world, tmp_path, capsys):
         (["--blocks", "all"], "--blocks all must be numbers such as 0,5"),
         (["--blocks", "-1"], "numbered from 0 on"),
         (["--out", tmp_path / "no" / "maps.png"], "does not exist"),
+        (["--out", tmp_path / "maps.jpg"], "must be the name of a .png file"),
+        (["--prompt", " "], "the prompt is empty"),
         (["schedule=full"], "cannot stream"),
     ]:
         assert run_main(main, arguments(tiny_world, *more)) == 2

@@ -66,6 +66,8 @@ def test_the_command_measures_each_scene(tiny_world, tmp_path, capsys):
     [
         (["--scenes", "0"], "--scenes and --blocks must be at least 1"),
         (["--start", "-1"], "--start at least 0"),
+        (["--start", "inf"], "--start at least 0"),
+        (["width=48"], "no square videos"),
         (["--json", "nowhere/out.json"], "does not exist"),
     ],
 )

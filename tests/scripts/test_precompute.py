@@ -431,6 +431,18 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_states_of_other_levels_are_not_taken_for_these(
+    tiny_world: TinyWorld, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where all levels lie on the steps, the steps alone do not tell them apart."""
+    flags = [*ode_flags(prompt_file), "timestep_shift=1", "warp_denoising_step=false"]
+    three = [*flags, "denoising_step_list=[1000,750,500]"]
+    two = [*flags, "denoising_step_list=[1000,500]"]
+    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "out", *three) == 0
+    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "out", *two) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
 def test_shards_of_other_settings_are_not_overwritten(
     tiny_world: TinyWorld,
     prompt_file: Path,

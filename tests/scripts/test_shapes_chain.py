@@ -13,7 +13,17 @@ import torch
 import scripts.shapes_chain as chain_script
 import train
 from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
-from scripts.shapes_chain import QUICK, STAGES, Chain, Record, Step, Training, check_margin, main
+from scripts.shapes_chain import (
+    QUICK,
+    STAGES,
+    Chain,
+    Record,
+    Step,
+    Training,
+    check_margin,
+    check_moved,
+    main,
+)
 from utils.cli import run_main
 from utils.config import load_config
 from utils.errors import UserError
@@ -90,8 +100,12 @@ def rehearse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rehearsal]:
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_stage_is_a_command_that_its_script_accepts(
-    rehearse: Callable[..., Rehearsal], tmp_path: Path, quick: bool
+    rehearse: Callable[..., Rehearsal],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quick: bool,
 ) -> None:
+    monkeypatch.setattr(chain_script, "check_moved", lambda start, trained: None)
     rehearsal = rehearse(tmp_path, quick=quick)
     results = {name: stage(rehearsal.chain) for name, stage in STAGES.items()}
     assert results["teacher"] == "held-out loss 2.0000 -> 0.5000"
@@ -120,6 +134,15 @@ def test_quick_changes_every_training() -> None:
     assert blocks >= len(config.denoising_step_list), "a whole window"
 
 
+def test_what_would_delete_more_than_it_does_anew_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["--folder", str(tmp_path / "out"), "--redo", "teacher", "--until", "latents"]
+    assert run_main(main, wrong) == 2
+    assert "latents comes before" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_processes_are_refused(tmp_path: Path) -> None:
     assert run_main(main, ["--folder", str(tmp_path / "out"), "--processes", "0"]) == 2
     assert not (tmp_path / "out").exists()
@@ -135,14 +158,31 @@ def test_a_loss_that_hardly_falls_is_refused() -> None:
 
 @pytest.mark.parametrize("better", ["ode_init", "causal_init"])
 def test_a_student_that_forgot_its_prompts_is_refused(
-    rehearse: Callable[..., Rehearsal], tmp_path: Path, better: str
+    rehearse: Callable[..., Rehearsal],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    better: str,
 ) -> None:
+    monkeypatch.setattr(chain_script, "check_moved", lambda start, trained: None)
     rehearsal = rehearse(tmp_path, quick=True)
     rehearsal.accuracy = {"ode_init": 0.8, "causal_init": 0.8, "rolling_forcing": 0.7}
     STAGES["evaluate"](rehearsal.chain)
     rehearsal.accuracy[better] = 0.9
     with pytest.raises(UserError, match=r"fell from 0\.90"):
         STAGES["evaluate"](rehearsal.chain)
+
+
+def test_a_student_that_did_not_move_is_refused(tmp_path: Path) -> None:
+    """The quick chain's student once moved by less than half precision shows."""
+    paths = [tmp_path / "start.pt", tmp_path / "trained.pt"]
+    for path, moved in zip(paths, (0, 4), strict=True):
+        weights = torch.ones(10)
+        weights[:moved] += 1e-3
+        torch.save({"generator": {"w": weights}}, path)
+    with pytest.raises(UserError, match="changed nothing"):
+        check_moved(*paths)
+    torch.save({"generator": {"w": torch.full((10,), 1 + 1e-3)}}, paths[1])
+    check_moved(*paths)
 
 
 @pytest.mark.parametrize("override", ["max_steps=null", "heldout_every=0"])

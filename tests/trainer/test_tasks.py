@@ -407,7 +407,7 @@ def test_labels_stand_at_the_tokens_that_speak_of_them(
     """With the tokenizer that ships, and of a caption that is cut before its end mark."""
     seen: dict[str, Tensor] = {}
 
-    def record(reader: Any, ids: Tensor, mask: Tensor, labels: Tensor, weights: Any) -> LossResult:
+    def record(reader: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> LossResult:
         seen.update(ids=ids, mask=mask, labels=labels)
         return LossResult(torch.zeros(()), {})
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from utils import launch
 from utils.config import ROOT, load_config
 from utils.errors import UserError
 from utils.launch import final_export, run_together, script_command, split_batch, training_command
@@ -38,8 +39,18 @@ def test_a_batch_of_the_user_stays_where_it_fits() -> None:
     assert split_batch(config, 3) == (2, 4)
     assert split_batch(config, 16) == (16, 1)
     command = training_command(config, path, Path("logs"), ["batch_size=4", "lr=1"], 2)
-    assert command[-3:] == ("batch_size=4", "lr=1", "batch_size=4")
+    assert command[-4:] == ("batch_size=4", "lr=1", "batch_size=4", "global_batch_size=16")
     assert "--nproc_per_node=2" in command
+
+
+def test_accumulation_alone_makes_the_same_update_on_any_number_of_processes() -> None:
+    path = ROOT / "configs" / "shapes" / "teacher.yaml"
+    given = ["total_batch_size=null", "batch_size=4", "gradient_accumulation_steps=4"]
+    config = load_config(path, given)
+    for processes in (1, 2):
+        assert training_command(config, path, Path("logs"), given, processes)[-1] == (
+            "global_batch_size=16"
+        )
 
 
 def test_one_process_needs_no_torchrun() -> None:
@@ -93,7 +104,7 @@ def test_no_more_commands_at_once_than_asked_for(tmp_path: Path):
 
 
 def test_each_has_its_share_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     script = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])"
 
