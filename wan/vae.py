@@ -304,7 +304,7 @@ class StreamingDecoder:
 
 
 class _CausalConv3d(WanCausalConv3d):
-    """The same convolution by oneDNN on a CPU, without the taps that would see zeros alone.
+    """The same convolution by oneDNN on a CPU, without padding and taps that would be zeros alone.
 
     PyTorch's own choice for inputs of this many elements and one video is a loop without blocking,
     several times slower; channels that lie together save oneDNN most of its own reordering. At the
@@ -313,19 +313,19 @@ class _CausalConv3d(WanCausalConv3d):
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         """`x` `[B, C, F, H, W]` after the frames `cache_x` `[B, C, 0 to 2, H, W]` before it."""
-        padding = [int(side) for side in self._padding]
-        blind = padding[4] - (0 if cache_x is None else cache_x.shape[2])  # taps before the start
-        if x.shape[2] > 1 or blind <= 0:
-            return super().forward(x, cache_x)
-        seen = x if cache_x is None else torch.cat([cache_x, x], dim=2)
-        return self._conv_forward(F.pad(seen, padding[:4]), self.weight[:, :, blind:], self.bias)
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return super()._conv_forward(x, weight, bias)
-        x = x.contiguous(memory_format=torch.channels_last_3d)  # as it is, but for the first layer
+            return super().forward(x, cache_x)
+        left, _, top, _, before, _ = (int(side) for side in self._padding)
+        missing = before - (0 if cache_x is None else cache_x.shape[2])  # frames before the start
+        seen = x if cache_x is None else torch.cat([cache_x, x], dim=2)
+        weight = self.weight
+        if missing > 0 and x.shape[2] == 1:
+            weight = weight[:, :, missing:]
+        elif missing > 0:
+            seen = F.pad(seen, (0, 0, 0, 0, missing, 0))
+        seen = seen.contiguous(memory_format=torch.channels_last_3d)  # as it is after one layer
         return torch.ops.aten.mkldnn_convolution(
-            x, weight, bias, self.padding, self.stride, self.dilation, self.groups
+            seen, weight, self.bias, (0, top, left), self.stride, self.dilation, self.groups
         )
 
 
