@@ -75,10 +75,10 @@ QUICK = {
     "text_encoder": Quick(0.2, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=64")),
     "vae_images": Quick(0.3, ("max_steps=20", "lr_warmup_steps=5", "ema_start_step=1000")),
     "vae_short": Quick(
-        0.01, ("max_steps=10", "lr=4.5e-5", "lr_warmup_steps=5", "heldout_videos=8")
+        0.04, ("max_steps=10", "lr=4.5e-5", "lr_warmup_steps=5", "heldout_videos=8")
     ),
     "vae": Quick(
-        0.005,
+        0.02,
         (
             *("max_steps=12", "lr=8e-5", "lr_warmup_steps=5", "heldout_videos=4"),
             "image_or_video_shape=[1,4,16,8,8]",
