@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     still = run.left(kept)
     if still:
         print(f"{len(still)} of {len(run.keys)} videos are still being made by other ranks")
-    elif left or ranks.is_main:  # the last to end; of ranks that had nothing to do, the main one
+    elif log.wrote_last() if left else ranks.is_main:  # the last to end, or nothing was to do
         finish(args, run, [kept[key] for key in run.keys], ranks)
     return 0
 

@@ -216,16 +216,29 @@ class ResultLog:
     def append(self, key: str, result: Result) -> None:
         """Keep one result."""
         line = json.dumps({"settings": self._settings, "key": key, "result": result})
-        own = self._path.with_name(f"{self._path.stem}.videos.{self._rank}.jsonl")
+        own = self._own()
         cut_off = own.exists() and own.read_bytes()[-1:] not in (b"", b"\n")
         with own.open("a", encoding="utf-8") as file:
             file.write(("\n" if cut_off else "") + line + "\n")
 
+    def wrote_last(self) -> bool:
+        """Whether the newest file is this rank's: true for one of several that end together."""
+        newest = max(self._files(), key=lambda file: (file.stat().st_mtime_ns, file), default=None)
+        return newest == self._own()
+
+    def _own(self) -> Path:
+        return self._path.absolute().with_name(f"{self._path.stem}.videos.{self._rank}.jsonl")
+
+    def _files(self) -> list[Path]:
+        start, end = f"{self._path.stem}.videos.", ".jsonl"
+        return [
+            file
+            for file in sorted(self._path.absolute().parent.iterdir())
+            if file.name.startswith(start) and file.name.endswith(end)
+        ]
+
     def _lines(self) -> Iterator[dict[str, Any]]:
-        names = [f"{self._path.stem}.videos.", ".jsonl"]
-        for file in sorted(self._path.absolute().parent.iterdir()):
-            if not (file.name.startswith(names[0]) and file.name.endswith(names[1])):
-                continue
+        for file in self._files():
             for text in file.read_text(encoding="utf-8").split("\n"):
                 try:
                     line = json.loads(text)

@@ -1,6 +1,7 @@
 """The evaluation: true clips are right, a killed run goes on, figures are those of the videos."""
 
 import json
+import os
 import math
 import sys
 from types import SimpleNamespace
@@ -181,6 +182,17 @@ def test_ranks_share_the_videos_and_the_last_one_sums_up(tiny_world, tmp_path, m
     monkeypatch.setenv("RANK", "0")
     assert evaluate(*given) == 0
     assert [r["prompt"] for r in json.loads(out.read_text())["videos"]] == held_out_captions(3)
+
+
+def test_of_ranks_that_end_together_one_sums_up(tmp_path):
+    """Both once did, and VBench judged the same folder twice at a time."""
+    logs = [ResultLog(tmp_path / "out.json", "same", rank) for rank in (0, 1)]
+    assert [log.wrote_last() for log in logs] == [False, False]
+    for rank, log in enumerate(logs):
+        log.append(f"{rank}", {})
+    assert [log.wrote_last() for log in logs].count(True) == 1
+    os.utime(tmp_path / "out.videos.0.jsonl", (2e9, 2e9))
+    assert [log.wrote_last() for log in logs] == [True, False]
 
 
 def test_a_finished_command_ends_once_however_many_ranks_repeat_it(
