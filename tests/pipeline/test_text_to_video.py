@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.video import to_float, to_uint8
 from wan.context import CachedContext
 from wan.flow import flow_from_x0
+from wan.text_encoder import WanTextEncoder
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,24 @@ def test_models_that_are_not_distilled_are_sampled(tiny_world: TinyWorld) -> Non
         assert videos.shape == (2, 21, 32, 48, 3)
         alone = pipe.generate(["a cat"], num_latent_frames=6, seed=0)
         assert (alone[0].int() - videos[1].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["schedule=full", "denoising_step_list=null", "sampling_steps=2"]]
+)
+def test_prompts_encoded_once_need_no_text_encoder_any_more(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+) -> None:
+    """The negative prompt of a model that is not distilled included."""
+    pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", overrides)
+    texts = pipe.encode_once(["a cat", "a dog"])
+    assert torch.equal(texts["a dog"], pipe.encode_prompts(["a dog"]))
+
+    def is_gone(*given: object, **more: object) -> None:
+        raise AssertionError("the text encoder was loaded again")
+
+    monkeypatch.setattr(WanTextEncoder, "from_official", is_gone)
+    assert pipe.generate_latents(texts["a cat"], 3).shape[1] == 3
 
 
 @pytest.mark.slow

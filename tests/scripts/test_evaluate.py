@@ -1,8 +1,8 @@
 """The evaluation: true clips are right, a killed run goes on, figures are those of the videos."""
 
 import json
-import os
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import pipeline.evaluation
 import scripts.evaluate
 from pipeline import load_pipeline
 from pipeline.evaluation import Evaluation, held_out_captions, plan_trials
@@ -182,6 +183,21 @@ def test_ranks_share_the_videos_and_the_last_one_sums_up(tiny_world, tmp_path, m
     monkeypatch.setenv("RANK", "0")
     assert evaluate(*given) == 0
     assert [r["prompt"] for r in json.loads(out.read_text())["videos"]] == held_out_captions(3)
+
+
+def test_a_record_never_tells_of_another_video(tiny_world, tmp_path, monkeypatch):
+    """A run that is killed between a video and its record leaves it without one."""
+    given = [*model(tiny_world), "--prompts", 1, "--seconds", 0.5, "--keep_videos", tmp_path / "v"]
+    assert evaluate(*given, "--json", tmp_path / "a.json") == 0
+    assert len(list((tmp_path / "v").glob("*.json"))) == 1
+
+    def dies(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.evaluation, "write_json", dies)
+    assert evaluate(*given, "--use_ema", "--json", tmp_path / "b.json") == 130
+    assert len(list((tmp_path / "v").glob("*.mp4"))) == 1
+    assert not list((tmp_path / "v").glob("*.json"))
 
 
 def test_of_ranks_that_end_together_one_sums_up(tmp_path):
