@@ -96,7 +96,7 @@ QUICK = {
     "rolling_forcing": Quick(
         0.03,
         (
-            *("max_steps=10", "lr=1e-4", "lr_critic=2e-4", "heldout_videos=8"),
+            *("max_steps=8", "lr=1e-4", "lr_critic=2e-4", "heldout_videos=4"),
             *("image_or_video_shape=[1,15,16,8,8]", "num_training_frames=15"),
             "ema_start_step=1000",
         ),
@@ -408,7 +408,7 @@ def evaluate(chain: Chain) -> str:
     runs = {
         f"evaluation of {name}": (
             *("--config_path", chain.config("rolling_forcing"), "--checkpoint_path", checkpoint),
-            *("--prompts", 6 if chain.quick else 16, "--seconds", 5, "--json", results[name]),
+            *("--prompts", 4 if chain.quick else 16, "--seconds", 5, "--json", results[name]),
             *(f"model_root={chain.models}", *chain.overrides),
         )
         for name, checkpoint in checkpoints.items()
