@@ -34,7 +34,7 @@ test-all: test test-slow
 lint: venv  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy wan model pipeline trainer utils inference.py train.py scripts
+	$(BIN)/mypy wan model pipeline trainer utils evaluation shapes scripts inference.py train.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,8 +1,8 @@
 """From measured videos to figures: one video judged as it comes, many summed up, kept, drawn.
 
 A result is plain data, as it stands in JSON: `prompt`, `seed`, `kind` ("shapes" where the prompt is
-a caption of the shapes world, else "video"), `report` (see `utils.shape_meter` and
-`utils.video_meter`), and what else the maker adds.
+a caption of the shapes world, else "video"), `report` (see `shapes.meter` and
+`evaluation.statistics`), and what else the maker adds.
 """
 
 import json
@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from utils import shape_meter, video_meter
+from evaluation import statistics as video_meter
+from evaluation.statistics import Frames, to_json
+from shapes import meter as shape_meter
+from shapes.world import parse_caption
 from utils.cli import require_matplotlib
 from utils.errors import UserError
-from utils.shapes import parse_caption
 from utils.video import part_path
-from utils.video_meter import Frames, to_json
 
 logger = logging.getLogger(__name__)
 

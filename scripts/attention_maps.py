@@ -20,12 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.results import write_text
 from pipeline import load_pipeline
 from pipeline.attention_maps import AttentionMap, AttentionRecorder, group_names, group_table
 from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
 from utils.config import load_config
 from utils.errors import UserError
-from utils.evaluation import write_text
 from utils.video import part_path
 
 PRINTED_ROWS = 40  # up to here the numbers are written into their cells

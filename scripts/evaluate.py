@@ -30,22 +30,22 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.batch import file_hash
-from pipeline.components import ModelFiles, block_layout, choose_device, video_shape
-from pipeline.evaluation import (
+from evaluation.results import Judge, Result, ResultLog, draw_curves, summarise, table, write_json
+from evaluation.trials import (
     Evaluation,
     frames_per_block,
     held_out_captions,
     plan_trials,
     vbench_name,
 )
+from pipeline.batch import file_hash
+from pipeline.components import ModelFiles, block_layout, choose_device, video_shape
+from shapes.meter import METER_VERSION
 from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
 from utils.config import fingerprint, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.evaluation import Judge, Result, ResultLog, draw_curves, summarise, table, write_json
 from utils.prompts import read_prompts
-from utils.shape_meter import METER_VERSION
 from utils.video import frame_rate, read_video_chunks
 from wan.checkpoints import load_dit_config
 

@@ -1,8 +1,8 @@
 """Train and measure the variants of the method in the shapes world; table, curves, contact sheets.
 
-    python scripts/ablate.py
-    python scripts/ablate.py --only rolling_forcing self_forcing --seeds 1
-    python scripts/ablate.py --table_only --write docs/ablations.md
+    python shapes/ablate.py
+    python shapes/ablate.py --only rolling_forcing self_forcing --seeds 1
+    python shapes/ablate.py --table_only --write docs/ablations.md
 
 Weights that ship (`checkpoints/shapes_*.pt`) are used where the config is the one that they were
 trained with. What is missing, changed by `key=value` or in `--configs` (with `--retrain`, all) is
@@ -33,14 +33,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.self_rollout import longest_rollout
-from pipeline.batch import file_hash
-from pipeline.evaluation import Evaluation, held_out_captions, plan_trials, vbench_name
-from trainer.trainer import recipe
-from utils.cli import require_matplotlib, run_main
-from utils.config import ROOT, Config, find_file, fingerprint, load_config
-from utils.errors import UserError
-from utils.evaluation import (
+from evaluation.results import (
     Result,
     draw_curves,
     extra_measures,
@@ -48,6 +41,15 @@ from utils.evaluation import (
     numbers,
     write_text,
 )
+from evaluation.statistics import mean as mean_of_known
+from evaluation.trials import Evaluation, held_out_captions, plan_trials, vbench_name
+from model.self_rollout import longest_rollout
+from pipeline.batch import file_hash
+from shapes.meter import METER_VERSION
+from trainer.trainer import recipe
+from utils.cli import require_matplotlib, run_main
+from utils.config import ROOT, Config, find_file, fingerprint, load_config
+from utils.errors import UserError
 from utils.launch import (
     default_processes,
     final_export,
@@ -55,9 +57,7 @@ from utils.launch import (
     script_command,
     training_command,
 )
-from utils.shape_meter import METER_VERSION
 from utils.video import contact_sheet, spread_frames, write_png
-from utils.video_meter import mean as mean_of_known
 from wan.checkpoints import publish_student
 
 CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
@@ -469,9 +469,7 @@ def find_shipped(args: argparse.Namespace, key: str) -> Path | None:
     name = args.checkpoints / f"shapes_{key}.pt"
     found = next((path for path in (name, ROOT / name) if path.is_file()), None)
     if key in INITIALISATIONS and found is None:
-        raise UserError(
-            f"{name} is missing and not trained here; make it with scripts/shapes_chain.py"
-        )
+        raise UserError(f"{name} is missing and not trained here; make it with shapes/chain.py")
     if found is None or key in INITIALISATIONS:
         return found
     asked = load_config(args.configs / f"{key}.yaml", args.overrides)

@@ -1,9 +1,9 @@
 """The whole method in the shapes world, stage by stage, from nothing to a measured student.
 
-    python scripts/shapes_chain.py                  # everything, into runs/shapes
-    python scripts/shapes_chain.py --until teacher  # a part of it; the same command goes on
-    python scripts/shapes_chain.py --redo teacher   # again from there; then go on without --redo
-    python scripts/shapes_chain.py --quick          # a few updates of each stage, checked
+    python shapes/chain.py                  # everything, into runs/shapes
+    python shapes/chain.py --until teacher  # a part of it; the same command goes on
+    python shapes/chain.py --redo teacher   # again from there; then go on without --redo
+    python shapes/chain.py --quick          # a few updates of each stage, checked
 
 Every stage is one of the project's own commands with a config of `configs/shapes`, and can be
 stopped at any point: the same command goes on there. What a stage cost and reached is printed and
@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.results import write_json
 from pipeline.batch import UNRELATED_KEYS, file_hash, network_files
 from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE, ModelFiles
 from trainer.trainer import recipe
@@ -44,7 +45,6 @@ from utils.config import (
     to_dict,
 )
 from utils.errors import UserError
-from utils.evaluation import write_json
 from utils.launch import (
     default_processes,
     final_export,
@@ -273,7 +273,7 @@ def start_models(chain: Chain) -> str:
     """Sizes, tokenizer and an untrained text encoder."""
     folder = chain.own_models / MODEL
     if not (folder / TEXT_ENCODER_FILE).exists():
-        run_command("init", script_command("scripts/shapes_init.py", ("--folder", folder)))
+        run_command("init", script_command("shapes/init.py", ("--folder", folder)))
     return "sizes, tokenizer"
 
 

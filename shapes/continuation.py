@@ -1,6 +1,6 @@
 """Does a model go on from what it sees? True clips of the shapes world, continued.
 
-    python scripts/continuation.py --config_path configs/shapes/self_forcing.yaml \\
+    python shapes/continuation.py --config_path configs/shapes/self_forcing.yaml \\
         --checkpoint_path checkpoints/shapes_self_forcing.pt
 
 The model gets the first seconds of a true clip that begins at `--start` of its held-out scene, by
@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from evaluation.results import write_json
 from pipeline import load_pipeline
 from pipeline.batch import model_settings
+from shapes.meter import observe
+from shapes.world import COLOURS, FPS, Scene, render, sample_scene
 from utils.cli import check_outputs, run_main, set_up_logging
 from utils.config import find_file, load_config
 from utils.errors import UserError
-from utils.evaluation import write_json
-from utils.shape_meter import observe
-from utils.shapes import COLOURS, FPS, Scene, render, sample_scene
 
 SECONDS = (0.25, 0.5, 1.0, 2.0, 3.0)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.progress import speed
+from shapes.world import parse_caption
 from utils.config import ROOT, Config
 from utils.errors import UserError
-from utils.shapes import parse_caption
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import video_meter
-from utils.errors import UserError
-from utils.shapes import (
+from evaluation import statistics as video_meter
+from evaluation.statistics import Array, Flicker, Frames, drift, ends, flicker, mean, per_second
+from shapes.world import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -32,7 +32,7 @@ from utils.shapes import (
     parse_caption,
     reflect,
 )
-from utils.video_meter import Array, Flicker, Frames, drift, ends, flicker, mean, per_second
+from utils.errors import UserError
 
 Bools = NDArray[np.bool_]
 Indices = NDArray[np.integer]

@@ -3,7 +3,7 @@
 A clip is a pure function of (seed, index, split), so the data set needs no files and has no end.
 The world is a square of 64 units; at the default size a unit is a pixel. A shape keeps its
 velocity for ever and is reflected by the walls, so its position at any time is known in closed
-form: that is the truth which `utils.shape_meter` holds generated videos against.
+form: that is the truth which `shapes.meter` holds generated videos against.
 """
 
 import math

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.captions import CaptionReader
 from model.lora import add_lora, with_adapters
 from model.vae import Autoencoder, init_autoencoder
 from pipeline.components import ModelFiles, computes_in_bf16
 from pipeline.text import TextSource
+from shapes.captions import CaptionReader
 from trainer.ema import EMA
 from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard_module, strategy_of
 from utils.config import Config, find_file

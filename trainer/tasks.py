@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.captions import caption_loss
 from model.dmd import critic_loss, generator_loss, predict_scores, raw_timesteps, score_timesteps
 from model.flow_matching import flow_matching_loss
 from model.ode_regression import block_levels, ode_regression_loss
@@ -37,6 +36,8 @@ from pipeline.components import (
 )
 from pipeline.sampling import BlockNoise
 from pipeline.text_to_video import VideoPipeline
+from shapes.captions import caption_loss
+from shapes.world import token_classes, token_labels
 from trainer.data import BatchPlan, check_auxiliary_data, check_training_data
 from trainer.export import export_generator, export_text_encoder, export_vae
 from trainer.metrics import Timer, latent_statistics
@@ -56,7 +57,6 @@ from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws, Purpose, TrainingNoise
 from utils.errors import UserError
-from utils.shapes import token_classes, token_labels
 from utils.video import to_float
 from wan.checkpoints import load_dit_config
 from wan.context import AttentionContext, ForcedContext, MaskedContext, frame_mask

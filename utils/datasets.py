@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from shapes.world import ShapesDataset, Split, sample_scene
 from utils.config import ROOT
 from utils.draws import Purpose
 from utils.errors import UserError
 from utils.noise import philox
 from utils.prompts import read_extended_prompts, read_prompts
-from utils.shapes import ShapesDataset, Split, sample_scene
 from utils.tensor_files import write_tensors
 from utils.video import fit_frames, probe_video, read_video
 

@@ -10,14 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.evaluation
+import evaluation.trials
 import scripts.evaluate
-from pipeline import load_pipeline
-from pipeline.evaluation import Evaluation, held_out_captions, plan_trials
-from scripts.evaluate import main
-from utils.cli import run_main
-from utils.config import load_config
-from utils.evaluation import (
+from evaluation.results import (
     Judge,
     ResultLog,
     extra_measures,
@@ -26,7 +21,12 @@ from utils.evaluation import (
     summarise,
     table,
 )
-from utils.shapes import render, sample_scene
+from evaluation.trials import Evaluation, held_out_captions, plan_trials
+from pipeline import load_pipeline
+from scripts.evaluate import main
+from shapes.world import render, sample_scene
+from utils.cli import run_main
+from utils.config import load_config
 from utils.video import VideoWriter, read_image, read_video
 from wan.vae import WanVAE
 
@@ -194,7 +194,7 @@ def test_a_record_never_tells_of_another_video(tiny_world, tmp_path, monkeypatch
     def dies(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.evaluation, "write_json", dies)
+    monkeypatch.setattr(evaluation.trials, "write_json", dies)
     assert evaluate(*given, "--use_ema", "--json", tmp_path / "b.json") == 130
     assert len(list((tmp_path / "v").glob("*.mp4"))) == 1
     assert not list((tmp_path / "v").glob("*.json"))

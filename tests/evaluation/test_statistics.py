@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from utils import video_meter
+from evaluation import statistics as video_meter
 from utils.errors import UserError
 
 FPS = 16

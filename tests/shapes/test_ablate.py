@@ -14,8 +14,9 @@ import torch
 
 import scripts.evaluate
 import train
-from scripts import ablate
-from scripts.ablate import (
+from evaluation.results import summarise
+from shapes import ablate
+from shapes.ablate import (
     COLUMNS,
     INITIALISATIONS,
     MARKS,
@@ -25,14 +26,13 @@ from scripts.ablate import (
     Measurement,
     Training,
 )
+from shapes.meter import METER_VERSION
+from shapes.world import sample_scene
 from tests.tiny_pipeline import random_dit, write_config
 from tests.tiny_training import write_training_world
 from utils.cli import run_main
 from utils.config import ROOT, load_config
 from utils.errors import UserError
-from utils.evaluation import summarise
-from utils.shape_meter import METER_VERSION
-from utils.shapes import sample_scene
 from utils.video import read_image
 from wan.checkpoints import read_state_dict
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.captions import caption_loss
+from shapes.captions import caption_loss
 
 
 class Reader(nn.Module):

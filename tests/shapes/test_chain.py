@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import scripts.shapes_chain as chain_script
+import shapes.chain as chain_script
 import train
 from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
-from scripts.shapes_chain import (
+from shapes.chain import (
     QUICK,
     STAGES,
     Chain,

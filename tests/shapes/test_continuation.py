@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from scripts.continuation import SECONDS, distances, main, moments, travelled
+from shapes.continuation import SECONDS, distances, main, moments, travelled
+from shapes.world import background_rows, render, sample_scene
 from utils.cli import run_main
-from utils.shapes import background_rows, render, sample_scene
 
 START, GIVEN = 64, 57
 FRAMES = moments(GIVEN)[-1] + 1

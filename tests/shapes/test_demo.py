@@ -12,17 +12,18 @@ import pytest
 import torch
 
 import inference
-from pipeline import demo
 from pipeline.batch import SHEET_COLUMNS, SHEET_GAP
 from pipeline.progress import Progress
-from scripts import download, evaluate, shapes_init
+from scripts import download, evaluate
+from shapes import demo
+from shapes import init as shapes_init
+from shapes.world import PHRASINGS, caption, is_held_out, parse_caption
 from tests.conftest import TinyWorld
 from tests.tiny_models import write_tiny_vae
 from tests.tiny_pipeline import random_dit
 from utils.cli import run_main
 from utils.config import ROOT, find_file, load_config
 from utils.prompts import output_names, read_prompts
-from utils.shapes import PHRASINGS, caption, is_held_out, parse_caption
 from utils.video import probe_video, read_image, read_video
 
 FRAMES = 21  # of 6 latent frames

@@ -5,10 +5,10 @@ from functools import cache
 import numpy as np
 import pytest
 
+from evaluation.statistics import to_json
+from shapes.meter import ShapeMeter, measure, observe, report
+from shapes.world import COLOURS, KINDS, Attributes, Scene, Shape, caption, render, sample_scene
 from utils.errors import UserError
-from utils.shape_meter import ShapeMeter, measure, observe, report
-from utils.shapes import COLOURS, KINDS, Attributes, Scene, Shape, caption, render, sample_scene
-from utils.video_meter import to_json
 
 FPS, NUM_FRAMES, HALF = 16, 96, 48  # six seconds: drift compares its halves
 

@@ -8,10 +8,10 @@ import torch
 
 import scripts.evaluate
 from pipeline.components import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
+from shapes.meter import measure, report
+from shapes.world import ShapesDataset, parse_caption, sample_scene, token_labels
 from utils.cli import run_main
 from utils.config import ROOT
-from utils.shape_meter import measure, report
-from utils.shapes import ShapesDataset, parse_caption, sample_scene, token_labels
 from utils.video import to_float
 from wan.checkpoints import load_dit, load_dit_config
 from wan.text_encoder import WanTextEncoder

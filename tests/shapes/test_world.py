@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils.errors import UserError
-from utils.shapes import (
+from shapes.world import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -34,6 +33,7 @@ from utils.shapes import (
     token_classes,
     token_labels,
 )
+from utils.errors import UserError
 
 EVERY_SHAPE = [
     Shape(kind, "red", size, speed, direction, position=(30.0, 32.0))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shapes.world import ShapesDataset
 from utils.datasets import (
     UNLIMITED,
     GlobalOrder,
@@ -19,7 +20,6 @@ from utils.datasets import (
     write_shard,
 )
 from utils.errors import UserError
-from utils.shapes import ShapesDataset
 from utils.video import VideoWriter
 
 CLIP = {"num_frames": 5, "height": 16, "width": 32}
