@@ -1,21 +1,23 @@
-"""The one rollout engine: a schedule run from noise to latents, window by window.
+"""The one rollout engine: a plan of passes run from noise to latents, window by window.
 
 Inference, self-rollouts in training, prompt changes and continuation are callers of `Rollout.step`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.passes import Part, Pass, Plan
 from pipeline.sampling import BlockNoise, StepRule
-from pipeline.schedule import BlockLayout, Schedule, Window
-from wan.context import AttentionContext, CachedContext
+from pipeline.schedule import BlockLayout, Window
+from wan.context import AttentionContext, CachedContext, SplitContext
 from wan.dit import TextContext, WanDiT
 from wan.flow import add_noise, x0_from_flow
-from wan.kv_cache import ContextPolicy, KVCache
+from wan.kv_cache import KVCache
 
 ContextWrapper = Callable[[CachedContext, Window | None], AttentionContext]
 """Puts another context around that of a pass: of a window, or (None) of a clean pass."""
@@ -35,21 +37,18 @@ class WindowResult:
 
 
 class Rollout:
-    """Runs a schedule under a context policy; yields one `WindowResult` per `step`.
+    """Runs a plan of passes; yields one `WindowResult` per `step`.
 
-    A finished block is handed out before its clean pass runs: the clean pass waits until a later
-    window is about to read it, so one that nobody reads is never run. Window passes only read the
-    cache. `text` may be replaced between steps, and so may `wrap_context`, through which every
-    pass's attention goes where it is set.
+    A finished block is handed out before its clean pass runs, and where no later pass reads it that
+    never runs (see `Plan`). Window passes only read the cache. `text` may be replaced between steps,
+    and so may `wrap_context`, through which every part's attention goes where it is set.
     """
 
     def __init__(
         self,
         dit: WanDiT,
+        plan: Plan,
         *,
-        schedule: Schedule,
-        layout: BlockLayout,
-        policy: ContextPolicy,
         cache: KVCache,
         grid: tuple[int, int],
         rule: StepRule,
@@ -59,15 +58,13 @@ class Rollout:
         context_noise: float = 0.0,
         prefix: Sequence[Tensor] = (),
     ) -> None:
-        """`prefix`: clean latents of the blocks before `schedule.first_block`.
+        """`prefix`: clean latents of the blocks that the plan stores before its first window.
 
         With `guidance_scale` g the text (and the cache) hold the conditional rows first, then the
         unconditional ones, and v = v_uncond + g (v_cond - v_uncond).
         """
         self.dit = dit
-        self.schedule = schedule
-        self.layout = layout
-        self.policy = policy
+        self.plan = plan
         self.cache = cache
         self.grid = grid
         self.rule = rule
@@ -76,29 +73,35 @@ class Rollout:
         self.guidance_scale = guidance_scale
         self.context_noise = context_noise
         self.wrap_context: ContextWrapper | None = None
-        self.index = 0
+        self.index = 0  # of the next pass
         self._in_flight: dict[int, Tensor] = {}
         self._unwritten: dict[int, Tensor] = dict(enumerate(prefix))
 
+    @property
+    def layout(self) -> BlockLayout:
+        """How latent frames fall into blocks."""
+        return self.plan.layout
+
+    @property
+    def next_window(self) -> Window | None:
+        """The window that the next step runs; None when the plan has ended."""
+        for index in count(self.index):
+            coming = self.plan.at(index)
+            if coming is None or coming.window is not None:
+                return None if coming is None else coming.window
+        return None
+
     def step(self, *, grad: bool = False) -> WindowResult | None:
-        """Run the next window (with gradient if `grad`); None when the schedule has ended."""
-        window = self.schedule.window(self.index)
-        if window is None:
-            return None
-        self._run_clean_passes()
-        noisy = [self._input(block, level) for block, level in window]  # [B, f, C, H, W] each
-        timesteps = [
-            self.rule.timesteps[level].expand(x.shape[1])
-            for x, (_, level) in zip(noisy, window, strict=True)
-        ]
-        joined = torch.cat(noisy, dim=1)  # [B, q, C, H, W]
-        per_frame = torch.cat(timesteps).to(joined.device).expand(joined.shape[:2])  # [B, q]
-        with torch.set_grad_enabled(grad):
-            flow = self._velocity(joined, per_frame, window)
-            x0 = x0_from_flow(joined, flow, per_frame)
-        finished = self._advance(window, noisy, flow.detach())
-        self.index += 1
-        return WindowResult(window, x0, finished)
+        """Run passes up to the next window, that one with gradient if `grad`.
+
+        None when the plan has ended.
+        """
+        while (coming := self.plan.at(self.index)) is not None:
+            result = self._run(coming, grad=grad)
+            self.index += 1
+            if result is not None:
+                return result
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, but the text and the noise."""
@@ -125,14 +128,89 @@ class Rollout:
         self._in_flight = {block: x.to(device) for block, x in state["in_flight"].items()}
         self._unwritten = {block: x.to(device) for block, x in state["unwritten"].items()}
 
-    def _input(self, block: int, level: int) -> Tensor:
-        return self.noise(block, 0) if level == 0 else self._in_flight[block]
+    def _run(self, own: Pass, *, grad: bool) -> WindowResult | None:
+        """One pass; what its window gave, if it has one."""
+        window = own.window
+        inputs = [self._input(part) for part in own.parts]
+        with torch.set_grad_enabled(grad and window is not None):
+            flows = self._flows(own.parts, inputs)
+            if window is not None:
+                noisy, timesteps = inputs[-1]
+                x0 = x0_from_flow(noisy, flows[-1], timesteps)
+        if own.stores is not None:
+            self.cache.commit(self._rows(self._unwritten.pop(own.stores)))
+        if window is None:
+            return None
+        return WindowResult(window, x0, self._advance(window, noisy, flows[-1].detach()))
 
-    def _advance(self, window: Window, noisy: Sequence[Tensor], flow: Tensor) -> dict[int, Tensor]:
-        finishing = self.schedule.finishes(window)
-        flows = flow.split([x.shape[1] for x in noisy], dim=1)
+    def _input(self, part: Part) -> tuple[Tensor, Tensor]:
+        """What goes through the network `[B, q, C, H, W]`, and its timesteps `[B, q]`."""
+        if part.window is None:
+            return self._clean_input(part.blocks[0])
+        noisy = [
+            self.noise(block, 0) if level == 0 else self._in_flight[block]
+            for block, level in part.window
+        ]
+        times = [
+            self.rule.timesteps[level].expand(x.shape[1])
+            for x, level in zip(noisy, part.window.levels, strict=True)
+        ]
+        joined = torch.cat(noisy, dim=1)  # [B, q, C, H, W]
+        return joined, torch.cat(times).to(joined.device).expand(joined.shape[:2])
+
+    def _clean_input(self, block: int) -> tuple[Tensor, Tensor]:
+        clean = self._unwritten[block]
+        timesteps = torch.full(clean.shape[:2], float(self.context_noise), device=clean.device)
+        if self.context_noise > 0:
+            noise = self.noise(block, len(self.rule.timesteps))
+            clean = add_noise(clean, noise, timesteps)
+        return clean, timesteps
+
+    def _flows(
+        self, parts: Sequence[Part], inputs: Sequence[tuple[Tensor, Tensor]]
+    ) -> Sequence[Tensor]:
+        """The generator's one call: the flow of each part, `[B, q, C, H, W]` as its input."""
+        if not parts:
+            return []
+        latents, timesteps = (torch.cat(x, dim=1) for x in zip(*inputs, strict=True))
+        flow = self.dit(
+            self._rows(latents), self._rows(timesteps), self.text, self._context(parts)
+        )
+        if self.guidance_scale is not None:
+            cond, uncond = flow.chunk(2)
+            flow = uncond + self.guidance_scale * (cond - uncond)
+        return flow.split([part.frames for part in parts], dim=1)
+
+    def _context(self, parts: Sequence[Part]) -> AttentionContext:
+        """What the parts see; a part behind a clean pass reads what that has just stored."""
+        contexts, upcoming = [], 0
+        for part in parts:
+            cached = CachedContext(
+                self.cache,
+                part.view,
+                self.grid,
+                self.dit.config.head_dim,
+                write=part.window is None,
+                upcoming=upcoming,
+                backend=self.dit.attention_backend,
+            )
+            upcoming += part.frames if part.window is None else 0
+            wrap = self.wrap_context
+            contexts.append(cached if wrap is None else wrap(cached, part.window))
+        if len(contexts) == 1:
+            return contexts[0]
+        tokens = self.grid[0] * self.grid[1]
+        sizes = [part.frames * tokens for part in parts]
+        return SplitContext(list(zip(sizes, contexts, strict=True)))
+
+    def _advance(self, window: Window, noisy: Tensor, flow: Tensor) -> dict[int, Tensor]:
+        """Move every block of the window one level on; those that are clean now, by block."""
+        finishing = self.plan.schedule.finishes(window)
+        frames = [self.layout.frames(block) for block in window.blocks]
         finished = {}
-        for (block, level), x, v in zip(window, noisy, flows, strict=True):
+        for (block, level), x, v in zip(
+            window, noisy.split(frames, dim=1), flow.split(frames, dim=1), strict=True
+        ):
             last = block in finishing
             moved = self.rule.advance(block, level, x, v, last=last)
             if last:
@@ -142,41 +220,6 @@ class Rollout:
                 self._in_flight[block] = moved
         self._unwritten.update(finished)
         return finished
-
-    @torch.no_grad()
-    def _run_clean_passes(self) -> None:
-        for block, clean in sorted(self._unwritten.items()):
-            frames = clean.shape[1]
-            timesteps = torch.full(clean.shape[:2], float(self.context_noise), device=clean.device)
-            context = clean
-            if self.context_noise > 0:
-                noise = self.noise(block, len(self.rule.timesteps))
-                context = add_noise(clean, noise, timesteps)
-            if self.policy.reads(self.cache.finished, frames):
-                self._velocity(context, timesteps)
-            self.cache.commit(self._rows(clean))
-            del self._unwritten[block]
-
-    def _velocity(self, latents: Tensor, timesteps: Tensor, window: Window | None = None) -> Tensor:
-        """The generator's one call: `[B, q, C, H, W] -> [B, q, C, H, W]`; no window: clean pass."""
-        clean_pass = window is None
-        view = self.policy.view(self.cache.finished, latents.shape[1], clean_pass=clean_pass)
-        context: AttentionContext
-        context = cached = CachedContext(
-            self.cache,
-            view,
-            self.grid,
-            self.dit.config.head_dim,
-            write=clean_pass,
-            backend=self.dit.attention_backend,
-        )
-        if self.wrap_context is not None:
-            context = self.wrap_context(cached, window)
-        flow = self.dit(self._rows(latents), self._rows(timesteps), self.text, context)
-        if self.guidance_scale is None:
-            return flow
-        cond, uncond = flow.chunk(2)
-        return uncond + self.guidance_scale * (cond - uncond)
 
     def _rows(self, x: Tensor) -> Tensor:
         """The network's batch: the rollout's rows, twice where there is guidance."""

@@ -145,12 +145,14 @@ class CachedContext:
         head_dim: int,
         *,
         write: bool = False,
+        upcoming: int = 0,
         backend: Backend = "auto",
     ) -> None:
+        """`upcoming`: frames that another part of the same forward stores before this one reads."""
         self.cache = cache
         self.view = view
         self.backend: Backend = backend
-        self.past = cache.slots(view.frames) if view.frames else None
+        self.past = cache.slots(view.frames, upcoming=upcoming) if view.frames else None
         self.query_turn, self.key_turn = view_turns(view, grid, head_dim, cache.device)
         queries = len(view.positions) - len(view.frames)
         self.destination = cache.next_slots(queries) if write else None
@@ -171,6 +173,28 @@ class CachedContext:
         if self.destination is not None:
             self.cache.write(layer, self.destination, k, v)
         return apply_rope(q, self.query_turn), apply_rope(keys, self.key_turn), values
+
+
+class SplitContext:
+    """Several contexts in one forward: each range of tokens has one of its own.
+
+    In every layer the ranges attend in order, so a later one may read what an earlier one has just
+    stored: a clean pass, and the window behind it.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, AttentionContext]]) -> None:
+        """`parts`: number of tokens and context of each range."""
+        self.sizes = [tokens for tokens, _ in parts]
+        self.contexts = [context for _, context in parts]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionContext`."""
+        ranges = zip(*(x.split(self.sizes, dim=1) for x in (q, k, v)), strict=True)
+        outputs = [
+            context.attend(layer, *own)
+            for context, own in zip(self.contexts, ranges, strict=True)
+        ]
+        return torch.cat(outputs, dim=1)
 
 
 class ForcedContext:

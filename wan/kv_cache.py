@@ -120,16 +120,18 @@ class KVCache:
         """Memory of everything stored."""
         return sum(t.nbytes for t in (self._keys, self._values, self._latents))
 
-    def holds(self, frame: int) -> bool:
-        """Whether a finished frame is still stored."""
+    def holds(self, frame: int, *, upcoming: int = 0) -> bool:
+        """Whether a finished frame is still stored once the next `upcoming` ones are, too."""
+        finished = self.finished + upcoming
         pinned = frame < self.sink_frames
-        return 0 <= frame < self.finished and (
-            pinned or frame >= self.finished - self.recent_frames
-        )
+        return 0 <= frame < finished and (pinned or frame >= finished - self.recent_frames)
 
-    def slots(self, frames: tuple[int, ...]) -> Tensor:
-        """Index tensor of stored frames, for `read`; raises KeyError for one that is gone."""
-        gone = [frame for frame in frames if not self.holds(frame)]
+    def slots(self, frames: tuple[int, ...], *, upcoming: int = 0) -> Tensor:
+        """Index tensor of stored frames, for `read`; raises KeyError for one that is gone.
+
+        The next `upcoming` frames count as stored: every layer writes them before it reads.
+        """
+        gone = [frame for frame in frames if not self.holds(frame, upcoming=upcoming)]
         if gone:
             raise KeyError(f"frames {gone} are not in the cache ({self.finished} finished)")
         return self._index([self._slot(frame) for frame in frames])
