@@ -62,7 +62,7 @@ def plan_trials(prompts: Sequence[str], seeds: int, first_seed: int) -> list[Tri
 
 def frames_per_block(layout: BlockLayout, shape: VideoShape) -> tuple[int, int]:
     """Video frames of the first block and of every later one."""
-    return shape.video_frames(layout.frames(0)), shape.temporal_stride * layout.block_frames
+    return shape.video_frames(layout.frames(0)), shape.strides.time * layout.block_frames
 
 
 class Evaluation:

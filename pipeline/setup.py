@@ -1,206 +1,273 @@
-"""From a configuration to its parts: files, device, dtype, policy, step rule."""
+"""The one door of configuration: a `Config` goes in, a frozen `Setup` of plain parts comes out.
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+Below it nobody sees a `Config`. What a video is made of (geometry, blocks, policy, levels, step rule,
+guidance, files) is decided here and nowhere else, and caches and rollouts are built here alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from pipeline.sampling import BlockNoise, OdeStep, Renoise, StepRule
-from pipeline.schedule import BlockLayout, Schedule
-from utils.config import ROOT, Config
+from pipeline.passes import Plan
+from pipeline.rollout import Rollout
+from pipeline.sampling import BlockNoise, OdeStep, Renoise, Sampler, StepRule
+from pipeline.schedule import BlockLayout, Schedule, ScheduleKind
+from utils.config import Config
 from utils.errors import UserError
-from wan.checkpoints import load_dit_config, memory_estimate
-from wan.dit import DiTConfig
+from utils.noise import CounterNoise
+from wan.dit import DiTConfig, TextContext, WanDiT
 from wan.flow import denoising_timesteps
-from wan.geometry import VideoShape
+from wan.folders import ModelFolder
+from wan.geometry import WAN_STRIDES, Strides, VideoShape
 from wan.kv_cache import ContextPolicy, KVCache
-
-logger = logging.getLogger(__name__)
-
-GIB = 2**30
-VAE_FILE = "Wan2.1_VAE.pth"
-TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-TOKENIZER_FOLDER = Path("google") / "umt5-xxl"
 
 
 @dataclass(frozen=True)
-class ModelFiles:
-    """Where the parts of a model folder are, in the official or the diffusers layout."""
+class Levels:
+    """The levels of a rollout, and how a block goes from one to the next.
 
-    folder: Path
-    vae: Path
-    text_encoder: Path
-    tokenizer: Path
+    `timesteps`: those of a distilled student, `[T]` falling; None where `sampler` takes `num` steps.
+    """
+
+    num: int
+    timesteps: tuple[float, ...] | None
+    rule: str | None
+    sampler: Sampler
+    shift: float
+
+    def step_rule(self, noise: BlockNoise, device: torch.device) -> StepRule:
+        """How blocks move between levels; by default what the weights are made for."""
+        if self.timesteps is None:
+            ode = OdeStep.with_steps(self.sampler, self.num, self.shift, device)
+            return Renoise(ode.timesteps, noise) if self.rule == "renoise" else ode
+        if self.rule == "ode":
+            return OdeStep.at(self.tensor(), device)
+        return Renoise(self.tensor(), noise)
+
+    def tensor(self) -> Tensor:
+        """Timesteps of a distilled student: `[T]`, float32, on the CPU."""
+        assert self.timesteps is not None, "this model is not distilled"
+        return torch.tensor(self.timesteps)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how the networks run, as it was asked for (see `utils.devices`)."""
+
+    device: str
+    dtype: str
+    attention_backend: str
+    text_encoder_device: str
+    compile: bool
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a config says of making video.
+
+    `folder`: the model folder; None for networks that are given.
+    `sizes`: of the generator. `kind`: of the schedule.
+    `guidance_scale` g: v_uncond + g (v_cond - v_uncond); None for a distilled student.
+    `says_what_drops`: whether a video longer than one attention surprises (see `ContextPolicy`).
+    """
+
+    folder: ModelFolder | None
+    sizes: DiTConfig
+    shape: VideoShape
+    layout: BlockLayout
+    policy: ContextPolicy
+    kind: ScheduleKind
+    levels: Levels
+    guidance_scale: float | None
+    negative_prompt: str
+    context_noise: float
+    seed: int
+    fps: int
+    text_embeddings: str | None
+    says_what_drops: bool
+    machine: Machine
 
     @classmethod
-    def find(cls, config: Config, name: str) -> "ModelFiles":
-        """The folder `name` below `model_root` (from here or from the project's root)."""
-        places = [base / config.model_root / name for base in (Path(), ROOT)]
-        folder = next((place for place in places if place.is_dir()), None)
-        if folder is None:
-            raise UserError(
-                f"the model folder {places[0]} does not exist; fetch it with "
-                "`python scripts/download.py` (see `--list`), or set model_root=…"
-            )
-        if (folder / "transformer").is_dir():
-            return cls(folder, folder / "vae", folder / "text_encoder", folder / "tokenizer")
-        return cls(folder, folder / VAE_FILE, folder / TEXT_ENCODER_FILE, folder / TOKENIZER_FOLDER)
+    def of(
+        cls,
+        config: Config,
+        *,
+        folder: ModelFolder | None = None,
+        sizes: DiTConfig | None = None,
+        strides: Strides | None = None,
+    ) -> "Setup":
+        """What `config` means.
 
-    def require(self, *paths: Path) -> None:
-        """Raise UserError for the first of these that is missing."""
-        for path in paths:
-            if not path.exists():
-                raise UserError(
-                    f"{path} is missing; fetch the model again with `python scripts/download.py`"
-                )
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one; UserError if the device is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device '{name}' is unknown; use cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device '{name}' is not supported; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {name} was asked for but there is no GPU here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name} does not exist: there are {torch.cuda.device_count()} GPUs")
-    return device
-
-
-def device_name(device: str) -> str:
-    """A device in words, for what was measured on it."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(device))
-    return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 elsewhere; UserError for float16 on a CPU."""
-    if name == "float16" and device.type == "cpu":
-        raise UserError("dtype float16 needs a GPU; use bfloat16 or float32 on the CPU")
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16: without them it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    known = capabilities()  # empty before torch 2.12, which cannot tell
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def video_shape(config: Config, dit: DiTConfig) -> VideoShape:
-    """Geometry of this configuration's videos."""
-    return VideoShape(config.height, config.width, channels=dit.in_dim, patch_size=dit.patch_size)
-
-
-def block_layout(config: Config) -> BlockLayout:
-    """How latent frames fall into blocks."""
-    return BlockLayout(config.num_frame_per_block, config.independent_first_frame)
-
-
-def context_policy(config: Config) -> ContextPolicy:
-    """What a pass may look back at."""
-    return ContextPolicy(
-        config.model_kwargs.sink_size,
-        config.attention_frames,
-        config.sink_position,
-        config.clean_pass_sees_sink,
-    )
-
-
-def level_timesteps(config: Config) -> torch.Tensor:
-    """Timestep of each level of a distilled student: `[T]`, float32, on the CPU."""
-    steps = config.denoising_step_list or []
-    return denoising_timesteps(steps, config.generator_shift, warp=config.warp_denoising_step)
-
-
-def step_rule(config: Config, noise: BlockNoise, device: torch.device) -> StepRule:
-    """How blocks move between levels: `step_rule`, by default what the weights are made for."""
-    if config.denoising_step_list is None:
-        ode = OdeStep.with_steps(
-            config.sampler, config.sampling_steps, config.generator_shift, device
+        Sizes and the VAE's strides are read from the model folder `generator_name`, unless given:
+        with `sizes` no folder is looked for. Raises UserError for a resolution that the model
+        cannot have, or a folder that is not there.
+        """
+        if folder is None and sizes is None:
+            folder = ModelFolder.find(config.model_root, config.generator_name)
+        if sizes is None:
+            assert folder is not None
+            sizes = folder.sizes
+        if strides is None:
+            strides = WAN_STRIDES if folder is None else folder.strides
+        steps = config.denoising_step_list
+        warp, shift = config.warp_denoising_step, config.generator_shift
+        return cls(
+            folder=folder,
+            sizes=sizes,
+            shape=VideoShape(
+                config.height, config.width, sizes.in_dim, strides, patch_size=sizes.patch_size
+            ),
+            layout=BlockLayout(config.num_frame_per_block, config.independent_first_frame),
+            policy=ContextPolicy(
+                config.model_kwargs.sink_size,
+                config.attention_frames,
+                config.sink_position,
+                config.clean_pass_sees_sink,
+            ),
+            kind=config.schedule or "block",
+            levels=Levels(
+                num=config.num_levels,
+                timesteps=tuple(denoising_timesteps(steps, shift, warp=warp).tolist())
+                if steps
+                else None,
+                rule=config.step_rule,
+                sampler=config.sampler,
+                shift=shift,
+            ),
+            guidance_scale=None if config.distilled else config.sampling_guidance_scale,
+            negative_prompt=config.negative_prompt,
+            context_noise=config.context_noise,
+            seed=config.seed,
+            fps=config.fps,
+            text_embeddings=config.text_embeddings,
+            says_what_drops=config.method == "self_forcing"
+            and config.model_kwargs.local_attn_size == -1,
+            machine=Machine(
+                config.device,
+                config.dtype,
+                config.attention_backend,
+                config.text_encoder_device,
+                config.compile,
+            ),
         )
-        return Renoise(ode.timesteps, noise) if config.step_rule == "renoise" else ode
-    timesteps = level_timesteps(config)
-    if config.step_rule == "ode":
-        return OdeStep.at(timesteps, device)
-    return Renoise(timesteps, noise)
 
+    @property
+    def distilled(self) -> bool:
+        """Whether the generator is sampled in the few levels it was distilled to."""
+        return self.levels.timesteps is not None
 
-def new_cache(
-    config: Config,
-    dit: DiTConfig,
-    *,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    recent_frames: int | None = None,
-) -> KVCache:
-    """An empty cache for `batch` videos; `recent_frames` defaults to what the policy reads."""
-    policy, block = context_policy(config), config.num_frame_per_block
-    shape = video_shape(config, dit)
-    if config.schedule == "full":
+    def bidirectional(self) -> "Setup":
+        """The same videos, all blocks together in full attention."""
+        return replace(self, kind="full")
+
+    def block_video_frames(self, block: int) -> int:
+        """Video frames of one block, in a video that is decoded from its start."""
+        before, after = (self.layout.start(number) for number in (block, block + 1))
+        return self.shape.video_frames(after) - self.shape.video_frames(before)
+
+    def require_folder(self) -> ModelFolder:
+        """The model folder; UserError where networks were given instead."""
+        if self.folder is None:
+            raise UserError("this pipeline was built without a model folder; give it its parts")
+        return self.folder
+
+    def counter_noise(self, seed: int | None = None) -> CounterNoise:
+        """The noise of a seed, by default the config's."""
+        return CounterNoise(
+            self.seed if seed is None else seed,
+            self.shape.latent,
+            self.layout.block_frames,
+            self.layout.frames(0),
+        )
+
+    def schedule(
+        self,
+        num_blocks: int | None,
+        first_block: int = 0,
+        *,
+        kind: ScheduleKind | None = None,
+        block_levels: tuple[int, ...] | None = None,
+    ) -> Schedule:
+        """The sequence of windows; UserError where it cannot be unbounded."""
+        kind = kind or self.kind
+        if kind == "full" and num_blocks is None:
+            raise UserError(
+                "a bidirectional model needs a number of frames: it cannot stream for ever"
+            )
+        if kind == "full" and first_block:
+            raise UserError("a bidirectional model cannot continue an image or a video")
+        return Schedule(kind, self.levels.num, num_blocks, first_block, block_levels)
+
+    def plan(self, schedule: Schedule) -> Plan:
+        """The passes of a schedule."""
+        return Plan(schedule, self.layout, self.policy)
+
+    def cache(
+        self,
+        sizes: DiTConfig,
+        *,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        recent_frames: int | None = None,
+    ) -> KVCache:
+        """An empty cache for `batch` videos of a network.
+
+        `recent_frames` defaults to what the policy reads; more are kept if it is more.
+        """
+        block = self.layout.block_frames
         sink, recent = 0, 0
-    else:
-        sink = policy.sink_frames
-        recent = max(recent_frames or 0, policy.recent_capacity(block), block)
-    return KVCache(
-        num_layers=dit.num_layers,
-        num_heads=dit.num_heads,
-        head_dim=dit.head_dim,
-        tokens_per_frame=shape.tokens_per_frame,
-        latent=shape.latent,
-        sink_frames=sink,
-        recent_frames=recent,
-        batch=batch,
-        dtype=dtype,
-        device=device,
-    )
+        if self.kind != "full":
+            sink = self.policy.sink_frames
+            recent = max(recent_frames or 0, self.policy.recent_capacity(block), block)
+        return KVCache(
+            num_layers=sizes.num_layers,
+            num_heads=sizes.num_heads,
+            head_dim=sizes.head_dim,
+            tokens_per_frame=self.shape.tokens_per_frame,
+            latent=self.shape.latent,
+            sink_frames=sink,
+            recent_frames=recent,
+            batch=batch,
+            dtype=dtype,
+            device=device,
+        )
 
+    def rollout(
+        self,
+        dit: WanDiT,
+        schedule: Schedule,
+        *,
+        text: TextContext,
+        noise: BlockNoise,
+        rule: StepRule | None = None,
+        guidance_scale: float | None = None,
+        recent_frames: int | None = None,
+        prefix: Sequence[Tensor] = (),
+    ) -> Rollout:
+        """A rollout at its start, with a cache of its own.
 
-def new_schedule(config: Config, num_blocks: int | None, first_block: int = 0) -> Schedule:
-    """The configured sequence of windows; UserError where it cannot be unbounded."""
-    kind = config.schedule or "block"
-    if kind == "full" and num_blocks is None:
-        raise UserError("a bidirectional model needs a number of frames: it cannot stream for ever")
-    if kind == "full" and first_block:
-        raise UserError("a bidirectional model cannot continue an image or a video")
-    return Schedule(kind, config.num_levels, num_blocks, first_block)
-
-
-def memory_report(config: Config, files: ModelFiles, dtype: torch.dtype, batch: int = 1) -> str:
-    """One line: what will be in memory, estimated from sizes alone, before anything is loaded."""
-    dit = load_dit_config(files.folder)
-    rows = batch if config.distilled else 2 * batch  # guidance runs every video twice
-    cache = new_cache(config, dit, batch=rows, dtype=dtype, device=torch.device("meta"))
-    text = 0 if config.text_embeddings else _file_bytes(files.text_encoder)
-    parts = {
-        "transformer": memory_estimate(dit, dtype),
-        "cache": cache.num_bytes,
-        "VAE": _file_bytes(files.vae) * dtype.itemsize // 4,  # the published file is in fp32
-        "text encoder": text * dtype.itemsize // 2,  # and this one in bf16
-    }
-    listed = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items())
-    return f"memory needed: about {_readable(sum(parts.values()))} ({listed}) and activations"
-
-
-def _readable(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
-
-
-def _file_bytes(path: Path) -> int:
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return path.stat().st_size if path.is_file() else 0
+        `rule` defaults to that of `levels`; `recent_frames`: see `cache`; the rest: see `Rollout`.
+        """
+        keys = text.keys[0]
+        rows = len(noise.samples) if guidance_scale is None else 2 * len(noise.samples)
+        return Rollout(
+            dit,
+            self.plan(schedule),
+            cache=self.cache(
+                dit.config,
+                batch=rows,
+                dtype=keys.dtype,
+                device=keys.device,
+                recent_frames=recent_frames,
+            ),
+            grid=self.shape.grid,
+            rule=rule or self.levels.step_rule(noise, keys.device),
+            noise=noise,
+            text=text,
+            guidance_scale=guidance_scale,
+            context_noise=self.context_noise,
+            prefix=prefix,
+        )

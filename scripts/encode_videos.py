@@ -109,7 +109,7 @@ def open_videos(
     if num_frames < 1 or shape.video_frames(shape.latent_frames(num_frames)) != num_frames:
         raise UserError(
             f"--num_frames {num_frames} is not possible: the VAE encodes 1, 5, 9, … "
-            f"(1 + {shape.temporal_stride} n) frames"
+            f"(1 + {shape.strides.time} n) frames"
         )
     data = open_dataset(path, num_frames=num_frames, height=config.height, width=config.width)
     if isinstance(data, PromptDataset | LatentDataset | OdePairDataset):

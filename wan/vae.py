@@ -31,6 +31,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from wan.geometry import Strides
 from wan.weights import Shapes, assign_weights, read_weights, save_weights
 
 
@@ -149,6 +150,11 @@ class WanVAE:
     def temporal_stride(self) -> int:
         """Video frames per latent frame, except for the first, which is one video frame."""
         return self.model.config["scale_factor_temporal"]
+
+    @property
+    def strides(self) -> Strides:
+        """Both strides."""
+        return Strides(self.spatial_stride, self.temporal_stride)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -443,6 +449,17 @@ def vae_config_from_shapes(shapes: Shapes, source: str | Path = "the file") -> d
         raise UserError(f"{source} is not a Wan2.1 VAE: it has no key {error}.") from None
     temporal = [f"{row}.{i}.time_conv.weight" in shapes for i in samplers]
     return config | {"temperal_downsample": temporal} | _derived_config(z_dim, temporal)
+
+
+def read_strides(path: str | Path) -> Strides:
+    """Strides of the VAE in a file or a diffusers folder, from the shapes of its weights.
+
+    Raises:
+        UserError: it does not hold a Wan2.1 VAE.
+    """
+    weights = official_vae_weights(read_weights(path))
+    config = vae_config_from_shapes({key: value.shape for key, value in weights.items()}, path)
+    return Strides(config["scale_factor_spatial"], config["scale_factor_temporal"])
 
 
 def _derived_config(z_dim: int, temporal_downsample: Sequence[bool]) -> dict[str, Any]:

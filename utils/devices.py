@@ -1,0 +1,50 @@
+"""Devices and number types: what was asked for, and what there is."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from utils.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one; UserError if the device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device '{name}' is unknown; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{name}' is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name} was asked for but there is no GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} does not exist: there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def device_name(device: str) -> str:
+    """A device in words, for what was measured on it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(torch.device(device))
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 elsewhere; UserError for float16 on a CPU."""
+    if name == "float16" and device.type == "cpu":
+        raise UserError("dtype float16 needs a GPU; use bfloat16 or float32 on the CPU")
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16: without them it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    known = capabilities()  # empty before torch 2.12, which cannot tell
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
