@@ -14,22 +14,13 @@ from torch import Tensor
 
 from evaluation.results import Judge, Result, write_json
 from pipeline.batch import Outputs, model_settings
-from pipeline.components import (
-    ModelFiles,
-    block_layout,
-    choose_device,
-    choose_dtype,
-    device_name,
-    video_shape,
-)
-from pipeline.schedule import BlockLayout
-from pipeline.text_to_video import VideoPipeline, load_pipeline
+from pipeline.setup import Setup
+from pipeline.text_to_video import VideoPipeline, load_generator
 from shapes.world import sample_scene
 from utils.config import Config, find_file
+from utils.devices import choose_device, choose_dtype, device_name
 from utils.prompts import clip_utf8
 from utils.video import MAX_NAME_BYTES, VideoWriter
-from wan.checkpoints import load_dit_config
-from wan.geometry import VideoShape
 
 
 @dataclass(frozen=True)
@@ -60,11 +51,6 @@ def plan_trials(prompts: Sequence[str], seeds: int, first_seed: int) -> list[Tri
     return [Trial(p, first_seed + index, index) for index in range(seeds) for p in different]
 
 
-def frames_per_block(layout: BlockLayout, shape: VideoShape) -> tuple[int, int]:
-    """Video frames of the first block and of every later one."""
-    return shape.video_frames(layout.frames(0)), shape.strides.time * layout.block_frames
-
-
 class Evaluation:
     """Makes and measures trials, one at a time, in the memory of one block."""
 
@@ -82,18 +68,19 @@ class Evaluation:
         self.checkpoint = None if checkpoint is None else find_file(checkpoint, "checkpoint")
         self.use_ema = use_ema
         self.export = export
-        self.files = ModelFiles.find(config, config.generator_name)
-        self.shape = video_shape(config, load_dit_config(self.files.folder))
+        self.setup = Setup.of(config)
+        self.shape = self.setup.shape
         length = Outputs(Path(), duration=seconds).length(self.shape, config.fps)
         self.latent_frames, self.video_frames = length
-        self.first, self.block = frames_per_block(block_layout(config), self.shape)
+        self.first, self.block = map(self.setup.block_video_frames, (0, 1))
         self._pipe: VideoPipeline | None = None
         self._texts: dict[str, Tensor] = {}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What the result of a trial depends on, besides the trial itself."""
-        model = model_settings(self.config, self.checkpoint, use_ema=self.use_ema)
+        folder = self.setup.require_folder()
+        model = model_settings(self.config, folder, self.checkpoint, use_ema=self.use_ema)
         dtype = choose_dtype(self.config.dtype, choose_device(self.config.device))
         return {**model, "video_frames": self.video_frames, "computed_in": str(dtype)}
 
@@ -121,7 +108,7 @@ class Evaluation:
 
     def load(self, trials: Sequence[Trial]) -> None:
         """Load all networks and encode the prompts; the text encoder is freed again."""
-        pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
+        pipe = load_generator(self.setup, self.checkpoint, use_ema=self.use_ema)
         pipe.load_vae()
         self._texts = pipe.encode_once(dict.fromkeys(trial.prompt for trial in trials))
         self._pipe = pipe

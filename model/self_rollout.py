@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
-
 from pipeline.components import (
     block_layout,
     context_policy,
@@ -18,6 +16,8 @@ from pipeline.components import (
     new_cache,
     video_shape,
 )
+from torch import Tensor
+
 from pipeline.rollout import Rollout, WindowResult
 from pipeline.sampling import BlockNoise, Renoise
 from pipeline.schedule import BlockLayout, Schedule, Window

@@ -15,12 +15,13 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.components import ModelFiles, block_layout, device_name, video_shape
 from pipeline.prefix import whole_blocks
 from pipeline.progress import Progress
+from pipeline.setup import Setup
 from pipeline.stream import PrefixFrames
-from pipeline.text_to_video import VideoPipeline, load_pipeline
+from pipeline.text_to_video import VideoPipeline, load_generator
 from utils.config import TRAINING_KEYS, Config, find_file, fingerprint, save_config, to_dict
+from utils.devices import device_name
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.prompts import output_names, read_extended_prompts, read_image_prompts, read_prompts
@@ -33,7 +34,7 @@ from utils.video import (
     thumbnails,
     write_png,
 )
-from wan.checkpoints import load_dit_config
+from wan.folders import ModelFolder
 from wan.geometry import VideoShape
 
 logger = logging.getLogger(__name__)
@@ -138,8 +139,9 @@ class BatchRun:
         self.outputs = outputs
         self.use_ema = use_ema
         self.ranks = ranks
-        self.files = ModelFiles.find(config, config.generator_name)
-        self.shape = video_shape(config, load_dit_config(self.files.folder))
+        self.setup = Setup.of(config)
+        self.folder = self.setup.require_folder()
+        self.shape = self.setup.shape
         self.latent_frames, self.video_frames = outputs.length(self.shape, config.fps)
         self._settings = self._common_settings()
 
@@ -153,15 +155,15 @@ class BatchRun:
         if not missing:
             return
         self._check_prefixes(missing)
-        self.files.require(self.files.vae)
+        self.folder.require(self.folder.vae)
         if not self.config.text_embeddings:
-            self.files.require(self.files.text_encoder, self.files.tokenizer)
+            self.folder.require(self.folder.text_encoder, self.folder.tokenizer)
         folder = self.outputs.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the output folder {folder}: {error.strerror}") from error
-        pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
+        pipe = load_generator(self.setup, self.checkpoint, use_ema=self.use_ema)
         prompts = list(dict.fromkeys(job.prompt for job in missing))
         shown = self.ranks.is_main and len(prompts) > 1
         texts = pipe.encode_once(tqdm(prompts, "encoding prompts", disable=not shown))
@@ -189,7 +191,7 @@ class BatchRun:
 
     def _check_prefixes(self, jobs: Sequence[Job]) -> None:
         """Images and videos to continue have to be readable and leave something to generate."""
-        layout = block_layout(self.config)
+        layout = self.setup.layout
         given: dict[Path, int] = {}
         for path in {job.image for job in jobs if job.image is not None}:
             check_image(path)
@@ -283,7 +285,7 @@ class BatchRun:
             "latent_frames": self.latent_frames,
             "video_frames": self.video_frames,
             "prefix_frames": self.outputs.prefix_frames,
-            **model_settings(self.config, self.checkpoint, use_ema=self.use_ema),
+            **model_settings(self.config, self.folder, self.checkpoint, use_ema=self.use_ema),
         }
 
     def _settings_of(self, job: Job) -> dict[str, Any]:
@@ -303,14 +305,15 @@ def weight_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
-def model_settings(config: Config, checkpoint: Path | None, *, use_ema: bool) -> dict[str, str]:
+def model_settings(
+    config: Config, files: ModelFolder, checkpoint: Path | None, *, use_ema: bool
+) -> dict[str, str]:
     """What all videos of a model depend on: its settings and weights, by their hashes."""
-    files = ModelFiles.find(config, config.generator_name)
     values = {k: v for k, v in to_dict(config).items() if k not in UNRELATED_KEYS}
     text = [*weight_files(files.text_encoder), *sorted(files.tokenizer.glob("*.*"))]
     parts = {
-        "sizes": sorted(files.folder.glob("**/config.json")),
-        "checkpoint": [checkpoint] if checkpoint else network_files(files.folder),
+        "sizes": sorted(files.path.glob("**/config.json")),
+        "checkpoint": [checkpoint] if checkpoint else network_files(files.path),
         "vae": weight_files(files.vae),
         "text_encoder": [] if config.text_embeddings else text,
     }

@@ -173,9 +173,7 @@ class Rollout:
         if not parts:
             return []
         latents, timesteps = (torch.cat(x, dim=1) for x in zip(*inputs, strict=True))
-        flow = self.dit(
-            self._rows(latents), self._rows(timesteps), self.text, self._context(parts)
-        )
+        flow = self.dit(self._rows(latents), self._rows(timesteps), self.text, self._context(parts))
         if self.guidance_scale is not None:
             cond, uncond = flow.chunk(2)
             flow = uncond + self.guidance_scale * (cond - uncond)

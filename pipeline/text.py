@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.components import ModelFiles, choose_device
-from utils.config import Config
+from pipeline.setup import Setup
+from utils.devices import choose_device
 from utils.embeddings import EmbeddingStore, pad_batch, trim
 from utils.errors import UserError
 from wan.text_encoder import WanTextEncoder
@@ -23,21 +23,20 @@ class TextSource:
 
     def __init__(
         self,
-        config: Config,
-        files: ModelFiles | None,
+        setup: Setup,
         *,
         text_len: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """`dtype` is the encoder's; `text_encoder_device: auto` puts it on `device`."""
-        self._files = files
+        self._setup = setup
         self._text_len = text_len
         self._dtype = dtype
         self._device = device
-        name = config.text_encoder_device
+        name = setup.machine.text_encoder_device
         self._encoder_device = device if name == "auto" else choose_device(name)
-        self._stored = EmbeddingStore(config.text_embeddings) if config.text_embeddings else None
+        self._stored = EmbeddingStore(setup.text_embeddings) if setup.text_embeddings else None
         self._encoder: WanTextEncoder | None = None
         self._remembered: dict[str, Tensor] = {}  # the oldest first
         self._remembered_bytes = 0
@@ -76,12 +75,11 @@ class TextSource:
     def encoder(self) -> WanTextEncoder:
         """The text encoder, loaded at its first use."""
         if self._encoder is None:
-            if self._files is None:
-                raise UserError("this pipeline was built without a model folder; give it its parts")
-            self._files.require(self._files.text_encoder, self._files.tokenizer)
+            folder = self._setup.require_folder()
+            folder.require(folder.text_encoder, folder.tokenizer)
             self._encoder = WanTextEncoder.from_official(
-                self._files.text_encoder,
-                self._files.tokenizer,
+                folder.text_encoder,
+                folder.tokenizer,
                 device=self._encoder_device,
                 dtype=self._dtype,
                 text_len=self._text_len,

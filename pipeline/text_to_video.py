@@ -2,35 +2,28 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.components import (
-    ModelFiles,
-    block_layout,
-    choose_device,
-    choose_dtype,
-    context_policy,
-    memory_report,
-    new_cache,
-    new_schedule,
-    step_rule,
-    video_shape,
-)
+from pipeline.memory import memory_report
 from pipeline.prefix import Frames, Prefix, encode_prefix, image_clip, video_clip
-from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise
+from pipeline.schedule import BlockLayout
+from pipeline.setup import Setup
 from pipeline.stream import LatentStream, PrefixFrames, Stream
 from pipeline.text import TextSource
 from utils.config import Config, find_file, load_config
+from utils.devices import choose_device, choose_dtype
 from utils.embeddings import pad_batch
 from utils.errors import UserError
-from utils.noise import CounterNoise, NoiseSource, RecordedNoise
+from utils.noise import NoiseSource, RecordedNoise
 from wan.attention import check_backend
-from wan.checkpoints import Network, load_dit, load_dit_config
+from wan.checkpoints import Network, load_dit
 from wan.dit import WanDiT
+from wan.geometry import VideoShape
 from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
@@ -56,22 +49,29 @@ def load_pipeline(
         config = load_config(config, overrides)
     elif overrides:
         raise ValueError("overrides apply to a config file; change the Config instead")
-    on = choose_device(device or config.device)
-    dtype = choose_dtype(config.dtype, on)
-    backend = check_backend(config.attention_backend, on, dtype)
-    files = ModelFiles.find(config, config.generator_name)
-    source = files.folder if checkpoint is None else find_file(checkpoint, "checkpoint")
-    sizes = load_dit_config(files.folder)
-    video_shape(config, sizes)
-    logger.info(memory_report(config, files, dtype))
-    if checkpoint is None and config.distilled:
-        logger.warning("no checkpoint given: the weights in %s are not distilled", files.folder)
+    if device is not None:
+        config = replace(config, device=device)
+    return load_generator(Setup.of(config), checkpoint, use_ema=use_ema)
+
+
+def load_generator(
+    setup: Setup, checkpoint: str | Path | None = None, *, use_ema: bool = False
+) -> "VideoPipeline":
+    """The pipeline of a setup with a model folder; the rest as in `load_pipeline`."""
+    machine, folder = setup.machine, setup.require_folder()
+    device = choose_device(machine.device)
+    dtype = choose_dtype(machine.dtype, device)
+    backend = check_backend(machine.attention_backend, device, dtype)
+    source = folder.path if checkpoint is None else find_file(checkpoint, "checkpoint")
+    logger.info(memory_report(setup, dtype))
+    if checkpoint is None and setup.distilled:
+        logger.warning("no checkpoint given: the weights in %s are not distilled", folder.path)
     network: Network = "generator_ema" if use_ema else "generator"
-    dit = load_dit(sizes, source, network=network, device=on, dtype=dtype)
+    dit = load_dit(setup.sizes, source, network=network, device=device, dtype=dtype)
     dit.attention_backend = backend
-    if config.compile:
+    if machine.compile:
         dit.compile_blocks()
-    return VideoPipeline(config, dit, files=files)
+    return VideoPipeline(setup, dit)
 
 
 class VideoPipeline:
@@ -82,28 +82,40 @@ class VideoPipeline:
 
     def __init__(
         self,
-        config: Config,
+        setup: Setup,
         dit: WanDiT,
         *,
-        files: ModelFiles | None = None,
         vae: WanVAE | None = None,
         text: TextSource | None = None,
     ) -> None:
-        """`vae` and the text encoder are loaded from `files` when needed, unless given."""
-        self.config = config
+        """`vae` and the text encoder are loaded from the setup's folder when needed, unless given.
+
+        Raises UserError for a VAE of other strides than the setup's.
+        """
+        if vae is not None and vae.strides != setup.shape.strides:
+            raise UserError(
+                f"the VAE's strides (space, time) are {tuple(vae.strides)}, the setup's "
+                f"{tuple(setup.shape.strides)}: make the setup for this VAE"
+            )
+        self.setup = setup
         self.dit = dit
-        self.files = files
-        self.shape = video_shape(config, dit.config)
-        self.layout = block_layout(config)
-        self.policy = context_policy(config)
         self._vae = vae
         self._text = text or TextSource(
-            config,
-            files,
+            setup,
             text_len=dit.config.text_len,
             dtype=torch.bfloat16 if dit.dtype == torch.bfloat16 else torch.float32,
             device=self.device,
         )
+
+    @property
+    def shape(self) -> VideoShape:
+        """Geometry of the videos."""
+        return self.setup.shape
+
+    @property
+    def layout(self) -> BlockLayout:
+        """How latent frames fall into blocks."""
+        return self.setup.layout
 
     @property
     def device(self) -> torch.device:
@@ -118,8 +130,8 @@ class VideoPipeline:
     def load_vae(self) -> WanVAE:
         """The VAE; an early call keeps its loading out of the time of the first stream."""
         if self._vae is None:
-            files = self._require_files()
-            self._vae = WanVAE.from_official(files.vae, device=self.device, dtype=self.dit.dtype)
+            folder = self.setup.require_folder()
+            self._vae = WanVAE.from_official(folder.vae, device=self.device, dtype=self.dit.dtype)
         return self._vae
 
     # --- whole videos ---------------------------------------------------------------------------
@@ -218,7 +230,7 @@ class VideoPipeline:
         prefix_frames: PrefixFrames = "reconstructed",
     ) -> Stream:
         """A stream of a batch, from text embeddings `[B, L, text_dim]`; see `stream`."""
-        seed = self.config.seed if seed is None else seed
+        seed = self.setup.seed if seed is None else seed
         skipped = 0
         if prefix is not None and prefix_frames == "none":
             skipped = len(prefix.blocks(self.layout))
@@ -245,8 +257,8 @@ class VideoPipeline:
         The negative prompt of a model that needs one is remembered.
         """
         texts = {prompt: self.encode_prompts([prompt]).cpu() for prompt in prompts}
-        if not self.config.distilled:
-            self.encode_prompts([self.config.negative_prompt])
+        if not self.setup.distilled:
+            self.encode_prompts([self.setup.negative_prompt])
         self.free_text_encoder()
         return texts
 
@@ -280,37 +292,23 @@ class VideoPipeline:
         prefix: Prefix | None = None,
         negative_embeddings: Tensor | None = None,
     ) -> LatentStream:
-        config, batch = self.config, len(text_embeddings)
+        setup, batch = self.setup, len(text_embeddings)
         if num_latent_frames is not None and num_latent_frames < 1:
             raise UserError(f"num_latent_frames={num_latent_frames} must be at least 1")
         blocks = prefix.blocks(self.layout) if prefix is not None else []
         blocks = [block.expand(batch, -1, -1, -1, -1) for block in blocks]
-        schedule = new_schedule(config, self._num_blocks(num_latent_frames, blocks), len(blocks))
-        guidance = None if config.distilled else config.sampling_guidance_scale
+        schedule = setup.schedule(self._num_blocks(num_latent_frames, blocks), len(blocks))
+        guidance = setup.guidance_scale
         if guidance is not None:
             negative = self._negative(batch) if negative_embeddings is None else negative_embeddings
             text_embeddings = pad_batch([*text_embeddings, *negative.to(text_embeddings)])
-        block_noise = self._block_noise(noise, seed, samples, batch)
         self._say_what_is_dropped(num_latent_frames)
-        text = self.dit.encode_text(text_embeddings.to(self.device))
-        rollout = Rollout(
+        rollout = setup.rollout(
             self.dit,
-            schedule=schedule,
-            layout=self.layout,
-            policy=self.policy,
-            cache=new_cache(
-                config,
-                self.dit.config,
-                batch=batch if guidance is None else 2 * batch,
-                dtype=text.keys[0].dtype,
-                device=self.device,
-            ),
-            grid=self.shape.grid,
-            rule=step_rule(config, block_noise, self.device),
-            noise=block_noise,
-            text=text,
+            schedule,
+            text=self.dit.encode_text(text_embeddings.to(self.device)),
+            noise=self._block_noise(noise, seed, samples, batch),
             guidance_scale=guidance,
-            context_noise=config.context_noise,
             prefix=blocks,
         )
         return LatentStream(rollout, prefix=blocks, num_latent_frames=num_latent_frames)
@@ -344,27 +342,15 @@ class VideoPipeline:
                 )
             return BlockNoise(RecordedNoise(initial, renoise, starts), range(batch), self.device)
         if noise is None:
-            noise = CounterNoise(
-                self.config.seed if seed is None else seed,
-                self.shape.latent,
-                self.layout.block_frames,
-                self.layout.frames(0),
-            )
+            noise = self.setup.counter_noise(seed)
         return BlockNoise(noise, samples or [0] * batch, self.device)
 
     def _negative(self, batch: int) -> Tensor:
-        negative = self.encode_prompts([self.config.negative_prompt])
+        negative = self.encode_prompts([self.setup.negative_prompt])
         return negative.expand(batch, -1, -1)
 
     def _say_what_is_dropped(self, num_latent_frames: int | None) -> None:
-        unlimited = self.config.method == "self_forcing" and (
-            self.config.model_kwargs.local_attn_size == -1
-        )
-        limit = self.config.attention_frames
-        if unlimited and (num_latent_frames is None or num_latent_frames > limit):
+        limit = self.setup.policy.max_frames
+        longer = num_latent_frames is None or num_latent_frames > limit
+        if self.setup.says_what_drops and longer:
             logger.info("attention holds %d latent frames; older ones drop out of view", limit)
-
-    def _require_files(self) -> ModelFiles:
-        if self.files is None:
-            raise UserError("this pipeline was built without a model folder; give its parts")
-        return self.files

@@ -5,17 +5,14 @@ frames in one window); a step rule that keeps what passes through it collects th
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.components import block_layout, context_policy, new_cache, video_shape
-from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, OdeStep, StepRule
 from pipeline.schedule import Schedule
-from utils.config import Config
+from pipeline.setup import Setup
 from utils.errors import UserError
 from utils.noise import NoiseSource
 from wan.dit import WanDiT
@@ -73,7 +70,7 @@ class KeepStates:
 
 @torch.no_grad()
 def solve_trajectories(
-    config: Config,
+    setup: Setup,
     teacher: WanDiT,
     text: Tensor,
     *,
@@ -88,25 +85,18 @@ def solve_trajectories(
 
     Euler steps through `grid`, which holds `levels` (see `ode_grid`); row i starts from the noise
     of `samples[i]`. `text`: embeddings `[B, L, text_dim]`, or `[2B, L, text_dim]`, unconditional
-    rows last, with `guidance_scale` g in v_uncond + g (v_cond - v_uncond). Of the config only sizes
+    rows last, with `guidance_scale` g in v_uncond + g (v_cond - v_uncond). Of the setup only sizes
     count. Raises UserError unless `num_latent_frames` fill whole blocks.
     """
-    config = replace(config, schedule="full")
-    layout = block_layout(config)
+    setup = setup.bidirectional()
     kept = [int((grid - level).abs().argmin()) for level in levels]
     rule = KeepStates(OdeStep.at(grid, teacher.device), kept)
-    rollout = Rollout(
+    rollout = setup.rollout(
         teacher,
-        schedule=Schedule("full", len(grid), layout.require_full_blocks(num_latent_frames)),
-        layout=layout,
-        policy=context_policy(config),
-        cache=new_cache(
-            config, teacher.config, batch=len(text), dtype=teacher.dtype, device=teacher.device
-        ),
-        grid=video_shape(config, teacher.config).grid,
-        rule=rule,
-        noise=BlockNoise(noise, samples, teacher.device),
+        Schedule("full", len(grid), setup.layout.require_full_blocks(num_latent_frames)),
         text=teacher.encode_text(text.to(teacher.device)),
+        noise=BlockNoise(noise, samples, teacher.device),
+        rule=rule,
         guidance_scale=guidance_scale,
     )
     while rollout.step() is not None:

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline import Stream, VideoPipeline, load_pipeline
 from pipeline.components import choose_device, choose_dtype
+
+from pipeline import Stream, VideoPipeline, load_pipeline
 from utils.cli import run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.errors import UserError

@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from pipeline.components import ModelFiles, choose_device
 from tqdm import tqdm
 
-from pipeline.components import ModelFiles, choose_device
 from pipeline.precompute import (
     Shard,
     ShardRun,

@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from pipeline.components import ModelFiles, choose_device, choose_dtype, video_shape
 from tqdm import tqdm
 
-from pipeline.components import ModelFiles, choose_device, choose_dtype, video_shape
 from pipeline.precompute import (
     STORAGE_DTYPES,
     Shard,

@@ -33,21 +33,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.results import Judge, Result, ResultLog, draw_curves, summarise, table, write_json
 from evaluation.trials import (
     Evaluation,
-    frames_per_block,
     held_out_captions,
     plan_trials,
     vbench_name,
 )
 from pipeline.batch import file_hash
-from pipeline.components import ModelFiles, block_layout, choose_device, video_shape
+from pipeline.setup import Setup
 from shapes.meter import METER_VERSION
 from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
 from utils.config import fingerprint, load_config
+from utils.devices import choose_device
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.prompts import read_prompts
 from utils.video import frame_rate, read_video_chunks
-from wan.checkpoints import load_dit_config
 
 HELD_OUT_PROMPTS, SECONDS = 16, 60.0
 GENERATING_FLAGS = (
@@ -215,9 +214,8 @@ def videos_run(args: argparse.Namespace) -> Run:
     check_exports(names, args.vbench, judged=True)
     first, block = 9, 12
     if args.config_path is not None:
-        config = load_config(args.config_path, args.overrides)
-        dit = load_dit_config(ModelFiles.find(config, config.generator_name).folder)
-        first, block = frames_per_block(block_layout(config), video_shape(config, dit))
+        setup = Setup.of(load_config(args.config_path, args.overrides))
+        first, block = map(setup.block_video_frames, (0, 1))
 
     def measure(key: str) -> Result:
         result = measure_file(files[key], first, block)

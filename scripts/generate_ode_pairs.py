@@ -27,10 +27,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from pipeline.components import ModelFiles, block_layout, choose_device, choose_dtype
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.components import ModelFiles, block_layout, choose_device, choose_dtype
 from pipeline.precompute import (
     STORAGE_DTYPES,
     Shard,

@@ -30,9 +30,10 @@ from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE, ModelFiles
+
 from evaluation.results import write_json
 from pipeline.batch import UNRELATED_KEYS, file_hash, network_files
-from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE, ModelFiles
 from trainer.trainer import recipe
 from utils.cli import make_folder, run_main
 from utils.config import (

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-
 from pipeline.components import ModelFiles, level_timesteps, video_shape
+
 from utils.config import Config
 from utils.datasets import (
     UNLIMITED,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pipeline.components import ModelFiles, new_cache, video_shape
 
 from model.lora import add_lora
-from pipeline.components import ModelFiles, new_cache, video_shape
 from trainer.data import (
     check_auxiliary_data,
     check_training_data,

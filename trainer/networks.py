@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pipeline.components import ModelFiles, computes_in_bf16
 from torch import Tensor, nn
 
 from model.lora import add_lora, with_adapters
 from model.vae import Autoencoder, init_autoencoder
-from pipeline.components import ModelFiles, computes_in_bf16
 from pipeline.text import TextSource
 from shapes.captions import CaptionReader
 from trainer.ema import EMA

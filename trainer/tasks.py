@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pipeline.components import (
+    ModelFiles,
+    block_layout,
+    context_policy,
+    level_timesteps,
+    video_shape,
+)
 from torch import Tensor
 
 from model.dmd import critic_loss, generator_loss, predict_scores, raw_timesteps, score_timesteps
@@ -27,13 +34,6 @@ from model.self_rollout import (
     self_rollout,
 )
 from model.vae import vae_loss
-from pipeline.components import (
-    ModelFiles,
-    block_layout,
-    context_policy,
-    level_timesteps,
-    video_shape,
-)
 from pipeline.sampling import BlockNoise
 from pipeline.text_to_video import VideoPipeline
 from shapes.captions import caption_loss

@@ -191,8 +191,7 @@ class SplitContext:
         """See `AttentionContext`."""
         ranges = zip(*(x.split(self.sizes, dim=1) for x in (q, k, v)), strict=True)
         outputs = [
-            context.attend(layer, *own)
-            for context, own in zip(self.contexts, ranges, strict=True)
+            context.attend(layer, *own) for context, own in zip(self.contexts, ranges, strict=True)
         ]
         return torch.cat(outputs, dim=1)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from pipeline.components import ModelFiles
 
 from pipeline import text
-from pipeline.components import ModelFiles
 from pipeline.text import TextSource
 from tests.conftest import TinyWorld
 from utils.config import load_config

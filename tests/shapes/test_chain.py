@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
 
 import shapes.chain as chain_script
 import train
-from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
 from shapes.chain import (
     QUICK,
     STAGES,

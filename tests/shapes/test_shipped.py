@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline.components import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 
 import scripts.evaluate
-from pipeline.components import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 from shapes.meter import measure, report
 from shapes.world import ShapesDataset, parse_caption, sample_scene, token_labels
 from utils.cli import run_main

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline.components import context_policy, level_timesteps
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.dmd import Scores, dmd_gradient, generator_loss
 from model.result import LossResult
 from model.self_rollout import RolloutPlan, plan_rollout
-from pipeline.components import context_policy, level_timesteps
 from tests.tiny_training import (
     FRAMES,
     LATENT,
