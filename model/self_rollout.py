@@ -9,19 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pipeline.components import (
-    block_layout,
-    context_policy,
-    level_timesteps,
-    new_cache,
-    video_shape,
-)
-from torch import Tensor
 
-from pipeline.rollout import Rollout, WindowResult
+from pipeline.passes import Plan
+from pipeline.rollout import WindowResult
 from pipeline.sampling import BlockNoise, Renoise
-from pipeline.schedule import BlockLayout, Schedule, Window
-from utils.config import Config
+from pipeline.schedule import BlockLayout, Window
+from pipeline.setup import Setup
 from utils.draws import Purpose
 from utils.noise import philox
 from wan.dit import DiTConfig, TextContext, WanDiT
@@ -43,55 +36,79 @@ class RolloutPlan:
         return f"{self.schedule}, {self.num_blocks} blocks, r = {sorted(set(self.exit_levels))}"
 
 
-def plan_rollout(config: Config, update: int) -> RolloutPlan:
-    """Draw schedule, number of blocks and r for one update."""
-    draw = philox(config.seed, Purpose.ROLLOUT_PLAN, (update,))
-    rolling = bool(draw.random() < config.rolling_probability)
-    fewest, most = rollout_blocks(config)
-    blocks = int(draw.integers(fewest, most + 1))
-    levels = draw.integers(0, config.num_levels, size=blocks)
-    if config.last_step_only:
-        levels[:] = config.num_levels - 1
-    if rolling or config.same_step_across_blocks:
-        levels[:] = levels[0]
-    return RolloutPlan(
-        "rolling" if rolling else "block", blocks, tuple(int(level) for level in levels)
-    )
+@dataclass(frozen=True)
+class RolloutRecipe:
+    """How training draws its rollouts.
+
+    `scored_frames`: latent frames that the scores see. `longest`: latent frames of the longest
+    rollout; rollouts of all lengths from the one to the other come equally often.
+    """
+
+    seed: int
+    num_levels: int
+    scored_frames: int
+    longest: int
+    rolling_probability: float
+    last_step_only: bool
+    same_step_across_blocks: bool
+
+    def blocks(self, layout: BlockLayout) -> tuple[int, int]:
+        """Fewest and most blocks of a rollout: all scored frames, and none too many."""
+        fewest = layout.blocks_for(self.scored_frames)
+        most = layout.blocks_for(self.longest)
+        if layout.start(most) > self.longest:
+            most -= 1
+        return fewest, max(fewest, most)
+
+    def longest_frames(self, layout: BlockLayout) -> int:
+        """Latent frames of the longest rollout, whole blocks."""
+        return layout.start(self.blocks(layout)[1])
+
+    def draw(self, layout: BlockLayout, update: int) -> RolloutPlan:
+        """Schedule, number of blocks and r of one update."""
+        draw = philox(self.seed, Purpose.ROLLOUT_PLAN, (update,))
+        rolling = bool(draw.random() < self.rolling_probability)
+        fewest, most = self.blocks(layout)
+        blocks = int(draw.integers(fewest, most + 1))
+        levels = draw.integers(0, self.num_levels, size=blocks)
+        if self.last_step_only:
+            levels[:] = self.num_levels - 1
+        if rolling or self.same_step_across_blocks:
+            levels[:] = levels[0]
+        return RolloutPlan(
+            "rolling" if rolling else "block", blocks, tuple(int(level) for level in levels)
+        )
 
 
-def rollout_blocks(config: Config) -> tuple[int, int]:
-    """Fewest and most blocks of a training rollout: all scored frames, and none too many."""
-    layout = block_layout(config)
-    fewest = layout.blocks_for(scored_frames(config))
-    most = layout.blocks_for(config.num_training_frames)
-    if layout.start(most) > config.num_training_frames:
-        most -= 1
-    return fewest, max(fewest, most)
+def passes_of(setup: Setup, plan: RolloutPlan) -> Plan:
+    """The passes of a training rollout; blocks of the block schedule stop at their own level."""
+    levels = None
+    if plan.schedule == "block":
+        levels = tuple(level + 1 for level in plan.exit_levels)
+    return setup.plan(setup.schedule(plan.num_blocks, kind=plan.schedule, block_levels=levels))
 
 
-def longest_rollout(config: Config) -> int:
-    """Latent frames of the longest training rollout."""
-    return block_layout(config).start(rollout_blocks(config)[1])
+def is_output(plan: RolloutPlan, num_levels: int, window: Window) -> bool:
+    """Whether this window's x_0 is the output of its blocks."""
+    if plan.schedule == "rolling":
+        return window.index % num_levels == plan.exit_levels[0]
+    return window.levels[0] == plan.exit_levels[window.blocks[-1]]
 
 
-def output_windows(config: Config, plan: RolloutPlan) -> list[Window]:
+def output_windows(setup: Setup, plan: RolloutPlan) -> list[Window]:
     """The windows whose x_0 is the output: they do not overlap and cover all blocks."""
-    schedule = _schedule(config, plan)
-    return [window for window in schedule if is_output(plan, schedule, window)]
-
-
-def scored_frames(config: Config) -> int:
-    """Latent frames that the scores see: the F of `image_or_video_shape`."""
-    return config.image_or_video_shape[1]
+    windows = (own.window for own in passes_of(setup, plan))
+    return [w for w in windows if w is not None and is_output(plan, setup.levels.num, w)]
 
 
 def self_rollout(
-    config: Config,
+    setup: Setup,
     dit: WanDiT,
     text: TextContext,
     noise: BlockNoise,
     plan: RolloutPlan,
     *,
+    scored_frames: int,
     grad: bool,
 ) -> Tensor:
     """The student's video `[B, F, C, h, w]`, float32.
@@ -99,16 +116,22 @@ def self_rollout(
     With `grad`, windows that touch the last `scored_frames` frames carry gradient; all other
     frames have their output too, without.
     """
-    layout = block_layout(config)
+    layout = setup.layout
     total = layout.start(plan.num_blocks)
-    first_scored = total - scored_frames(config)
-    rollout = _engine(config, dit, text, noise, plan, layout)
+    rollout = setup.rollout(
+        dit,
+        passes_of(setup, plan).schedule,
+        text=text,
+        noise=noise,
+        rule=Renoise(setup.levels.tensor(), noise),
+        recent_frames=total,  # nothing is evicted: checkpointed windows are read again later
+    )
     outputs: dict[int, Tensor] = {}
     while len(outputs) < plan.num_blocks:
-        window = rollout.schedule.window(rollout.index)
+        window = rollout.next_window
         assert window is not None, "every block has its window before the schedule ends"
-        chosen = is_output(plan, rollout.schedule, window)
-        touches = layout.start(window.blocks[-1] + 1) > first_scored
+        chosen = is_output(plan, setup.levels.num, window)
+        touches = layout.start(window.blocks.stop) > total - scored_frames
         result = rollout.step(grad=grad and chosen and touches)
         assert result is not None
         if chosen:
@@ -139,78 +162,32 @@ def scored_clip(
     return torch.cat([first, clip[:, 1:]], dim=1), counts
 
 
-def _engine(
-    config: Config,
-    dit: WanDiT,
-    text: TextContext,
-    noise: BlockNoise,
-    plan: RolloutPlan,
-    layout: BlockLayout,
-) -> Rollout:
-    frames = layout.start(plan.num_blocks)
-    cache = new_cache(
-        config,
-        dit.config,
-        batch=len(noise.samples),
-        dtype=text.keys[0].dtype,
-        device=text.keys[0].device,
-        recent_frames=frames,  # nothing is evicted: checkpointed windows are read again later
-    )
-    return Rollout(
-        dit,
-        schedule=_schedule(config, plan),
-        layout=layout,
-        policy=context_policy(config),
-        cache=cache,
-        grid=video_shape(config, dit.config).grid,
-        rule=Renoise(level_timesteps(config), noise),
-        noise=noise,
-        text=text,
-        context_noise=config.context_noise,
-    )
-
-
-def _schedule(config: Config, plan: RolloutPlan) -> Schedule:
-    if plan.schedule == "rolling":
-        return Schedule("rolling", config.num_levels, plan.num_blocks)
-    levels = tuple(level + 1 for level in plan.exit_levels)
-    return Schedule("block", config.num_levels, plan.num_blocks, block_levels=levels)
-
-
-def is_output(plan: RolloutPlan, schedule: Schedule, window: Window) -> bool:
-    """Whether this window's x_0 is the output of its blocks."""
-    if plan.schedule == "rolling":
-        return window.index % schedule.num_levels == plan.exit_levels[0]
-    return window.levels[0] == plan.exit_levels[window.blocks[-1]]
-
-
 def _by_block(result: WindowResult, layout: BlockLayout) -> dict[int, Tensor]:
     sizes = [layout.frames(block) for block in result.window.blocks]
     return dict(zip(result.window.blocks, result.x0.split(sizes, dim=1), strict=True))
 
 
-def rollout_flops(config: Config, sizes: DiTConfig, plan: RolloutPlan, *, grad: bool) -> int:
+def rollout_flops(
+    setup: Setup,
+    sizes: DiTConfig,
+    plan: RolloutPlan,
+    *,
+    scored_frames: int,
+    grad: bool,
+    checkpointing: bool,
+) -> int:
     """Operations of one video's rollout, with its backward passes if `grad`."""
-    layout, policy = block_layout(config), context_policy(config)
-    tokens = video_shape(config, sizes).tokens_per_frame
-    schedule = _schedule(config, plan)
-    first_scored = layout.start(plan.num_blocks) - scored_frames(config)
-    finished, done, total = 0, 0, 0
-    pending: list[int] = []
-    for window in schedule:
-        for block in pending:
-            frames = layout.frames(block)
-            total += pass_flops(sizes, policy.view(finished, frames, clean_pass=True), tokens)
-            finished += frames
-        frames = sum(layout.frames(block) for block in window.blocks)
-        forward = pass_flops(sizes, policy.view(finished, frames), tokens)
-        chosen = is_output(plan, schedule, window)
-        touches = layout.start(window.blocks[-1] + 1) > first_scored
-        with_backward = grad and chosen and touches
-        checkpointing = config.gradient_checkpointing
-        total += training_flops(forward, checkpointing=checkpointing) if with_backward else forward
-        pending = list(schedule.finishes(window))
-        done += len(window.blocks) if chosen else 0
+    tokens, layout = setup.shape.tokens_per_frame, setup.layout
+    first_scored = layout.start(plan.num_blocks) - scored_frames
+    done, total = 0, 0
+    for own in passes_of(setup, plan):
+        forward = sum(pass_flops(sizes, part.view, tokens) for part in own.parts)
+        window = own.window
+        chosen = window is not None and is_output(plan, setup.levels.num, window)
+        if grad and chosen and layout.start(own.parts[-1].blocks.stop) > first_scored:
+            forward = training_flops(forward, checkpointing=checkpointing)
+        total += forward
+        done += len(own.parts[-1].blocks) if chosen else 0
         if done == plan.num_blocks:
             break
     return total

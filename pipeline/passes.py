@@ -1,10 +1,10 @@
 """Passes as data: every forward of the network in its order, what goes through it, what it sees.
 
 The schedule says which blocks are denoised together; the plan adds the clean passes between them
-and gives each part its view of the past. Pure functions of integers: `Plan.at(index)` gives any pass
-directly, so a stream without end needs no list and a resumed one needs only its index. Operations
-are a sum over a plan, training chooses windows of it, and what a stream does next can be another
-plan: one that starts at a later block, with the past that is stored, or with none of it.
+and gives each part its view of the past. Pure functions of integers: `Plan.at(index)` gives any
+pass directly, so a stream without end needs no list and a resumed one needs only its index.
+Operations are a sum over a plan, training chooses windows of it, and what a stream does next can be
+another plan: one that starts at a later block, with the past that is stored, or with none of it.
 """
 
 from bisect import bisect_right

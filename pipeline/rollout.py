@@ -40,8 +40,8 @@ class Rollout:
     """Runs a plan of passes; yields one `WindowResult` per `step`.
 
     A finished block is handed out before its clean pass runs, and where no later pass reads it that
-    never runs (see `Plan`). Window passes only read the cache. `text` may be replaced between steps,
-    and so may `wrap_context`, through which every part's attention goes where it is set.
+    never runs (see `Plan`). Window passes only read the cache. `text` may be replaced between
+    steps, and so may `wrap_context`, through which every part's attention goes where it is set.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """The one door of configuration: a `Config` goes in, a frozen `Setup` of plain parts comes out.
 
-Below it nobody sees a `Config`. What a video is made of (geometry, blocks, policy, levels, step rule,
-guidance, files) is decided here and nowhere else, and caches and rollouts are built here alone.
+Below it nobody sees a `Config`. What a video is made of (geometry, blocks, policy, levels, step
+rule, guidance, files) is decided here and nowhere else, and caches and rollouts are built here
+alone.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from wan.kv_cache import ContextPolicy, KVCache
 class Levels:
     """The levels of a rollout, and how a block goes from one to the next.
 
-    `timesteps`: those of a distilled student, `[T]` falling; None where `sampler` takes `num` steps.
+    `timesteps`: of a distilled student, `[T]` falling; None where `sampler` takes `num` steps.
     """
 
     num: int
