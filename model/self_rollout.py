@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pipeline.passes import Plan
 from pipeline.rollout import WindowResult
