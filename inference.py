@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from pipeline.batch import BatchRun, Job, Outputs, plan_jobs
-from shapes import demo
 from utils.cli import check_picture, run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.distributed import Ranks

@@ -7,15 +7,14 @@ from pathlib import Path
 import torch
 
 from model.lora import add_lora
-from pipeline.components import ModelFiles, new_cache, video_shape
+from pipeline.components import ModelFiles, new_cache
 from trainer.data import (
-    check_auxiliary_data,
-    check_training_data,
     open_heldout_data,
     open_training_data,
     plan_batches,
 )
 from trainer.sharding import shards_of, strategy_of
+from trainer.tasks import find_task
 from utils.config import ROOT, Config
 from utils.errors import UserError
 from wan.checkpoints import empty_dit, load_dit_config
@@ -73,12 +72,12 @@ def planned_dtype(config: Config) -> torch.dtype:
 
 def networks_of(config: Config) -> dict[str, str]:
     """Role -> model folder of the transformers that a run has."""
-    if config.trainer in ("vae", "text_encoder"):
-        return {}
-    roles = {"generator": config.generator_name}
-    if config.trainer == "score_distillation":
-        roles |= {"real_score": config.real_name, "fake_score": config.fake_name}
-    return roles
+    names = {
+        "generator": config.generator_name,
+        "real_score": config.real_name,
+        "fake_score": config.fake_name,
+    }
+    return {role: names[role] for role in find_task(config.trainer).roles}
 
 
 def sizes_of(config: Config, name: str) -> DiTConfig:
@@ -125,13 +124,11 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
     plan = plan_batches(config, world)
     dataset = open_training_data(config)
     local = local_world or min(world, 8)
-    if not networks_of(config):
-        check_auxiliary_data(config, dataset)
-    else:
-        sizes = sizes_of(config, config.generator_name)
-        check_training_data(config, dataset, video_shape(config, sizes).latent)
+    task = find_task(config.trainer)
+    sizes = sizes_of(config, config.generator_name) if task.roles else None
+    task.check_data(config, dataset, sizes)
     lines = [f"data: {len(dataset)} items in {config.data_path}", plan.describe(), *plan.notes]
-    if heldout := open_heldout_data(config):
+    if heldout := open_heldout_data(config, lambda own, data: task.check_items(own, data, sizes)):
         measured = min(config.heldout_videos, len(heldout))
         lines.append(f"held-out data: {measured} items of {config.heldout_data_path}")
     lines.append(f"memory per rank of {world} (GiB), without activations:")

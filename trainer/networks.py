@@ -12,13 +12,11 @@ from model.lora import add_lora, with_adapters
 from model.vae import Autoencoder, init_autoencoder
 from pipeline.components import ModelFiles, computes_in_bf16
 from pipeline.text import TextSource
-from shapes.captions import CaptionReader
 from trainer.ema import EMA
 from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard_module, strategy_of
 from utils.config import Config, find_file
 from wan.checkpoints import check_keys, empty_dit, load_dit_config, read_state_dict
 from wan.dit import DiTConfig, WanDiT
-from wan.text_encoder import WanTextEncoder
 from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
@@ -117,6 +115,11 @@ def build_generator(config: Config, world: World) -> WanDiT:
     return build_dit(config, world, "generator", files.folder, source, trained=True)
 
 
+def student_sizes(config: Config) -> DiTConfig:
+    """Sizes of the student, from its model folder."""
+    return load_dit_config(ModelFiles.find(config, config.generator_name).folder)
+
+
 def build_score(config: Config, world: World, role: str, *, trained: bool) -> WanDiT:
     """Teacher (`real_score`) or critic (`fake_score`), from its model folder."""
     name = config.real_name if role == "real_score" else config.fake_name
@@ -174,34 +177,6 @@ def build_text(config: Config, world: World, text_len: int) -> TextSource:
         shard_module(model, list(model.encoder.block), mesh, None)
         text.remembers = False
     return text
-
-
-def build_text_encoder(config: Config, world: World) -> WanTextEncoder:
-    """The text encoder of the student's folder, in fp32, to be trained."""
-    files = ModelFiles.find(config, config.generator_name)
-    files.require(files.text_encoder, files.tokenizer)
-    return WanTextEncoder.from_official(
-        files.text_encoder,
-        files.tokenizer,
-        device=world.device,
-        dtype=torch.float32,
-        text_len=load_dit_config(files.folder).text_len,
-    )
-
-
-def build_caption_reader(
-    config: Config, world: World, encoder: WanTextEncoder, classes: list[int]
-) -> CaptionReader:
-    """The encoder with a linear probe, sharded."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        reader = CaptionReader(encoder.model, encoder.dim, classes).to(world.device)
-    reader.requires_grad_(True).train()
-    low = compute_dtype(config, world.device)
-    if world.size > 1 or low is not None:
-        mesh = make_mesh(strategy_of(config, "text_encoder"), world, config.hybrid_shard_size)
-        shard_module(reader, [], mesh, low)
-    return reader
 
 
 def build_trained_vae(config: Config, world: World) -> Autoencoder:

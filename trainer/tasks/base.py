@@ -4,9 +4,9 @@ The objectives themselves are in `model/`; a task feeds them with networks, text
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from model.result import LossResult
 from model.self_rollout import scored_frames
 from pipeline.components import ModelFiles, block_layout, video_shape
 from pipeline.text_to_video import VideoPipeline
-from trainer.data import BatchPlan, check_training_data
+from trainer.data import BatchPlan, check_embeddings
 from trainer.export import export_generator
 from trainer.metrics import Timer
 from trainer.networks import Player, build_generator, build_text, build_vae
@@ -27,7 +27,7 @@ from utils.errors import UserError
 from utils.video import to_float
 from wan.checkpoints import load_dit_config
 from wan.context import AttentionContext, MaskedContext, frame_mask
-from wan.dit import WanDiT
+from wan.dit import DiTConfig, WanDiT
 
 Batch = dict[str, Any]
 
@@ -36,29 +36,59 @@ class Task(ABC):
     """Trained networks (`players`), and what one update of each does with a micro-batch."""
 
     players: dict[str, Player]
+    roles: ClassVar[tuple[str, ...]] = ()
+    """The transformers it holds: of `generator`, `real_score`, `fake_score`."""
 
     def __init__(
         self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
     ) -> None:
         self.config = config
         self.world = world
-        self.plan = plan
+        self.batch_plan = plan
         self.timer = timer
         self.data = data
         self.files = ModelFiles.find(config, config.generator_name)
         if config.i2v:
             raise UserError("training starts from noise, not from images: set i2v=false")
 
-    def phases(self, step: int) -> Sequence[str]:
+    @classmethod
+    @abstractmethod
+    def check_items(cls, config: Config, data: Dataset, sizes: DiTConfig | None) -> None:
+        """Raise UserError unless the items are what it trains on.
+
+        `sizes` are the student's; None where no transformer is trained.
+        """
+
+    @classmethod
+    def check_data(cls, config: Config, data: Dataset, sizes: DiTConfig | None) -> None:
+        """Raise UserError unless it can train on these data, all texts included."""
+        cls.check_items(config, data, sizes)
+        if cls.roles:
+            check_embeddings(config, data)
+
+    def due(self, step: int) -> Sequence[str]:
         """Players that are updated in a step, in order."""
         return tuple(self.players)
 
+    def collect(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep what is no number (0-d) of a micro-batch of training for `derive`; the others."""
+        return metrics
+
+    def derive(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """What follows from the metrics of a step, which are means over the ranks.
+
+        All ranks have to call it.
+        """
+        if len(self.players) > 1:
+            return {}
+        return {"loss": metrics[f"{next(iter(self.players))}/loss"]}
+
     @abstractmethod
-    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+    def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
         """The loss of a micro-batch for one player."""
 
     @property
-    def heldout_phase(self) -> str:
+    def heldout_player(self) -> str:
         """The player whose loss is measured on held-out data."""
         return next(iter(self.players))
 
@@ -74,10 +104,10 @@ class Task(ABC):
 
         Such that means over the items are the loss and the metrics of one batch of all of them.
         """
-        return self.loss(self.heldout_phase, batch, draws)
+        return self.loss(self.heldout_player, batch, draws)
 
     @abstractmethod
-    def flops(self, phase: str, draws: Draws) -> int | None:
+    def flops(self, player: str, draws: Draws) -> int | None:
         """Floating-point operations of one video's share of an update; None: not known."""
 
     @abstractmethod
@@ -98,12 +128,15 @@ class Task(ABC):
 class GeneratorTask(Task):
     """Tasks that train a transformer as the generator."""
 
+    roles: ClassVar[tuple[str, ...]] = ("generator",)
+
     def __init__(
         self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
     ) -> None:
         super().__init__(config, world, plan, timer, data)
-        self.shape = video_shape(config, load_dit_config(self.files.folder))
-        check_training_data(config, data, self.shape.latent)
+        sizes = load_dit_config(self.files.folder)
+        self.shape = video_shape(config, sizes)
+        self.check_data(config, data, sizes)
         self.generator: WanDiT = build_generator(config, world)
         self.layout = block_layout(config)
         self.text = build_text(config, world, self.generator.config.text_len)

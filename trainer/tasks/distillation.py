@@ -1,6 +1,7 @@
 """The task of `model/dmd.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from model.self_rollout import (
 )
 from pipeline.sampling import BlockNoise
 from trainer.data import BatchPlan
-from trainer.metrics import Timer, latent_statistics
+from trainer.metrics import Timer, TimestepBuckets, latent_statistics
 from trainer.networks import build_score, make_player
 from trainer.sharding import World
 from trainer.tasks.base import Batch, GeneratorTask
@@ -26,12 +27,15 @@ from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws, Purpose, TrainingNoise
 from utils.errors import UserError
+from wan.dit import DiTConfig
 from wan.flops import forward_flops, training_flops
 from wan.flow import add_noise, shift_timesteps
 
 
 class Distillation(GeneratorTask):
     """DMD on self-rollouts: every step updates the critic, every n-th first the generator."""
+
+    roles = ("generator", "real_score", "fake_score")
 
     def __init__(
         self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
@@ -45,27 +49,46 @@ class Distillation(GeneratorTask):
             "generator": make_player(config, "generator", self.generator, ema=True),
             "critic": make_player(config, "critic", self.fake_score, critic=True),
         }
+        self.errors = TimestepBuckets()
 
-    def phases(self, step: int) -> Sequence[str]:
+    @classmethod
+    def check_items(cls, config: Config, data: Dataset, sizes: DiTConfig | None) -> None:
+        """See `Task`: of any data it reads the prompts."""
+
+    def due(self, step: int) -> Sequence[str]:
         """See `Task`."""
         if step % self.config.dfake_gen_update_ratio == 0:
             return ("generator", "critic")
         return ("critic",)
 
+    def collect(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Task`: the critic's error at each timestep."""
+        if "critic/errors" not in metrics:
+            return metrics
+        self.errors.add(metrics["critic/timesteps"], metrics["critic/errors"])
+        return {name: value for name, value in metrics.items() if value.ndim == 0}
+
+    def derive(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Task`: how far the critic is ahead of the teacher, and where it errs."""
+        derived: dict[str, Any] = {"critic/by_timestep": self.errors.read()}
+        if "teacher/error" in metrics:
+            derived["critic/ratio"] = metrics["critic/error"] / metrics["teacher/error"]
+        return derived
+
     @property
-    def heldout_phase(self) -> str:
+    def heldout_player(self) -> str:
         """The critic: the value of the generator's loss is no measure (see `generator_loss`)."""
         return "critic"
 
-    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+    def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
-        if phase == "generator":
+        if player == "generator":
             return self._generator_loss(batch, draws)
         return self._critic_loss(batch, draws)
 
-    def flops(self, phase: str, draws: Draws) -> int:
+    def flops(self, player: str, draws: Draws) -> int:
         """See `Task`."""
-        grad, config = phase == "generator", self.config
+        grad, config = player == "generator", self.config
         plan = plan_rollout(config, draws.update)
         frames, tokens = scored_frames(config), self.shape.tokens_per_frame
         rollout = rollout_flops(config, self.generator.config, plan, grad=grad)

@@ -9,8 +9,8 @@ from model.flow_matching import flow_matching_loss
 from model.ode_regression import block_levels
 from model.result import LossResult
 from model.self_rollout import output_windows, plan_rollout, scored_frames
-from pipeline.components import context_policy, level_timesteps
-from trainer.data import BatchPlan
+from pipeline.components import context_policy, level_timesteps, video_shape
+from trainer.data import BatchPlan, check_latents
 from trainer.metrics import Timer
 from trainer.networks import make_player
 from trainer.sharding import World
@@ -20,6 +20,7 @@ from utils.datasets import Dataset
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
 from wan.context import AttentionContext, ForcedContext
+from wan.dit import DiTConfig
 from wan.flops import forward_flops, pass_flops, training_flops
 from wan.flow import add_noise, shift_timesteps
 
@@ -46,7 +47,13 @@ class FlowMatching(GeneratorTask):
             self.context = self._parallel_context(teacher_forcing=config.teacher_forcing)
         self.windowed: dict[tuple[range, ...], ForcedContext] = {}
 
-    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+    @classmethod
+    def check_items(cls, config: Config, data: Dataset, sizes: DiTConfig | None) -> None:
+        """See `Task`."""
+        assert sizes is not None
+        check_latents(config, data, video_shape(config, sizes).latent)
+
+    def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
         config, device = self.config, self.world.device
         latents = self._latents(batch)
@@ -79,7 +86,7 @@ class FlowMatching(GeneratorTask):
             draws = replace(draws, update=draws.update + number)
         return super().heldout_loss(batch, draws, size)
 
-    def flops(self, phase: str, draws: Draws) -> int:
+    def flops(self, player: str, draws: Draws) -> int:
         """See `Task`."""
         sizes, tokens = self.generator.config, self.shape.tokens_per_frame
         if self.config.window_forcing:

@@ -8,8 +8,8 @@ from torch import Tensor
 from model.ode_regression import block_levels, ode_regression_loss
 from model.result import LossResult
 from model.self_rollout import scored_frames
-from pipeline.components import level_timesteps
-from trainer.data import BatchPlan
+from pipeline.components import level_timesteps, video_shape
+from trainer.data import BatchPlan, check_trajectories
 from trainer.metrics import Timer
 from trainer.networks import make_player
 from trainer.sharding import World
@@ -18,6 +18,7 @@ from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
+from wan.dit import DiTConfig
 from wan.flops import forward_flops, training_flops
 
 
@@ -34,10 +35,18 @@ class OdeInitialisation(GeneratorTask):
         self.timesteps = torch.cat([level_timesteps(config), torch.zeros(1)])  # [S]
         self.context = self._parallel_context()
 
-    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+    @classmethod
+    def check_items(cls, config: Config, data: Dataset, sizes: DiTConfig | None) -> None:
         """See `Task`."""
-        counted = self._noisy_frames(draws.for_indices(range(self.plan.videos)))
-        return self._regression(batch, draws, counted / (self.plan.ranks * self.plan.accumulation))
+        assert sizes is not None
+        check_trajectories(config, data, video_shape(config, sizes).latent)
+
+    def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
+        """See `Task`."""
+        counted = self._noisy_frames(draws.for_indices(range(self.batch_plan.videos)))
+        return self._regression(
+            batch, draws, counted / (self.batch_plan.ranks * self.batch_plan.accumulation)
+        )
 
     def heldout_size(self, prompts: Sequence[str], draws: Draws) -> float:
         """See `Task`: noisy frames."""
@@ -59,7 +68,7 @@ class OdeInitialisation(GeneratorTask):
             frames_in_loss=frames_in_loss,
         )
 
-    def flops(self, phase: str, draws: Draws) -> int:
+    def flops(self, player: str, draws: Draws) -> int:
         """See `Task`."""
         frames = scored_frames(self.config)
         forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)

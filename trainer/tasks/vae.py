@@ -4,7 +4,7 @@ from pathlib import Path
 
 from model.result import LossResult
 from model.vae import vae_loss
-from trainer.data import BatchPlan, check_auxiliary_data
+from trainer.data import BatchPlan, check_videos
 from trainer.export import export_vae
 from trainer.metrics import Timer
 from trainer.networks import build_trained_vae, make_player
@@ -13,6 +13,7 @@ from trainer.tasks.base import Batch, Task
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws, Purpose
+from wan.dit import DiTConfig
 
 
 class VaeTraining(Task):
@@ -22,11 +23,16 @@ class VaeTraining(Task):
         self, config: Config, world: World, plan: BatchPlan, timer: Timer, data: Dataset
     ) -> None:
         super().__init__(config, world, plan, timer, data)
-        check_auxiliary_data(config, data)
+        self.check_data(config, data, None)
         self.autoencoder = build_trained_vae(config, world)
         self.players = {"vae": make_player(config, "vae", self.autoencoder, ema=True)}
 
-    def loss(self, phase: str, batch: Batch, draws: Draws) -> LossResult:
+    @classmethod
+    def check_items(cls, config: Config, data: Dataset, sizes: DiTConfig | None) -> None:
+        """See `Task`."""
+        check_videos(config, data)
+
+    def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
         video = self._video(batch)
         latent = self.autoencoder.latent_shape(video)
@@ -41,7 +47,7 @@ class VaeTraining(Task):
                 edge_weight=self.config.vae.edge_weight,
             )
 
-    def flops(self, phase: str, draws: Draws) -> None:
+    def flops(self, player: str, draws: Draws) -> None:
         """See `Task`."""
 
     def export(self, folder: Path) -> None:
