@@ -3,6 +3,7 @@
 Nothing imports it. What it offers to others stands here; each part is imported where it is used.
 """
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
@@ -34,6 +35,13 @@ def open_meter() -> "ShapesTruth":
     from shapes.truth import ShapesTruth
 
     return ShapesTruth()
+
+
+def open_demo() -> ModuleType:
+    """The model that ships: what a command without a config runs."""
+    from shapes import demo
+
+    return demo
 
 
 def held_out_prompts(count: int) -> list[str]:

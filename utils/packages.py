@@ -7,6 +7,7 @@ own name space, each imported and called only where it is asked for:
     open_task(name) -> type[Task]                                  trainer: package:name
     open_meter() -> Meter                                          evaluate.py --meter package
     held_out_prompts(count) -> list[str]                           evaluate.py without --data_path
+    open_demo() -> module                                          inference.py without flags
 """
 
 import importlib
