@@ -9,17 +9,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.batch import BatchRun, Job, Outputs, plan_jobs
-from shapes import demo
 from utils.cli import check_picture, run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
+from utils.packages import offered, offers
 
 DEFAULT_FOLDER = "videos"
+DEMO_PACKAGE = "shapes"  # its `open_demo` is what runs without flags
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,8 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="inference.py",
         description="Turn prompts into videos of any length, written while they are generated. "
         "Without --config_path the model that ships makes them; what else is left out then is as "
-        f"in the demo: the prompts of {demo.PROMPTS}, {demo.SECONDS:g} seconds each, a contact "
-        "sheet.",
+        "in the demo: its prompts, ten seconds each, a contact sheet.",
         epilog="key=value overrides of the config may follow the flags, e.g. height=320 width=576.",
         allow_abbrev=False,
     )
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--seed", type=int, help="the same seed gives the same videos")
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output_folder", help=f"(default: {DEFAULT_FOLDER}; of the demo {demo.FOLDER})"
+        "--output_folder", help=f"(default: {DEFAULT_FOLDER}; of the demo videos/demo)"
     )
     output.add_argument(
         "--contact_sheet", metavar="FILE.png", help="draw frames of all videos into one image"
@@ -76,7 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fill_in_demo(args: argparse.Namespace) -> None:
+def open_demo() -> Any:
+    """The demo of the package that ships with its model; UserError if it is not here."""
+    if not offers(DEMO_PACKAGE, "open_demo"):
+        raise UserError("this copy has no demo: say with --config_path which model to use")
+    return offered(DEMO_PACKAGE, "open_demo")()
+
+
+def fill_in_demo(args: argparse.Namespace, demo: Any) -> None:
     """Give the flags that are left out their values in the demo."""
     args.config_path = demo.CONFIG
     args.checkpoint_path = args.checkpoint_path or demo.CHECKPOINT
@@ -103,7 +111,7 @@ def read_config(args: argparse.Namespace, ranks: Ranks) -> Config:
     return config
 
 
-def model_flags(args: argparse.Namespace) -> list[str]:
+def model_flags(args: argparse.Namespace, demo: Any) -> list[str]:
     """The flags that made the demo use another model than the one that ships."""
     flags = []
     if args.checkpoint_path != demo.CHECKPOINT:
@@ -118,12 +126,12 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args([item for item in argv if item != "--"])
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
-    is_demo = args.config_path is None
-    if is_demo:
-        fill_in_demo(args)
+    demo = open_demo() if args.config_path is None else None
+    if demo:
+        fill_in_demo(args, demo)
     check_picture("--contact_sheet", args.contact_sheet)
     config = read_config(args, ranks)
-    if is_demo:
+    if demo:
         demo.require_model(config, args.checkpoint_path)
     jobs = plan_jobs(
         config,
@@ -135,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
         with_index=args.save_with_index,
         ema=args.use_ema,
     )
-    if is_demo:
+    if demo:
         demo.warn_of_other_prompts([job.prompt for job in jobs])
     outputs = Outputs(
         Path(args.output_folder or DEFAULT_FOLDER),
@@ -152,19 +160,19 @@ def main(argv: Sequence[str]) -> int:
             "the GPU has too little memory for this model; close other programs, or use a smaller "
             "resolution (height=… width=…)"
         ) from error
-    show(run, jobs, args, is_demo=is_demo)
+    show(run, jobs, args, demo)
     return 0
 
 
-def show(run: BatchRun, jobs: Sequence[Job], args: argparse.Namespace, *, is_demo: bool) -> None:
+def show(run: BatchRun, jobs: Sequence[Job], args: argparse.Namespace, demo: Any) -> None:
     """Draw the contact sheet, close the demo; of several ranks the last to end does it."""
     videos = run.made(jobs)
     if args.contact_sheet is None or len(videos) < len(jobs):
         return
     sheet = Path(args.contact_sheet)
     run.write_contact_sheet(list(videos), sheet)
-    if is_demo:
-        print(demo.closing_text(videos, sheet, run.config.fps, model_flags(args)))
+    if demo:
+        print(demo.closing_text(videos, sheet, run.config.fps, model_flags(args, demo)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ from utils.errors import UserError
 Array = NDArray[np.floating]
 Frames = NDArray[np.uint8]
 
+VERSION = 3
+"""Raised when a measure is new or its formula another, as is then that of every meter built on it:
+results of two versions are never mixed.
+"""
+
 DRIFT_SECONDS = 5.0
 
 _STILL = 0.5  # grey levels, too little to see: the flicker of a still video is 1

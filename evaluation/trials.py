@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from evaluation.results import Judge, Result, write_json
+from evaluation.meters import Judge, Meter, Result
+from evaluation.results import write_json
 from pipeline.batch import Outputs, model_settings
 from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline, load_generator
-from shapes.world import sample_scene
 from utils.config import Config, find_file
 from utils.devices import choose_device, choose_dtype, device_name
 from utils.prompts import clip_utf8
@@ -40,11 +40,6 @@ class Trial:
         return f"{self.seed}: {self.prompt}"
 
 
-def held_out_captions(count: int) -> list[str]:
-    """Captions of the first `count` held-out scenes of the shapes world."""
-    return [sample_scene(0, index, split="heldout").caption for index in range(count)]
-
-
 def plan_trials(prompts: Sequence[str], seeds: int, first_seed: int) -> list[Trial]:
     """Every prompt with seeds `first_seed`, `first_seed + 1`, ...; all prompts of a seed first."""
     different = list(dict.fromkeys(prompts))
@@ -62,12 +57,15 @@ class Evaluation:
         use_ema: bool,
         seconds: float,
         export: Path | None = None,
+        truth: Meter | None = None,
     ) -> None:
-        """`export`: a folder that gets the videos too, as `{prompt}-{index}.mp4`."""
+        """`export`: a folder that gets the videos too, as `{prompt}-{index}.mp4`; `truth`: see
+        `Judge`.
+        """
         self.config = config
         self.checkpoint = None if checkpoint is None else find_file(checkpoint, "checkpoint")
         self.use_ema = use_ema
-        self.export = export
+        self.export, self.truth = export, truth
         self.setup = Setup.of(config)
         self.shape = self.setup.shape
         length = Outputs(Path(), duration=seconds).length(self.shape, config.fps)
@@ -119,7 +117,13 @@ class Evaluation:
         pipe, path = self._pipe, self.export_path(trial)
         if path is not None:  # its record never tells of another video
             path.with_suffix(".json").unlink(missing_ok=True)
-        judge = Judge(trial.prompt, fps=self.config.fps, first=self.first, block=self.block)
+        judge = Judge(
+            trial.prompt,
+            fps=self.config.fps,
+            truth=self.truth,
+            first=self.first,
+            block=self.block,
+        )
         made, waited, first_frame = 0, 0.0, 0.0
         text = self._texts[trial.prompt].to(pipe.device)
         with ExitStack() as stack:

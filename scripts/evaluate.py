@@ -3,13 +3,14 @@
     python scripts/evaluate.py --config_path configs/shapes/rolling_forcing.yaml \\
         --checkpoint_path checkpoints/shapes_rolling_forcing.pt \\
         --prompts 16 --seeds 3 --seconds 60 --json out.json --plot out.png
-    python scripts/evaluate.py --videos videos --json out.json
+    python scripts/evaluate.py --videos videos --meter shapes --json out.json
 
-Videos of held-out prompts of the shapes world (or of `--data_path`) are streamed and measured block
-by block. Where the prompt is a caption of that world they are held against the truth
-(`utils/shape_meter.py`), else by their own beginning (`utils/video_meter.py`); docs/shapes.md has
-the formulas. Results are kept one by one beside the JSON file, so the same command goes on where it
-was stopped. Under torchrun the ranks share the videos, also several ranks on one GPU:
+Videos of the prompts in `--data_path` are streamed and measured block by block: against the truth
+where `--meter` names a package that knows it of these prompts, else against their own beginning
+(`evaluation/statistics.py`); docs/shapes.md has the formulas. By default the package is that of the
+config's `data_path`, if it is one such as shapes:train, and its held-out prompts are those without
+`--data_path`. Results are kept one by one beside the JSON file, so the same command goes on where
+it was stopped. Under torchrun the ranks share the videos, also several ranks on one GPU:
 
     torchrun --nproc_per_node 8 scripts/evaluate.py ...
 """
@@ -30,21 +31,18 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.results import Judge, Result, ResultLog, draw_curves, summarise, table, write_json
-from evaluation.trials import (
-    Evaluation,
-    held_out_captions,
-    plan_trials,
-    vbench_name,
-)
+from evaluation.curves import draw_curves
+from evaluation.meters import Judge, Meter, Result, meter_settings, meters_by_kind
+from evaluation.results import ResultLog, summarise, summary_text, write_json
+from evaluation.trials import Evaluation, plan_trials, vbench_name
 from pipeline.batch import file_hash
 from pipeline.setup import Setup
-from shapes.meter import METER_VERSION
 from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
-from utils.config import fingerprint, load_config
+from utils.config import Config, fingerprint, load_config
 from utils.devices import choose_device
 from utils.distributed import Ranks
 from utils.errors import UserError
+from utils.packages import offered, offers, split_name
 from utils.prompts import read_prompts
 from utils.video import frame_rate, read_video_chunks
 
@@ -72,7 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--use_ema", action="store_true", default=None, help="use its generator_ema weights"
     )
     parser.add_argument("--videos", type=Path, help="measure the mp4 files of this folder instead")
-    parser.add_argument("--data_path", help="prompt file (default: held-out shapes captions)")
+    parser.add_argument("--data_path", help="prompt file (default: held-out ones of the package)")
+    parser.add_argument("--meter", metavar="PACKAGE", help="what knows the truth, such as shapes")
     parser.add_argument(
         "--prompts", type=int, help=f"the first so many (default: {HELD_OUT_PROMPTS}; a file: all)"
     )
@@ -143,26 +142,48 @@ class Run:
         keys: Sequence[str],
         measure: Callable[[str], Result],
         *,
+        truth: Meter | None,
         identity: dict[str, Any],
         settings: dict[str, Any],
         prepare: Callable[[Sequence[str]], None] = lambda missing: None,
         is_there: Callable[[str], bool] = lambda key: True,
     ) -> None:
-        """`settings` describe the run in the JSON file; `prepare` loads what `measure` needs."""
-        self.keys, self.measure, self.identity = list(keys), measure, identity
-        self.settings, self.prepare, self.is_there = settings, prepare, is_there
+        """`settings` describe the run in the JSON file, beside `identity` and the meter that is
+        part of it; `prepare` loads what `measure` needs.
+        """
+        self.keys, self.measure, self.truth = list(keys), measure, truth
+        self.identity = {**identity, **meter_settings(truth)}
+        self.settings = {**self.identity, **settings}
+        self.prepare, self.is_there = prepare, is_there
 
     def left(self, kept: Mapping[str, Result]) -> list[str]:
         """Keys of what has still to be made or measured."""
         return [key for key in self.keys if key not in kept or not self.is_there(key)]
 
 
+def package_of(args: argparse.Namespace, config: Config | None) -> str | None:
+    """The package that knows the truth: the one asked for, or else that of the config's data."""
+    if args.meter is not None or config is None:
+        return args.meter
+    named = split_name(config.data_path or "")
+    return named[0] if named and offers(named[0], "open_meter") else None
+
+
+def truth_of(package: str | None) -> Meter | None:
+    """The meter that a package offers; UserError if it has none."""
+    return None if package is None else offered(package, "open_meter")()
+
+
 def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Videos that a model makes."""
     config = load_config(args.config_path, args.overrides)
     config.device = str(choose_device(ranks.device_name(args.device or config.device)))
+    package = package_of(args, config)
+    truth = truth_of(package)
     if args.data_path is None:
-        prompts = held_out_captions(args.prompts or HELD_OUT_PROMPTS)
+        if package is None:
+            raise UserError("say with --data_path what the videos show: a file of prompts")
+        prompts = offered(package, "held_out_prompts")(args.prompts or HELD_OUT_PROMPTS)
     else:
         prompts = read_prompts(args.data_path)[: args.prompts]
     seconds = SECONDS if args.seconds is None else args.seconds
@@ -172,27 +193,29 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
         use_ema=bool(args.use_ema),
         seconds=seconds,
         export=args.vbench or args.keep_videos,
+        truth=truth,
     )
-    if args.data_path is None and evaluation.shape.height != evaluation.shape.width:
-        raise UserError(
-            f"{args.config_path} makes no square videos, as captions of the shapes world need; "
-            "give prompts with --data_path"
-        )
+    if args.data_path is None and truth is not None:
+        size = {"height": evaluation.shape.height, "width": evaluation.shape.width}
+        if truth.start(prompts[0], fps=config.fps, **size) is None:
+            raise UserError(
+                f"{args.config_path} makes no videos that {package} can measure; give prompts "
+                "with --data_path, or a config of its size"
+            )
     trials = {t.key: t for t in plan_trials(prompts, args.seeds or 1, config.seed)}
     names = {key: vbench_name(t.prompt, t.index) for key, t in trials.items()}
     check_exports(names, evaluation.export, judged=args.vbench is not None)
-    identity = {**evaluation.settings, "meter": METER_VERSION}
 
     return Run(
         list(trials),
         lambda key: evaluation(trials[key]),
-        identity=identity,
+        truth=truth,
+        identity=evaluation.settings,
         settings={
-            **identity,
             "config": args.config_path,
             "overrides": args.overrides,
             "checkpoint": args.checkpoint_path,
-            "prompts": args.data_path or "held-out captions of the shapes world",
+            "prompts": args.data_path or f"held-out prompts of {package}",
             "seconds": seconds,
             "seeds": sorted({trial.seed for trial in trials.values()}),
         },
@@ -213,12 +236,13 @@ def videos_run(args: argparse.Namespace) -> Run:
     names = {files[key].name: name for key, name in exported.items()}
     check_exports(names, args.vbench, judged=True)
     first, block = 9, 12
-    if args.config_path is not None:
-        setup = Setup.of(load_config(args.config_path, args.overrides))
-        first, block = map(setup.block_video_frames, (0, 1))
+    config = load_config(args.config_path, args.overrides) if args.config_path else None
+    truth = truth_of(package_of(args, config))
+    if config is not None:
+        first, block = map(Setup.of(config).block_video_frames, (0, 1))
 
     def measure(key: str) -> Result:
-        result = measure_file(files[key], first, block)
+        result = measure_file(files[key], first, block, truth)
         if args.vbench is not None:
             export(files[key], args.vbench / exported[key])
         return result
@@ -229,12 +253,12 @@ def videos_run(args: argparse.Namespace) -> Run:
         copy = args.vbench / exported[key]
         return copy.is_file() and file_hash(copy) == file_hash(files[key])
 
-    settings = {"frames_in_first_block": first, "frames_per_block": block, "meter": METER_VERSION}
     return Run(
         list(files),
         measure,
-        identity=settings,
-        settings={**settings, "videos": str(args.videos)},
+        truth=truth,
+        identity={"frames_in_first_block": first, "frames_per_block": block},
+        settings={"videos": str(args.videos)},
         is_there=is_there,
     )
 
@@ -244,12 +268,12 @@ def video_key(path: Path) -> str:
     return f"{file_hash(path)} {path.name}: {prompt_of(path)[0]}"
 
 
-def measure_file(path: Path, first: int, block: int) -> Result:
+def measure_file(path: Path, first: int, block: int, truth: Meter | None) -> Result:
     """One video file; its prompt says against what. UserError, naming it, if it is unreadable."""
     prompt, sample = prompt_of(path)
     frames = 0
     try:
-        judge = Judge(prompt, fps=frame_rate(path), first=first, block=block)
+        judge = Judge(prompt, fps=frame_rate(path), truth=truth, first=first, block=block)
         for chunk in read_video_chunks(path):
             judge.add(chunk.numpy())
             frames += len(chunk)
@@ -286,7 +310,10 @@ def prompt_of(path: Path) -> tuple[str, int]:
 def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks: Ranks) -> None:
     """Sum up, write, print, draw, and let VBench judge if that is wanted."""
     kinds = sorted({result["kind"] for result in results})
-    summary = {kind: summarise([r for r in results if r["kind"] == kind]) for kind in kinds}
+    meters = meters_by_kind(run.truth)
+    summary = {
+        kind: summarise([r for r in results if r["kind"] == kind], meters[kind]) for kind in kinds
+    }
     devices = sorted({result["device"] for result in results if "device" in result})
     made_on = {"device": ", ".join(devices)} if devices else {}
     content = {
@@ -300,11 +327,12 @@ def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks:
     }
     write_json(args.json, content, tag=f".{ranks.rank}")
     for kind in kinds:
-        print(table(kind, summary[kind]))
+        print(summary_text(summary[kind], meters[kind]))
     if args.plot is not None:
         for kind in kinds:
             name = args.plot if len(kinds) == 1 else args.plot.with_stem(f"{args.plot.stem}_{kind}")
-            draw_curves(kind, {args.json.stem: summary[kind]}, name, tag=f".{ranks.rank}")
+            drawn = {args.json.stem: summary[kind]}
+            draw_curves(drawn, name, meters[kind].curves, tag=f".{ranks.rank}")
             print(name)
     print(args.json)
     if args.vbench is not None:

@@ -1,8 +1,8 @@
 """Train and measure the variants of the method in the shapes world; table, curves, contact sheets.
 
-    python shapes/ablate.py
-    python shapes/ablate.py --only rolling_forcing self_forcing --seeds 1
-    python shapes/ablate.py --table_only --write docs/ablations.md
+    python -m shapes.ablate
+    python -m shapes.ablate --only rolling_forcing self_forcing --seeds 1
+    python -m shapes.ablate --table_only --write docs/ablations.md
 
 Weights that ship (`checkpoints/shapes_*.pt`) are used where the config is the one that they were
 trained with. What is missing, changed by `key=value` or in `--configs` (with `--retrain`, all) is
@@ -31,21 +31,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from evaluation.results import (
-    Result,
-    draw_curves,
-    extra_measures,
-    mean_and_spread,
-    numbers,
-    write_text,
-)
+from evaluation.curves import draw_curves
+from evaluation.meters import Curve, Result
+from evaluation.results import mean_and_spread, measures_of, write_text
 from evaluation.statistics import mean as mean_of_known
-from evaluation.trials import Evaluation, held_out_captions, plan_trials, vbench_name
+from evaluation.trials import Evaluation, plan_trials, vbench_name
 from model.self_rollout import longest_rollout
 from pipeline.batch import file_hash
-from shapes.meter import METER_VERSION
+from shapes import held_out_prompts
+from shapes.truth import ShapesTruth
 from trainer.trainer import recipe
 from utils.cli import require_matplotlib, run_main
 from utils.config import ROOT, Config, find_file, fingerprint, load_config
@@ -239,13 +233,12 @@ COLUMNS = (
     Column("frames/s", ("fps",), 1),
 )
 
+TRUTH = ShapesTruth()
 CURVES = {
-    "right": "colour and kind right (share of frames)",
-    "colour_right": "colour right (share of frames)",
-    "kind_right": "kind right (share of frames)",
-    "motion": "motion (speed / prompt's)",
-    "path": "path (1: as the world's law)",
-    "background_error": "background error (grey levels)",
+    "right": TRUTH.curves["right"],
+    "colour_right": Curve("colour right (share of frames)", share=True),
+    "kind_right": Curve("kind right (share of frames)", share=True),
+    **{name: TRUTH.curves[name] for name in ("motion", "path", "background_error", "survival")},
 }
 
 LEGEND = (
@@ -380,9 +373,9 @@ class Measurement:
         content = read_json(self.json)
         config = load_config(self.config, self.overrides)
         asked = Evaluation(config, self.weights, use_ema=False, seconds=self.seconds).settings
-        trials = plan_trials(held_out_captions(self.prompts), self.seeds, config.seed)
+        trials = plan_trials(held_out_prompts(self.prompts), self.seeds, config.seed)
         made = [(result["prompt"], result["seed"]) for result in content["videos"]]
-        asked |= {"meter": METER_VERSION}
+        asked |= {"meter": TRUTH.version}
         same = all(content["settings"].get(name) == value for name, value in asked.items())
         return same and made == [(trial.prompt, trial.seed) for trial in trials]
 
@@ -393,7 +386,7 @@ class Measurement:
         self.json.parent.mkdir(parents=True, exist_ok=True)
         self.sheet.unlink(missing_ok=True)  # of what was there before
         run_command(self.name, self.command)
-        prompts = list(dict.fromkeys(held_out_captions(self.prompts)))[:SHEET_ROWS]
+        prompts = list(dict.fromkeys(held_out_prompts(self.prompts)))[:SHEET_ROWS]
         files = [self.videos / vbench_name(prompt, 0) for prompt in prompts]
         rows = [spread_frames(file, SHEET_COLUMNS).numpy() for file in files]
         write_png(self.sheet, contact_sheet(rows, SHEET_COLUMNS))
@@ -506,6 +499,7 @@ def plan_measurement(
     folder = figures_folder(args.folder, seconds)
     flags = {
         "config_path": config,
+        "meter": TRUTH.name,
         "checkpoint_path": weights,
         "prompts": prompts,
         "seeds": seeds,
@@ -611,7 +605,7 @@ def read_figures(folder: Path) -> Figures:
     files = {variant.key: folder / f"{variant.key}.json" for variant in VARIANTS}
     figures = {key: read_json(file) for key, file in files.items() if file.is_file()}
     for key, content in list(figures.items()):
-        if content["settings"].get("meter") != METER_VERSION:
+        if content["settings"].get("meter") != TRUTH.version:
             print(f"{files[key]} was measured by another version of the meter: left out")
             del figures[key]
     return figures
@@ -692,7 +686,7 @@ def column_figures(column: Column, results: Sequence[Result]) -> tuple[float, fl
     """Mean over the videos, and spread of the seeds' means."""
     values = []
     for result in results:
-        known = numbers(result["report"]) | extra_measures(result)
+        known = measures_of(result, TRUTH)
         values.append([known.get(name, np.nan) for name in column.measures])
     each = mean_of_known(np.array(values, float).T)  # [videos]
     mean, spread = mean_and_spread(each[:, None], [result["seed"] for result in results])
@@ -712,7 +706,7 @@ def draw(figures: Figures, out: Path) -> None:
         if variant.drawn and variant.key in figures
     }
     if drawn:
-        draw_curves("shapes", drawn, out, CURVES)
+        draw_curves(drawn, out, CURVES)
 
 
 def split_page(page: Path) -> tuple[str, str]:

@@ -1,9 +1,9 @@
 """The whole method in the shapes world, stage by stage, from nothing to a measured student.
 
-    python shapes/chain.py                  # everything, into runs/shapes
-    python shapes/chain.py --until teacher  # a part of it; the same command goes on
-    python shapes/chain.py --redo teacher   # again from there; then go on without --redo
-    python shapes/chain.py --quick          # a few updates of each stage, checked
+    python -m shapes.chain                  # everything, into runs/shapes
+    python -m shapes.chain --until teacher  # a part of it; the same command goes on
+    python -m shapes.chain --redo teacher   # again from there; then go on without --redo
+    python -m shapes.chain --quick          # a few updates of each stage, checked
 
 Every stage is one of the project's own commands with a config of `configs/shapes`, and can be
 stopped at any point: the same command goes on there. What a stage cost and reached is printed and
@@ -28,12 +28,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE, ModelFiles
-
 from evaluation.results import write_json
 from pipeline.batch import UNRELATED_KEYS, file_hash, network_files
+from shapes import init
+from trainer.tasks import find_task
 from trainer.trainer import recipe
 from utils.cli import make_folder, run_main
 from utils.config import (
@@ -55,6 +53,7 @@ from utils.launch import (
     training_command,
 )
 from wan.checkpoints import publish_model, publish_student, read_state_dict
+from wan.folders import TEXT_ENCODER_FILE, VAE_FILE, ModelFolder
 from wan.weights import read_weights, replaced, save_weights
 
 MODEL = "Shapes"
@@ -236,7 +235,7 @@ class Training:
         """What decides the weights; UserError if an override is wrong."""
         config = load_config(chain.config(self.name), self._changes(chain))
         values = recipe(config)
-        if config.trainer in ("vae", "text_encoder"):  # no video is made, no transformer trained
+        if not find_task(config.trainer).roles:  # no video is made, no transformer trained
             keys = {"image_or_video_shape", "dtype", "seed", "videos_per_update", *TRAINING_KEYS}
             values = {key: value for key, value in values.items() if key in keys}
         return values
@@ -274,7 +273,7 @@ def start_models(chain: Chain) -> str:
     """Sizes, tokenizer and an untrained text encoder."""
     folder = chain.own_models / MODEL
     if not (folder / TEXT_ENCODER_FILE).exists():
-        run_command("init", script_command("shapes/init.py", ("--folder", folder)))
+        init.main(["--folder", str(folder)])
     return "sizes, tokenizer"
 
 
@@ -574,12 +573,12 @@ def go_back(chain: Chain, record: Record, name: str) -> None:
 def check_shipped(chain: Chain) -> dict[str, str]:
     """Hashes of the weights that `--quick` builds on; UserError unless they are there."""
     config = load_config(chain.config("rolling_forcing"), [f"model_root={chain.models}"])
-    files = ModelFiles.find(config, MODEL)
+    files = ModelFolder.find(config.model_root, MODEL)
     files.require(files.vae, files.text_encoder, files.tokenizer)
-    if not network_files(files.folder):
-        raise UserError(f"{files.folder} has no teacher, which --quick builds on.")
+    if not network_files(files.path):
+        raise UserError(f"{files.path} has no teacher, which --quick builds on.")
     starts = [find_file(chain.checkpoints / f"shapes_{name}.pt", "checkpoint") for name in STARTS]
-    parts = [files.vae, files.text_encoder, *network_files(files.folder), *starts]
+    parts = [files.vae, files.text_encoder, *network_files(files.path), *starts]
     return {path.name: file_hash(path) for path in parts}
 
 

@@ -1,6 +1,6 @@
 """Does a model go on from what it sees? True clips of the shapes world, continued.
 
-    python shapes/continuation.py --config_path configs/shapes/self_forcing.yaml \\
+    python -m shapes.continuation --config_path configs/shapes/self_forcing.yaml \\
         --checkpoint_path checkpoints/shapes_self_forcing.pt
 
 The model gets the first seconds of a true clip that begins at `--start` of its held-out scene, by
@@ -17,11 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from evaluation.results import write_json

@@ -1,6 +1,6 @@
 """Start a model folder of the shapes world: sizes, tokenizer, an untrained text encoder.
 
-    python shapes/init.py --folder runs/shapes/models/Shapes
+    python -m shapes.init --folder runs/shapes/models/Shapes
 
 The file names are those of the official release, so every later step goes through the loaders of
 the published models.
@@ -15,13 +15,10 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from pipeline.components import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
-
 from shapes.world import sample_scene
 from utils.cli import make_folder, run_main
 from utils.errors import UserError
+from wan.folders import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
 from wan.text_encoder import WanTextEncoder, WanTokenizer
 
 DIT = {

@@ -1,12 +1,12 @@
 """Batches: which item of the data goes to which rank, micro-batch and row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pipeline.components import ModelFiles, level_timesteps, video_shape
 
+from pipeline.setup import Setup
 from utils.config import Config
 from utils.datasets import (
     UNLIMITED,
@@ -14,7 +14,6 @@ from utils.datasets import (
     GlobalOrder,
     LatentDataset,
     OdePairDataset,
-    ShapesVideos,
     VideoDataset,
     collate,
     open_dataset,
@@ -22,7 +21,6 @@ from utils.datasets import (
 from utils.draws import Draws, Purpose
 from utils.embeddings import EmbeddingStore
 from utils.errors import UserError
-from wan.checkpoints import load_dit_config
 
 
 @dataclass(frozen=True)
@@ -99,20 +97,20 @@ def plan_batches(config: Config, ranks: int) -> BatchPlan:
 class Batches:
     """Micro-batches of this rank, and the data position.
 
-    Each phase reads its own sequence of the data; its position counts items of the global batch,
+    Each player reads its own sequence of the data; its position counts items of the global batch,
     so it means the same on any number of ranks.
     """
 
     def __init__(self, dataset: Dataset, plan: BatchPlan, rank: int, seed: int) -> None:
         self.dataset = dataset
-        self.plan = plan
+        self.batch_plan = plan
         self.rank = rank
         self.order = GlobalOrder(len(dataset), seed)
         self.position = 0
 
     def micro_batch(self, micro: int, draws: Draws) -> tuple[dict[str, Any], Draws]:
         """This rank's items of one micro-batch of the current update, and their draws."""
-        indices = self.plan.indices(micro, self.rank)
+        indices = self.batch_plan.indices(micro, self.rank)
         own = draws.for_indices(indices)
         rows = [self.order.index(self.position + index) for index in indices]
         if isinstance(self.dataset, VideoDataset):
@@ -124,95 +122,79 @@ class Batches:
 
     def advance(self) -> None:
         """The update is done: go on to the next global batch."""
-        self.position += self.plan.videos
+        self.position += self.batch_plan.videos
 
 
-def open_training_data(config: Config) -> Dataset:
+def open_training_data(config: Config, setup: Setup) -> Dataset:
     """The data that `data_path` names."""
     if config.data_path is None:
         raise UserError("the config names no data: set data_path=…")
-    shape = config.image_or_video_shape
     return open_dataset(
         config.data_path,
-        num_frames=1 + 4 * (shape[1] - 1),
+        num_frames=setup.shape.video_frames(config.image_or_video_shape[1]),
         height=config.height,
         width=config.width,
         extended_path=config.extended_data_path,
     )
 
 
-def check_auxiliary_data(config: Config, data: Dataset) -> None:
-    """Raise UserError unless the data are what a VAE or a text encoder trains on."""
-    if config.trainer == "vae" and not isinstance(data, VideoDataset | ShapesVideos):
-        raise UserError(f"{config.data_path} holds no videos: set data_path to a folder of them")
-    if config.trainer == "text_encoder" and not isinstance(data, ShapesVideos):
-        raise UserError("the text encoder is trained on the shapes world: data_path=shapes:train")
+def open_heldout_data(
+    config: Config, setup: Setup, check: Callable[[Config, Setup, Dataset], None]
+) -> Dataset | None:
+    """The data that `heldout_data_path` names, where the config measures them.
 
-
-def check_training_data(config: Config, data: Dataset, latent: Sequence[int]) -> None:
-    """Raise UserError unless the data are what a transformer's objective trains on.
-
-    `latent`: `[C, h, w]` of this config's videos.
-    """
-    _check_items(config, data, latent)
-    if config.text_embeddings:
-        _check_embeddings(config, data)
-
-
-def open_heldout_data(config: Config) -> Dataset | None:
-    """The data that `heldout_data_path` names, checked as those of training are; None if unused.
+    `check` raises UserError unless a config trains on data of their kind.
 
     Raises:
-        UserError: there are none, or this config does not train on their kind.
+        UserError: there are none, or they are of another kind.
     """
     if not config.heldout_every:
         return None
     own = replace(config, data_path=config.heldout_data_path, extended_data_path=None)
     try:
-        data = open_training_data(own)
-        if config.trainer in ("vae", "text_encoder"):
-            check_auxiliary_data(own, data)
-        else:
-            sizes = load_dit_config(ModelFiles.find(config, config.generator_name).folder)
-            _check_items(own, data, video_shape(config, sizes).latent)
-            if config.text_embeddings:
-                prompts = first_prompts(data, config.heldout_videos)
-                EmbeddingStore(config.text_embeddings).require(prompts)
+        data = open_training_data(own, setup)
+        check(own, setup, data)
+        if config.text_embeddings:
+            prompts = first_prompts(data, config.heldout_videos)
+            EmbeddingStore(config.text_embeddings).require(prompts)
     except UserError as error:
         raise UserError(f"heldout_data_path: {error}") from error
     return data
 
 
-def _check_items(config: Config, data: Dataset, latent: Sequence[int]) -> None:
-    """What a transformer's objective reads has to be there, in this config's size."""
-    size = (config.image_or_video_shape[1], *latent)
-    if config.trainer == "ode":
-        _check_trajectories(config, data, size)
-    elif config.trainer == "diffusion" and isinstance(data, LatentDataset):
+def check_videos(config: Config, data: Dataset) -> None:
+    """Raise UserError unless the items are videos."""
+    if "video" not in data.holds:
+        raise UserError(f"{config.data_path} holds no videos: set data_path to a folder of them")
+
+
+def check_latents(config: Config, setup: Setup, data: Dataset) -> None:
+    """Raise UserError unless the items are latents of this config's size, or can be encoded."""
+    size = (config.image_or_video_shape[1], *setup.shape.latent)
+    if isinstance(data, LatentDataset):
         frames, *frame = data.item_shape
-        if frames < size[0] or frame != [*latent]:
+        if frames < size[0] or frame != [*setup.shape.latent]:
             raise UserError(
                 f"the latents in {config.data_path} are of {data.item_shape}, the config of "
                 f"{size}: encode the videos again with this config"
             )
-    elif config.trainer == "diffusion":
-        videos = isinstance(data, VideoDataset | ShapesVideos)
-        if not (videos and config.load_raw_video):
-            raise UserError(
-                f"{config.data_path} holds no latents; with videos set load_raw_video=true, or "
-                "encode them once with scripts/encode_videos.py"
-            )
+    elif not ("video" in data.holds and config.load_raw_video):
+        raise UserError(
+            f"{config.data_path} holds no latents; with videos set load_raw_video=true, or "
+            "encode them once with scripts/encode_videos.py"
+        )
 
 
-def _check_trajectories(config: Config, data: Dataset, size: tuple[int, ...]) -> None:
-    """They have to be at this config's levels, of this config's size."""
+def check_trajectories(config: Config, setup: Setup, data: Dataset) -> None:
+    """Raise UserError unless the items are trajectories at this config's levels, of its size."""
+    size = (config.image_or_video_shape[1], *setup.shape.latent)
     if not isinstance(data, OdePairDataset):
         raise UserError(
             f"{config.data_path} holds no trajectories; make them with "
             "scripts/generate_ode_pairs.py"
         )
     stored = torch.tensor(data.timesteps)
-    meant = torch.cat([level_timesteps(config), torch.zeros(1)])
+    meant = torch.cat([setup.levels.tensor(), torch.zeros(1)])
     if stored.shape != meant.shape or not torch.allclose(stored, meant):
         raise UserError(
             f"the trajectories are at timesteps {stored.tolist()}, the config means "
@@ -224,9 +206,11 @@ def _check_trajectories(config: Config, data: Dataset, size: tuple[int, ...]) ->
         )
 
 
-def _check_embeddings(config: Config, data: Dataset) -> None:
-    """Every text that the training will ask for has to be stored."""
-    store = EmbeddingStore(config.text_embeddings or "")
+def check_embeddings(config: Config, data: Dataset) -> None:
+    """Raise UserError unless all texts of a training that reads stored ones are stored."""
+    if not config.text_embeddings:
+        return
+    store = EmbeddingStore(config.text_embeddings)
     if len(data) < UNLIMITED:
         store.require(data.prompt(index) for index in range(len(data)))
     needed = list(config.sample_prompts) if config.sample_every else []

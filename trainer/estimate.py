@@ -5,21 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pipeline.components import ModelFiles, new_cache, video_shape
 
 from model.lora import add_lora
+from pipeline.setup import Setup
 from trainer.data import (
-    check_auxiliary_data,
-    check_training_data,
     open_heldout_data,
     open_training_data,
     plan_batches,
 )
 from trainer.sharding import shards_of, strategy_of
+from trainer.tasks import find_task
 from utils.config import ROOT, Config
 from utils.errors import UserError
-from wan.checkpoints import empty_dit, load_dit_config
+from wan.checkpoints import empty_dit
 from wan.dit import DiTConfig
+from wan.folders import ModelFolder
 
 GIB = 2**30
 FP32 = 4
@@ -73,12 +73,12 @@ def planned_dtype(config: Config) -> torch.dtype:
 
 def networks_of(config: Config) -> dict[str, str]:
     """Role -> model folder of the transformers that a run has."""
-    if config.trainer in ("vae", "text_encoder"):
-        return {}
-    roles = {"generator": config.generator_name}
-    if config.trainer == "score_distillation":
-        roles |= {"real_score": config.real_name, "fake_score": config.fake_name}
-    return roles
+    names = {
+        "generator": config.generator_name,
+        "real_score": config.real_name,
+        "fake_score": config.fake_name,
+    }
+    return {role: names[role] for role in find_task(config.trainer).roles}
 
 
 def sizes_of(config: Config, name: str) -> DiTConfig:
@@ -86,13 +86,21 @@ def sizes_of(config: Config, name: str) -> DiTConfig:
     preset = ROOT / "configs" / "models" / f"{name}.json"
     if preset.is_file() and not (ROOT / config.model_root / name).is_dir():
         return DiTConfig.from_dict(json.loads(preset.read_text(encoding="utf-8")))
-    return load_dit_config(ModelFiles.find(config, name).folder)
+    return ModelFolder.find(config.model_root, name).sizes
 
 
-def model_files(config: Config, name: str) -> ModelFiles | None:
+def planned_setup(config: Config) -> Setup:
+    """The setup of a run, also of one whose model folder is not here yet."""
+    folder = model_folder(config, config.generator_name)
+    if folder is not None:
+        return Setup.of(config, folder=folder)
+    return Setup.of(config, sizes=sizes_of(config, config.generator_name))
+
+
+def model_folder(config: Config, name: str) -> ModelFolder | None:
     """A model folder, if it is here yet."""
     try:
-        return ModelFiles.find(config, name)
+        return ModelFolder.find(config.model_root, name)
     except UserError:
         return None
 
@@ -100,18 +108,19 @@ def model_files(config: Config, name: str) -> ModelFiles | None:
 def missing_weights(config: Config) -> list[str]:
     """Weights that the run will need and that have not been fetched."""
     names = sorted(set(networks_of(config).values()))
-    missing = [f"{config.model_root}/{name}" for name in names if model_files(config, name) is None]
+    missing = [
+        f"{config.model_root}/{name}" for name in names if model_folder(config, name) is None
+    ]
     checkpoint = config.generator_ckpt
     if checkpoint and not any((base / checkpoint).is_file() for base in (Path(), ROOT)):
         missing.append(checkpoint)
     return missing
 
 
-def cache_bytes(config: Config, sizes: DiTConfig) -> int:
+def cache_bytes(config: Config, setup: Setup) -> int:
     """KV cache of the longest training rollout."""
-    cache = new_cache(
-        config,
-        sizes,
+    cache = setup.cache(
+        setup.sizes,
         batch=config.batch_size,
         dtype=planned_dtype(config),
         device=torch.device("meta"),
@@ -123,15 +132,13 @@ def cache_bytes(config: Config, sizes: DiTConfig) -> int:
 def dry_run_report(config: Config, world: int, local_world: int | None = None) -> str:
     """Validate config and data for `world` ranks and describe what a rank will hold."""
     plan = plan_batches(config, world)
-    dataset = open_training_data(config)
+    setup = planned_setup(config)
+    dataset = open_training_data(config, setup)
     local = local_world or min(world, 8)
-    if not networks_of(config):
-        check_auxiliary_data(config, dataset)
-    else:
-        sizes = sizes_of(config, config.generator_name)
-        check_training_data(config, dataset, video_shape(config, sizes).latent)
+    task = find_task(config.trainer)
+    task.check_data(config, setup, dataset)
     lines = [f"data: {len(dataset)} items in {config.data_path}", plan.describe(), *plan.notes]
-    if heldout := open_heldout_data(config):
+    if heldout := open_heldout_data(config, setup, task.check_items):
         measured = min(config.heldout_videos, len(heldout))
         lines.append(f"held-out data: {measured} items of {config.heldout_data_path}")
     lines.append(f"memory per rank of {world} (GiB), without activations:")
@@ -145,11 +152,11 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
         lines.append(f"{role:12} {name:20} {memory.parameters:14,} {memory.shards:6} {numbers}")
         total += memory.total
     if config.trainer == "score_distillation":
-        cache = cache_bytes(config, sizes_of(config, config.generator_name))
+        cache = cache_bytes(config, setup)
         lines.append(f"{'KV cache':64} {cache / GIB:8.2f}".rstrip())
         total += cache
     lines += [f"not here yet: {missing}" for missing in missing_weights(config)]
-    files = model_files(config, config.generator_name)
+    files = setup.folder
     if networks_of(config) and files is not None and not config.text_embeddings:
         where = "on the CPU" if config.text_encoder_device == "cpu" else "before sharding"
         text = files.text_encoder.stat().st_size / GIB if files.text_encoder.is_file() else 0.0

@@ -17,9 +17,7 @@ from utils.config import Config
 from utils.datasets import Dataset
 from utils.tensor_files import write_tensors
 from utils.video import to_float
-from wan.text_encoder import official_umt5_weights
 from wan.vae import WanVAE, encode_moments
-from wan.weights import save_weights
 
 PARTIAL = ".partial"
 STATISTICS_CLIPS = 64
@@ -37,7 +35,7 @@ def export_generator(folder: Path, config: Config, player: Player, *, is_main: b
     }
     if not is_main:
         return
-    partial = _fresh(folder.with_suffix(PARTIAL))
+    partial = new_folder(folder.with_suffix(PARTIAL))
     published = {
         network: {f"model.{name}": value for name, value in state.items()}
         for network, state in networks.items()
@@ -45,7 +43,7 @@ def export_generator(folder: Path, config: Config, player: Player, *, is_main: b
     torch.save(published, partial / "model.pt")
     for network, state in networks.items():
         write_tensors(partial / f"{network}.safetensors", state)
-    _give_name(partial, folder)
+    give_name(partial, folder)
 
 
 def export_vae(folder: Path, player: Player, data: Dataset, world: World) -> None:
@@ -57,24 +55,9 @@ def export_vae(folder: Path, player: Player, data: Dataset, world: World) -> Non
     model = cast(Autoencoder, player.module).model
     vae = WanVAE.like(model, {k.removeprefix("model."): v for k, v in state.items()})
     vae.fold_statistics(*latent_moments(vae, data))
-    partial = _fresh(folder.with_suffix(PARTIAL))
+    partial = new_folder(folder.with_suffix(PARTIAL))
     vae.save_official(partial / "Wan2.1_VAE.pth")
-    _give_name(partial, folder)
-
-
-def export_text_encoder(folder: Path, player: Player, *, is_main: bool) -> None:
-    """Write `models_t5_umt5-xxl-enc-bf16.pth`, in bf16 as the official file; no probe."""
-    state = gathered(weights_of(player)["generator"], is_main=is_main)
-    if not is_main:
-        return
-    encoder = {
-        key.removeprefix("encoder."): value.to(torch.bfloat16)
-        for key, value in state.items()
-        if key.startswith("encoder.")
-    }
-    partial = _fresh(folder.with_suffix(PARTIAL))
-    save_weights(official_umt5_weights(encoder), partial / "models_t5_umt5-xxl-enc-bf16.pth")
-    _give_name(partial, folder)
+    give_name(partial, folder)
 
 
 @torch.no_grad()
@@ -114,12 +97,14 @@ def _merged(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     return merge_lora(state, config.lora.rank, config.lora.alpha)
 
 
-def _fresh(folder: Path) -> Path:
+def new_folder(folder: Path) -> Path:
+    """An empty folder, also where there was one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
-def _give_name(partial: Path, folder: Path) -> None:
+def give_name(partial: Path, folder: Path) -> None:
+    """What was written gets its name, also where that was taken."""
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

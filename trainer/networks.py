@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pipeline.components import ModelFiles, computes_in_bf16
 from torch import Tensor, nn
 
 from model.lora import add_lora, with_adapters
 from model.vae import Autoencoder, init_autoencoder
+from pipeline.setup import Setup
 from pipeline.text import TextSource
-from shapes.captions import CaptionReader
 from trainer.ema import EMA
 from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard_module, strategy_of
 from utils.config import Config, find_file
-from wan.checkpoints import check_keys, empty_dit, load_dit_config, read_state_dict
+from utils.devices import computes_in_bf16
+from wan.checkpoints import check_keys, empty_dit, read_state_dict
 from wan.dit import DiTConfig, WanDiT
-from wan.text_encoder import WanTextEncoder
+from wan.folders import ModelFolder
 from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
@@ -69,14 +69,14 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype | None:
 
 
 def build_dit(
-    config: Config, world: World, role: str, folder: Path, source: Path, *, trained: bool
+    config: Config, world: World, role: str, sizes: DiTConfig, source: Path, *, trained: bool
 ) -> WanDiT:
     """A transformer in its role (`generator`, `real_score`, `fake_score`), loaded and sharded.
 
     Trained ones have fp32 master weights; frozen ones are kept in the compute dtype.
     """
     low = compute_dtype(config, world.device)
-    dit = empty_dit(load_dit_config(folder))
+    dit = empty_dit(sizes)
     if not trained and low is not None:
         dit.to(low)
     if role == "generator" and config.random_init:
@@ -106,22 +106,21 @@ def random_state(sizes: DiTConfig, seed: int) -> dict[str, Tensor]:
     return dict(dit.state_dict())
 
 
-def build_generator(config: Config, world: World) -> WanDiT:
+def build_generator(config: Config, setup: Setup, world: World) -> WanDiT:
     """The student: from `generator_ckpt`, or from its model folder."""
-    files = ModelFiles.find(config, config.generator_name)
-    source = (
-        find_file(config.generator_ckpt, "generator_ckpt")
-        if config.generator_ckpt
-        else files.folder
-    )
-    return build_dit(config, world, "generator", files.folder, source, trained=True)
+    source = setup.require_folder().path
+    if config.generator_ckpt:
+        source = find_file(config.generator_ckpt, "generator_ckpt")
+    return build_dit(config, world, "generator", setup.sizes, source, trained=True)
 
 
-def build_score(config: Config, world: World, role: str, *, trained: bool) -> WanDiT:
+def build_score(config: Config, setup: Setup, world: World, role: str, *, trained: bool) -> WanDiT:
     """Teacher (`real_score`) or critic (`fake_score`), from its model folder."""
     name = config.real_name if role == "real_score" else config.fake_name
-    folder = ModelFiles.find(config, name).folder
-    return build_dit(config, world, role, folder, folder, trained=trained)
+    folder = setup.require_folder()
+    if name != config.generator_name:
+        folder = ModelFolder.find(config.model_root, name)
+    return build_dit(config, world, role, folder.sizes, folder.path, trained=trained)
 
 
 def make_player(
@@ -159,13 +158,13 @@ def learning_rate_schedule(config: Config, lr: float, *, critic: bool) -> Callab
     return rate
 
 
-def build_text(config: Config, world: World, text_len: int) -> TextSource:
+def build_text(config: Config, setup: Setup, world: World) -> TextSource:
     """Text embeddings for training, from the student's folder or stored ones."""
-    files = ModelFiles.find(config, config.generator_name)
     if not config.text_embeddings:
+        files = setup.require_folder()
         files.require(files.text_encoder, files.tokenizer)
     dtype = compute_dtype(config, world.device) or torch.float32
-    text = TextSource(config, files, text_len=text_len, dtype=dtype, device=world.device)
+    text = TextSource(setup, text_len=setup.sizes.text_len, dtype=dtype, device=world.device)
     everywhere = config.text_encoder_device == "auto" and not config.text_embeddings
     strategy = strategy_of(config, "text_encoder")
     if everywhere and world.size > 1 and strategy != "none":
@@ -176,35 +175,7 @@ def build_text(config: Config, world: World, text_len: int) -> TextSource:
     return text
 
 
-def build_text_encoder(config: Config, world: World) -> WanTextEncoder:
-    """The text encoder of the student's folder, in fp32, to be trained."""
-    files = ModelFiles.find(config, config.generator_name)
-    files.require(files.text_encoder, files.tokenizer)
-    return WanTextEncoder.from_official(
-        files.text_encoder,
-        files.tokenizer,
-        device=world.device,
-        dtype=torch.float32,
-        text_len=load_dit_config(files.folder).text_len,
-    )
-
-
-def build_caption_reader(
-    config: Config, world: World, encoder: WanTextEncoder, classes: list[int]
-) -> CaptionReader:
-    """The encoder with a linear probe, sharded."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        reader = CaptionReader(encoder.model, encoder.dim, classes).to(world.device)
-    reader.requires_grad_(True).train()
-    low = compute_dtype(config, world.device)
-    if world.size > 1 or low is not None:
-        mesh = make_mesh(strategy_of(config, "text_encoder"), world, config.hybrid_shard_size)
-        shard_module(reader, [], mesh, low)
-    return reader
-
-
-def build_trained_vae(config: Config, world: World) -> Autoencoder:
+def build_trained_vae(config: Config, setup: Setup, world: World) -> Autoencoder:
     """The VAE to train, sharded: from scratch with `random_init`, else the student's folder's."""
     if config.random_init:
         sizes = config.vae
@@ -213,7 +184,7 @@ def build_trained_vae(config: Config, world: World) -> Autoencoder:
         )
         init_autoencoder(vae.model, config.seed)
     else:
-        vae = build_vae(config, world)
+        vae = build_vae(setup, world)
     module = Autoencoder(vae.to(world.device).model.requires_grad_(True).train())
     low = compute_dtype(config, world.device)
     if world.size > 1 or low is not None:
@@ -222,8 +193,8 @@ def build_trained_vae(config: Config, world: World) -> Autoencoder:
     return module
 
 
-def build_vae(config: Config, world: World) -> WanVAE:
+def build_vae(setup: Setup, world: World) -> WanVAE:
     """The VAE of the student's folder."""
-    files = ModelFiles.find(config, config.generator_name)
+    files = setup.require_folder()
     files.require(files.vae)
     return WanVAE.from_official(files.vae, device=world.device, dtype=torch.float32)

@@ -15,15 +15,18 @@ class SampleVideos:
     by all of them together.
     """
 
-    def __init__(self, pipe: VideoPipeline, logdir: Path, prompts: list[str], ranks: Ranks) -> None:
+    def __init__(
+        self, pipe: VideoPipeline, logdir: Path, prompts: list[str], frames: int, ranks: Ranks
+    ) -> None:
+        """`frames`: latent frames of a video."""
         self.pipe = pipe
         self.folder = logdir / "samples"
         self.prompts = prompts
+        self.frames = frames
         self.ranks = ranks
 
     def __call__(self, step: int) -> dict[str, Path]:
         """Make the videos of this rank: `{name: path}`."""
-        config = self.pipe.config
         made = {}
         for turn in range(-(-len(self.prompts) // self.ranks.world)):
             number = turn * self.ranks.world + self.ranks.rank
@@ -32,8 +35,8 @@ class SampleVideos:
             name = f"{number:02d} {safe_stem(prompt, 60)}"
             path = self.folder / f"step_{step:06d}" / f"{name}.mp4"
             with (
-                self.pipe.stream(prompt, config.seed, config.sample_latent_frames) as stream,
-                VideoWriter(path, config.fps) as writer,
+                self.pipe.stream(prompt, num_latent_frames=self.frames) as stream,
+                VideoWriter(path, self.pipe.setup.fps) as writer,
             ):
                 for block in stream:
                     if wanted:

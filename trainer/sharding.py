@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pipeline.components import choose_device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.config import Config
+from utils.devices import choose_device
 from utils.distributed import Ranks
 from utils.errors import UserError
 from wan.checkpoints import check_keys

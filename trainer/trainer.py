@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from pipeline.setup import Setup
 from trainer.checkpoint import CheckpointStore, player_state, restore_player, start_ema
 from trainer.data import (
     Batches,
@@ -28,14 +29,13 @@ from trainer.metrics import (
     MetricsLog,
     Progress,
     Timer,
-    TimestepBuckets,
     WandbSettings,
     mean_over_ranks,
 )
 from trainer.networks import Player
 from trainer.samples import SampleVideos
 from trainer.sharding import World, any_rank, full_tensor
-from trainer.tasks import TASKS
+from trainer.tasks import find_task
 from utils.config import Config, save_config, to_dict
 from utils.draws import Draws
 from utils.errors import UserError
@@ -88,29 +88,34 @@ class Trainer:
         self.world = world
         self.logdir = logdir
         self.saves = save
-        self.plan = plan_batches(config, world.size)
-        logger.info(self.plan.describe())
-        for note in self.plan.notes if world.is_main else ():
+        self.batch_plan = plan_batches(config, world.size)
+        logger.info(self.batch_plan.describe())
+        for note in self.batch_plan.notes if world.is_main else ():
             logger.warning(note)
         self.timer = Timer(world.device)
-        dataset = open_training_data(config)
-        heldout = open_heldout_data(config)
-        self.task = TASKS[config.trainer](config, world, self.plan, self.timer, dataset)
+        setup = Setup.of(config)
+        dataset = open_training_data(config, setup)
+        task = find_task(config.trainer)
+        heldout = open_heldout_data(config, setup, task.check_items)
+        self.task = task(config, setup, world, self.batch_plan, self.timer, dataset)
         self.batches = {
-            name: Batches(dataset, self.plan, world.ranks.rank, config.seed + number)
+            name: Batches(dataset, self.batch_plan, world.ranks.rank, config.seed + number)
             for number, name in enumerate(self.task.players)
         }
         self.heldout = HeldOut(self.task, heldout) if heldout else None
         self.step = 0
         self.health = HealthMonitor()
-        self.buckets = TimestepBuckets()
         self.store = CheckpointStore(logdir, keep=config.keep_checkpoints, is_main=world.is_main)
         self.log = MetricsLog(logdir, wandb=wandb, tensorboard=True, is_main=world.is_main)
         self.samples = None
         if visualise and config.sample_every:
             prompts = config.sample_prompts or list(first_prompts(dataset, 4))
             pipe = self.task.sampler()
-            self.samples = SampleVideos(pipe, logdir, prompts, world.ranks) if pipe else None
+            self.samples = (
+                SampleVideos(pipe, logdir, prompts, config.sample_latent_frames, world.ranks)
+                if pipe
+                else None
+            )
         self._stop_signal: int | None = None
         self._resume()
         if world.is_main:
@@ -149,16 +154,16 @@ class Trainer:
         """One step: an update of each player that is due. Returns what is logged."""
         operations: float = 0
         measured: dict[str, Any] = {}
-        phases = self.task.phases(self.step)
-        for phase in phases:
-            draws = Draws(self.config.seed, self._update_number(phase), ())
-            measured |= self._update(self.task.players[phase], draws)
-            share = self.task.flops(phase, draws)
-            operations += math.nan if share is None else share * self.plan.videos
+        due = self.task.due(self.step)
+        for name in due:
+            draws = Draws(self.config.seed, self._update_number(name), ())
+            measured |= self._update(self.task.players[name], draws)
+            share = self.task.flops(name, draws)
+            operations += math.nan if share is None else share * self.batch_plan.videos
         self.step += 1
         active = self.step >= self.config.ema_start_step
         for name, player in self.task.players.items():
-            player.update_ema(active=active, moved=name in phases)
+            player.update_ema(active=active, moved=name in due)
         if self.heldout and (self.step % self.config.heldout_every == 0 or self._is_done()):
             measured |= self._measure(self.heldout)
         return self._record(measured, operations)
@@ -194,7 +199,7 @@ class Trainer:
     def _update(self, player: Player, draws: Draws) -> dict[str, Tensor | float]:
         """One optimiser step of a player over all its micro-batches."""
         sums: dict[str, Tensor] = {}
-        batches, parts = self.batches[player.name], self.plan.accumulation
+        batches, parts = self.batches[player.name], self.batch_plan.accumulation
         for micro in range(parts):
             with self.timer.phase("data"):
                 batch, own_draws = batches.micro_batch(micro, draws)
@@ -202,9 +207,7 @@ class Trainer:
             with self.timer.phase("backward"):
                 (result.loss / parts).backward()
             metrics = {f"{player.name}/loss": result.loss.detach(), **result.metrics}
-            if "critic/errors" in metrics:
-                self.buckets.add(metrics.pop("critic/timesteps"), metrics.pop("critic/errors"))
-            for name, value in metrics.items():
+            for name, value in self.task.collect(metrics).items():
                 sums[name] = sums.get(name, 0) + value.float() / parts
         with self.timer.phase("optimiser"):
             norm = full_tensor(clip_grad_norm_(player.trained.values(), player.max_grad_norm))
@@ -217,11 +220,7 @@ class Trainer:
     def _record(self, measured: dict[str, Any], operations: float) -> dict[str, Any]:
         """Reduce over ranks, judge, write."""
         metrics: dict[str, Any] = mean_over_ranks(measured)
-        if "teacher/error" in metrics:
-            metrics["critic/ratio"] = metrics["critic/error"] / metrics["teacher/error"]
-        buckets = self.buckets.read()
-        if "critic" in self.task.players:
-            metrics["critic/by_timestep"] = buckets
+        metrics |= self.task.derive(metrics)
         for name, player in self.task.players.items():
             metrics[f"{name}/updates"] = player.updates
         seconds = self.timer.read()
@@ -229,8 +228,6 @@ class Trainer:
         trained = seconds["step"] - sum(seconds.get(name, 0.0) for name in BETWEEN_STEPS)
         metrics["tflops_per_second"] = operations / self.world.size / trained / 1e12
         metrics["memory_gib"] = peak_memory(self.world.device)
-        if len(self.task.players) == 1:
-            metrics["loss"] = metrics[f"{next(iter(self.task.players))}/loss"]
         say_heldout(self.step, metrics)
         verdict = self.health.update(metrics)
         metrics["health"] = str(verdict)
@@ -275,7 +272,7 @@ class Trainer:
             "step": self.step,
             "positions": {name: batches.position for name, batches in self.batches.items()},
             "has_ema": [name for name, p in self.task.players.items() if p.ema is not None],
-            "videos": self.plan.videos,
+            "videos": self.batch_plan.videos,
             "ranks": self.world.size,
             "config": to_dict(self.config),
             "health": self.health.state_dict(),
@@ -323,8 +320,8 @@ class Trainer:
             for key in sorted(ours.keys() | theirs.keys())
             if key not in free and ours.get(key) != theirs.get(key)
         ]
-        if self.plan.videos != run["videos"]:
-            differing.append(f"videos per update ({run['videos']} -> {self.plan.videos})")
+        if self.batch_plan.videos != run["videos"]:
+            differing.append(f"videos per update ({run['videos']} -> {self.batch_plan.videos})")
         if not differing:
             return
         what = f"{self.logdir} holds a run of another config: {', '.join(differing)}"
@@ -337,9 +334,9 @@ class Trainer:
     def _is_done(self) -> bool:
         return self.config.max_steps is not None and self.step >= self.config.max_steps
 
-    def _update_number(self, phase: str) -> int:
+    def _update_number(self, player: str) -> int:
         """A number of its own for every update of every player: the `update` of all draws."""
-        return self.step * len(self.task.players) + list(self.task.players).index(phase)
+        return self.step * len(self.task.players) + list(self.task.players).index(player)
 
     @contextmanager
     def _asked_to_stop(self) -> Iterator[None]:

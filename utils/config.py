@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError
+from utils.packages import split_name
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ INERT_KEYS = frozenset(
 )
 INERT_SUFFIX = "_fsdp_wrap_strategy"
 PLACEHOLDER_KEYS = ("wandb_host", "wandb_key", "wandb_entity", "wandb_project")
+TRAINERS = ("score_distillation", "ode", "diffusion", "vae")  # of trainer/tasks
 LATENT_STRIDE = 8  # `image_or_video_shape` of the published files counts latents of this stride
 
 
@@ -165,7 +167,7 @@ class Config:
     attention_backend: str
     text_encoder_device: str
     # training, objective
-    trainer: Literal["score_distillation", "ode", "diffusion", "vae", "text_encoder"]
+    trainer: str
     distribution_loss: Literal["dmd"]
     denoising_loss_type: Literal["flow"]
     guidance_scale: float
@@ -483,6 +485,11 @@ def _training_checks(config: Config) -> list[tuple[bool, str]]:
     most = config.max_steps
     return [
         (most is None or most >= 1, "max_steps must be at least 1"),
+        (
+            config.trainer in TRAINERS or split_name(config.trainer) is not None,
+            f"trainer={config.trainer} is unknown; choose one of {', '.join(TRAINERS)}, or a task "
+            "of another package, as package:name",
+        ),
         (
             1 <= config.num_train_timestep <= 1000,
             "num_train_timestep must be between 1 and 1000",

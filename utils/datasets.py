@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, get_args
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from shapes.world import ShapesDataset, Split, sample_scene
 from utils.config import ROOT
 from utils.draws import Purpose
 from utils.errors import UserError
 from utils.noise import philox
+from utils.packages import offered, split_name
 from utils.prompts import read_extended_prompts, read_prompts
 from utils.tensor_files import write_tensors
 from utils.video import fit_frames, probe_video, read_video
@@ -41,12 +41,16 @@ Item = dict[str, Any]
 UNLIMITED = 2**40
 """`len` of a data set without end: more items than any training reads."""
 
-SHAPES = "shapes:"
 TENSOR_OF = {"latents": "latents", "ode_pairs": "trajectories"}
 
 
 class Dataset(Protocol):
     """Items by index."""
+
+    @property
+    def holds(self) -> frozenset[str]:
+        """What each item has."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -68,16 +72,20 @@ def open_dataset(
     """The data set at a path: what it is follows from what is there.
 
     A .txt file holds prompts, a folder of .safetensors latents or ODE pairs (its shards say which),
-    a folder of .mp4 and .txt captioned videos; `shapes:train` and `shapes:heldout` are drawn on
-    demand. Videos give clips of `num_frames` x `height` x `width`; `extended_path` is for prompts.
+    a folder of .mp4 and .txt captioned videos; `package:split`, such as `shapes:train`, is what
+    that package offers (see utils/packages.py). Videos give clips of `num_frames` x `height` x
+    `width`; `extended_path` is for prompts.
 
     Raises:
         UserError: there is nothing of the kind, or it is not whole.
     """
-    if str(path).startswith(SHAPES):
-        if extended_path is None:
-            return ShapesVideos(str(path).removeprefix(SHAPES), num_frames, height, width)
-        raise UserError(f"{path} writes its own prompts: leave out the extended ones.")
+    named = split_name(str(path))
+    if named is not None:
+        if extended_path is not None:
+            raise UserError(f"{path} writes its own prompts: leave out the extended ones.")
+        package, split = named
+        size = {"num_frames": num_frames, "height": height, "width": width}
+        return offered(package, "open_dataset")(split, **size)
     place = next((p for p in (Path(path), ROOT / path) if p.exists()), Path(path))
     if place.suffix.lower() == ".txt" and not place.is_dir():
         return PromptDataset(place, extended_path)
@@ -91,8 +99,8 @@ def open_dataset(
         return VideoDataset(place, num_frames, height, width)
     raise UserError(
         f"{path} {'holds no data' if place.exists() else 'does not exist'}: give a .txt file of "
-        "prompts, a folder of .safetensors shards, a folder of .mp4 videos with .txt captions, "
-        "shapes:train or shapes:heldout."
+        "prompts, a folder of .safetensors shards, a folder of .mp4 videos with .txt captions, or "
+        "package:split, as in shapes:train."
     )
 
 
@@ -146,6 +154,8 @@ class PromptDataset:
     `extended_path` holds the longer wordings, line by line; where it is given they are the items.
     """
 
+    holds = frozenset({"prompt"})
+
     def __init__(self, path: str | Path, extended_path: str | Path | None = None) -> None:
         prompts = read_prompts(path)
         self._prompts = read_extended_prompts(extended_path, prompts) if extended_path else prompts
@@ -164,35 +174,14 @@ class PromptDataset:
 # --- videos -------------------------------------------------------------------------------------
 
 
-class ShapesVideos:
-    """Clips of the shapes world; item: `video` uint8 [F, H, H, 3], `prompt`. It has no end."""
-
-    def __init__(self, split: str, num_frames: int, height: int, width: int) -> None:
-        if split not in get_args(Split):
-            known = " or ".join(f"{SHAPES}{name}" for name in get_args(Split))
-            raise UserError(f"{SHAPES}{split} is unknown: use {known}.")
-        if height != width:
-            raise UserError(f"The shapes world is square: {height}x{width} is not possible.")
-        self._clips = ShapesDataset(num_frames, split=split, size=height)  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return UNLIMITED
-
-    def __getitem__(self, index: int) -> Item:
-        clip = self._clips[index]
-        return {"video": torch.from_numpy(clip.frames), "prompt": clip.caption}
-
-    def prompt(self, index: int) -> str:
-        """See `Dataset`."""
-        return sample_scene(self._clips.seed, index, split=self._clips.split).caption
-
-
 class VideoDataset:
     """Captioned videos, `name.mp4` with `name.txt`, sorted by name.
 
     Item: `video` uint8 [num_frames, height, width, 3] (resized and cropped to cover the size) and
     `prompt`. Opening decodes each file once, to count its frames.
     """
+
+    holds = frozenset({"video", "prompt"})
 
     def __init__(self, folder: str | Path, num_frames: int, height: int, width: int) -> None:
         """Raises UserError naming the first file that is unreadable, too short or not captioned."""
@@ -363,6 +352,7 @@ class LatentDataset(_Shards):
     """Encoded videos; item: `latents` [F, C, h, w] float32, `prompt`."""
 
     format = "latents"
+    holds = frozenset({"latents", "prompt"})
 
     def __getitem__(self, index: int) -> Item:
         return {"latents": self._row(index), "prompt": self.prompt(index)}
@@ -372,6 +362,7 @@ class OdePairDataset(_Shards):
     """Trajectories of the teacher's ODE; item: `trajectory` [S, F, C, h, w] float32, `prompt`."""
 
     format = "ode_pairs"
+    holds = frozenset({"trajectory", "prompt"})
 
     @property
     def timesteps(self) -> tuple[float, ...]:

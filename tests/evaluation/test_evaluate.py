@@ -1,7 +1,6 @@
 """The evaluation: true clips are right, a killed run goes on, figures are those of the videos."""
 
 import json
-import math
 import os
 import sys
 from types import SimpleNamespace
@@ -9,22 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from endless import held_out_prompts, open_meter
 
 import evaluation.trials
 import scripts.evaluate
-from evaluation.results import (
-    Judge,
-    ResultLog,
-    extra_measures,
-    mean_and_spread,
-    numbers,
-    summarise,
-    table,
-)
-from evaluation.trials import Evaluation, held_out_captions, plan_trials
+from evaluation.meters import FRAMES, Judge
+from evaluation.results import ResultLog, mean_and_spread, numbers, summarise
+from evaluation.trials import Evaluation, plan_trials
 from pipeline import load_pipeline
 from scripts.evaluate import main
-from shapes.world import render, sample_scene
 from utils.cli import run_main
 from utils.config import load_config
 from utils.video import VideoWriter, read_image, read_video
@@ -39,7 +31,7 @@ def evaluate(*arguments):
 
 def model(world):
     given = ["--config_path", world.config, "--checkpoint_path", world.checkpoint]
-    return [*given, "--device", "cpu", *SQUARE]
+    return [*given, "--meter", "endless", "--device", "cpu", *SQUARE]
 
 
 def untimed(value):
@@ -50,62 +42,49 @@ def untimed(value):
     return [untimed(item) for item in value] if isinstance(value, list) else value
 
 
-def write_clip(path, scene, frames, *, beside=None):
+def write_clip(path, level, frames, *, beside=None):
     with VideoWriter(path) as writer:
-        writer.write(render(scene, frames))
+        writer.write(np.full((frames, 64, 64, 3), level, np.uint8))
     if beside is not None:
         path.with_suffix(".json").write_text(json.dumps(beside))
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Two scenes of one shape, by name; two of two shapes, whose captions stand beside them.
-
-    Fast ones, beside whose way it is little what compression moves; of two sizes, so that no shape
-    hides another.
-    """
+    """A dark clip and a light one by name, one of each whose prompt stands beside it."""
     folder = tmp_path_factory.mktemp("clips")
-    drawn = [sample_scene(0, index) for index in range(200)]
-    scenes = [
-        scene
-        for scene in drawn
-        if all(shape.speed == "fast" for shape in scene.shapes)
-        and len({shape.size for shape in scene.shapes}) == len(scene.shapes)
-    ]
-    for scene in [s for s in scenes if len(s.shapes) == 1][:2]:
-        write_clip(folder / f"{scene.caption}-0.mp4", scene, 96)
-    for number, scene in enumerate([s for s in scenes if len(s.shapes) == 2][:2]):
-        beside = {"prompt": scene.caption, "sample": 1}
-        write_clip(folder / f"{number}-0_ema.mp4", scene, 96, beside=beside)
+    for level in (40, 180):
+        write_clip(folder / f"grey {level}-0.mp4", level, 16)
+        beside = {"prompt": f"grey {level + 10}", "sample": 1}
+        write_clip(folder / f"{level}-0_ema.mp4", level, 16, beside=beside)
     return folder
 
 
-def test_true_clips_are_right(clips, tmp_path, capsys):
+def test_videos_are_held_against_the_truth_of_a_package(clips, tmp_path, capsys):
+    """Its own figures, curves and groups; without it the same files are any videos."""
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
-    assert evaluate("--videos", clips, "--json", out, "--plot", plot) == 0
+    given = ["--videos", clips, "--json", out]
+    assert evaluate(*given, "--meter", "endless", "--plot", plot) == 0
     content = json.loads(out.read_text())
-    summary = content["summary"]["shapes"]
-    assert (summary["videos"], summary["prompts"], summary["seeds"]) == (4, 4, 2)
-    measures = {name: value["mean"] for name, value in summary["measures"].items()}
-    for name in ("background", "colour", "kind", "size", "direction", "speed"):
-        assert measures[f"accuracy.{name}"] == 1
-    assert measures["late.right"] > 0.97
-    assert measures["motion"] > 0.9
-    assert measures["survival.5s"] == 1
-    assert measures["right_at.5s"] == 1
-    assert not {"survival.60s", "right_at.60s"} & set(measures)
-    assert abs(measures["drift.colour_error"]) < 3
-    assert summary["survival"] == [1.0] * 6
-    assert len(summary["per_second"]["colour_error"]["mean"]) == 6
+    assert (content["settings"]["truth"], content["settings"]["meter"]) == ("endless", 1)
+    summary = content["summary"]["endless"]
+    errors = [result["report"]["error"] for result in content["videos"]]
+    assert errors == pytest.approx([10, 10, 0, 0], abs=3)
+    assert summary["measures"]["error"]["mean"] == pytest.approx(np.mean(errors))
+    assert summary["share"] == [1, 1]
+    assert [group["videos"] for group in summary["groups"].values()] == [2, 2]
     assert min(read_image(plot).shape[:2]) > 300
-    printed = capsys.readouterr().out
-    assert "shapes: 4 videos, 4 prompts, 2 seeds" in printed
-    assert "direction" in printed
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == [
+        "endless: 4 videos, 4 prompts, 2 seeds (mean ± standard deviation of the seeds' means)",
+        "all dark (2) light (2)",
+    ]
+    assert evaluate(*given) == 0
+    assert set(json.loads(out.read_text())["summary"]) == {"video"}, "nothing was kept"
 
 
 def test_other_videos_are_held_against_their_beginning(tmp_path):
-    scene = sample_scene(0, 0)
-    write_clip(tmp_path / "a boat at dawn-0.mp4", scene, 40)
+    write_clip(tmp_path / "a boat at dawn-0.mp4", 90, 40)
     assert evaluate("--videos", tmp_path, "--json", tmp_path / "out.json") == 0
     content = json.loads((tmp_path / "out.json").read_text())
     (result,) = content["videos"]
@@ -124,18 +103,18 @@ def test_a_model_is_measured_and_the_file_says_how(tiny_world, tmp_path, capsys)
     assert settings["video_frames"] == 24
     assert len(settings["config_hash"]) == len(settings["checkpoint_hash"]) == 16
     assert content["versions"]["torch"] == torch.__version__
-    (prompt,) = held_out_captions(1)
+    (prompt,) = held_out_prompts(1)
     assert [(r["prompt"], r["seed"], r["frames"]) for r in content["videos"]] == [
         (prompt, 5, 24),
         (prompt, 6, 24),
     ]
-    measures = content["summary"]["shapes"]["measures"]
+    measures = content["summary"]["endless"]["measures"]
     assert measures["fps"]["mean"] > 0
-    assert measures["motion"]["spread"] is not None
+    assert measures["error"]["spread"] is not None
     # what was measured is what inference gives for this prompt and seed
     pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", SQUARE)
     frames = pipe.generate([prompt], 7, seed=6)[0, :24]
-    judge = Judge(prompt, fps=16)
+    judge = Judge(prompt, fps=16, truth=open_meter())
     judge.add(frames.numpy())
     assert judge.report() == content["videos"][1]["report"]
     files = sorted(videos.glob("*.mp4"))
@@ -182,7 +161,7 @@ def test_ranks_share_the_videos_and_the_last_one_sums_up(tiny_world, tmp_path, m
     assert "2 of 3 videos are still being made" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "0")
     assert evaluate(*given) == 0
-    assert [r["prompt"] for r in json.loads(out.read_text())["videos"]] == held_out_captions(3)
+    assert [r["prompt"] for r in json.loads(out.read_text())["videos"]] == held_out_prompts(3)
 
 
 def test_a_record_never_tells_of_another_video(tiny_world, tmp_path, monkeypatch):
@@ -245,7 +224,7 @@ def test_prompts_may_be_longer_than_a_file_name(tiny_world, tmp_path, monkeypatc
 
 def test_two_videos_of_one_vbench_name_are_refused(tmp_path, capsys):
     for name in ("a-0", "a_2-0"):
-        write_clip(tmp_path / f"{name}.mp4", sample_scene(0, 0), 5, beside={"prompt": "a"})
+        write_clip(tmp_path / f"{name}.mp4", 90, 5, beside={"prompt": "a"})
     out = tmp_path / "out.json"
     assert evaluate("--videos", tmp_path, "--json", out, "--vbench", tmp_path / "named") == 2
     assert "a-0.mp4 and a_2-0.mp4 would both be" in capsys.readouterr().err
@@ -259,11 +238,12 @@ def test_results_of_another_meter_are_not_used(clips, tmp_path, monkeypatch):
     before = Judge.report
     monkeypatch.setattr(Judge, "report", lambda self: before(self) | changed)
     assert evaluate("--videos", clips, "--json", out) == 0
-    measures = json.loads(out.read_text())["summary"]["shapes"]["measures"]
+    measures = json.loads(out.read_text())["summary"]["video"]["measures"]
     assert measures["motion"]["mean"] < 2, "kept"
-    monkeypatch.setattr(scripts.evaluate, "METER_VERSION", scripts.evaluate.METER_VERSION + 1)
+    newer = {"truth": None, "meter": FRAMES.version + 1}
+    monkeypatch.setattr(scripts.evaluate, "meter_settings", lambda truth: newer)
     assert evaluate("--videos", clips, "--json", out) == 0
-    measures = json.loads(out.read_text())["summary"]["shapes"]["measures"]
+    measures = json.loads(out.read_text())["summary"]["video"]["measures"]
     assert measures["motion"]["mean"] == 7
 
 
@@ -298,7 +278,7 @@ def test_kept_videos_are_not_judged(tiny_world, tmp_path, monkeypatch):
     videos, out = tmp_path / "videos", tmp_path / "out.json"
     given = [*model(tiny_world), "--prompts", 1, "--seconds", 1, "--json", out]
     assert evaluate(*given, "--keep_videos", videos) == 0
-    (prompt,) = held_out_captions(1)
+    (prompt,) = held_out_prompts(1)
     video = videos / f"{prompt}-0.mp4"
     assert set(videos.iterdir()) == {video, video.with_suffix(".json")}
     assert "vbench" not in json.loads(out.read_text())
@@ -319,27 +299,8 @@ def test_the_first_stream_does_not_pay_for_loading(tiny_world, tmp_path, monkeyp
     monkeypatch.setattr(WanVAE, "from_official", lambda *a, **k: loaded.append(1) or real(*a, **k))
     config = load_config(tiny_world.config, [*SQUARE, "device=cpu"])
     evaluation = Evaluation(config, tiny_world.checkpoint, use_ema=False, seconds=1)
-    evaluation.load(plan_trials(held_out_captions(1), 1, 0))
+    evaluation.load(plan_trials(held_out_prompts(1), 1, 0))
     assert loaded
-
-
-def test_a_corrected_prompt_is_measured_again(tmp_path):
-    scene = sample_scene(0, 0)
-    write_clip(tmp_path / "x-0.mp4", scene, 20, beside={"prompt": "a boat"})
-    out = tmp_path / "out.json"
-    assert evaluate("--videos", tmp_path, "--json", out) == 0
-    write_clip(tmp_path / "x-0.mp4", scene, 20, beside={"prompt": scene.caption})
-    assert evaluate("--videos", tmp_path, "--json", out) == 0
-    assert set(json.loads(out.read_text())["summary"]) == {"shapes"}
-
-
-def test_a_wide_video_under_a_caption_is_none_of_this_world(tmp_path):
-    scene = sample_scene(0, 0)
-    wide = np.concatenate([render(scene, 20)] * 2, axis=2)
-    with VideoWriter(tmp_path / f"{scene.caption}-0.mp4") as writer:
-        writer.write(wide)
-    assert evaluate("--videos", tmp_path, "--json", tmp_path / "out.json") == 0
-    assert set(json.loads((tmp_path / "out.json").read_text())["summary"]) == {"video"}
 
 
 def test_spread_is_that_of_the_seeds_means():
@@ -355,64 +316,20 @@ def test_curves_of_unequal_length_count_while_they_last():
         report = {"seconds": len(curve), "motion": None, "per_second": {"change": curve}}
         return {"prompt": "x", "seed": seed, "kind": "video", "report": report}
 
-    summary = summarise([result(0, [1.0, 2.0]), result(1, [3.0, None, 5.0])])
+    summary = summarise([result(0, [1.0, 2.0]), result(1, [3.0, None, 5.0])], FRAMES)
     assert summary["per_second"]["change"]["mean"] == [2.0, 2.0, 5.0]
     assert summary["per_second"]["change"]["spread"] == [pytest.approx(2**0.5), None, None]
     assert summary["measures"]["motion"] == {"mean": None, "spread": None}
     assert numbers({"a": {"b": 1, "per_second": {}}, "c": True}) == {"a.b": 1.0, "c": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("survived", "right", "at"),
-    [
-        (5, [0.0] * 5, 1),
-        (5, [None] * 5, 1),
-        (4, [1.0, 1.0, 0.6, None, 0.0], 1),
-        (4, [1.0, 0.6, 0.4, None, 0.0], 0),
-        (4, [None] * 5, None),
-    ],
-)
-def test_what_was_never_wrong_is_right_then(survived, right, at):
-    """Also where hardly a frame can be judged, or none."""
-    report = {"seconds": 5.0, "survived_seconds": survived, "per_second": {"right": right}}
-    known = extra_measures({"report": report})
-    assert known["survival.5s"] == (survived == 5)
-    assert (None if math.isnan(known["right_at.5s"]) else known["right_at.5s"]) == at
-
-
-def test_one_shape_and_two_are_told_apart():
-    def result(index, seed, motion, survived):
-        report = {"seconds": 5.0, "motion": motion, "survived_seconds": survived}
-        report["per_second"] = {"right": [1.0, 0.0, 0.75, None, 0.5 if motion else 0.25]}
-        prompt = sample_scene(0, index).caption
-        return {"prompt": prompt, "seed": seed, "kind": "shapes", "report": report}
-
-    one, two = (
-        next(i for i in range(99) if len(sample_scene(0, i).shapes) == count) for count in (1, 2)
-    )
-    results = [result(one, 0, 0.5, 5), result(two, 0, 0.0, 1), result(two, 1, 0.25, 5)]
-    summary = summarise(results)
-    parts = summary["by_shapes"]
-    assert [parts[name]["videos"] for name in ("1", "2")] == [1, 2]
-    assert parts["1"]["measures"]["motion"] == {"mean": 0.5, "spread": None}
-    assert parts["2"]["measures"]["motion"]["mean"] == 0.125
-    assert parts["2"]["measures"]["survival.5s"]["mean"] == 0.5
-    assert [parts[n]["measures"]["right_at.5s"]["mean"] for n in ("1", "2")] == [1, 0.5]
-    lines = [" ".join(line.split()) for line in table("shapes", summary).splitlines()]
-    assert lines[1] == "all one shape (1) two shapes (2)"
-    assert "motion 0.250 ± 0.000 0.500 0.125 ± 0.177" in lines
-    never, right = lines.index("never wrong in"), lines.index("right at")
-    assert [lines[row + 1].split()[0] for row in (never, right)] == ["5s", "5s"]
-    assert "by_shapes" not in summarise(results[1:])
-
-
 def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
-    wide = model(tiny_world)[:-2]
+    wide = model(tiny_world)[: -len(SQUARE)]
     short = ["--prompts", 1, "--seconds", 0.5, "--json", tmp_path / "out.json"]
     broken = tmp_path / "broken"
-    write_clip(broken / "x-0.mp4", sample_scene(0, 0), 5, beside={"no": "prompt"})
+    write_clip(broken / "x-0.mp4", 90, 5, beside={"no": "prompt"})
     single = tmp_path / "single"
-    write_clip(single / "x-0.mp4", sample_scene(0, 0), 1)
+    write_clip(single / "x-0.mp4", 90, 1)
     for arguments, message in [
         ([], "say what to measure"),
         (["--videos", tmp_path / "none"], "is not a folder"),

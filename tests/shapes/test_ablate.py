@@ -27,6 +27,7 @@ from shapes.ablate import (
     Training,
 )
 from shapes.meter import METER_VERSION
+from shapes.truth import ShapesTruth
 from shapes.world import sample_scene
 from tests.tiny_pipeline import random_dit, write_config
 from tests.tiny_training import write_training_world
@@ -481,7 +482,7 @@ def write_figures(path, results, overrides=(), meter=METER_VERSION):
             "config": f"configs/shapes/{path.stem}.yaml",
             "checkpoint": str(ROOT / "checkpoints" / f"shapes_{path.stem}.pt"),
         },
-        "summary": {"shapes": summarise(results)},
+        "summary": {"shapes": summarise(results, ShapesTruth())},
         "videos": results,
     }
     path.write_text(json.dumps(content))

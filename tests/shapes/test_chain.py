@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE
+from wan.folders import TEXT_ENCODER_FILE, VAE_FILE
 
 import shapes.chain as chain_script
 import train

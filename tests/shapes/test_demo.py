@@ -104,7 +104,7 @@ def test_the_prompts_show_what_the_world_has() -> None:
 )
 def test_a_flag_replaces_its_own_default_only(flags: list[str], changed: dict[str, object]) -> None:
     args = inference.build_parser().parse_args(flags)
-    inference.fill_in_demo(args)
+    inference.fill_in_demo(args, demo)
     defaults = {
         "config_path": "configs/shapes/rolling_forcing.yaml",
         "checkpoint_path": "checkpoints/shapes_rolling_forcing.pt",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline.components import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
+from wan.folders import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 
 import scripts.evaluate
 from shapes.meter import measure, report

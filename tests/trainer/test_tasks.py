@@ -24,9 +24,8 @@ from tests.tiny_training import (
     final_state,
     train,
 )
-from trainer import tasks
 from trainer.sharding import open_world
-from trainer.tasks import Distillation, FlowMatching, TextEncoderTraining
+from trainer.tasks import Distillation, FlowMatching, TextEncoderTraining, text_encoder
 from trainer.trainer import Trainer
 from utils.config import ROOT, load_config
 from utils.datasets import write_shard
@@ -411,7 +410,7 @@ def test_labels_stand_at_the_tokens_that_speak_of_them(
         seen.update(ids=ids, mask=mask, labels=labels)
         return LossResult(torch.zeros(()), {})
 
-    monkeypatch.setattr(tasks, "caption_loss", record)
+    monkeypatch.setattr(text_encoder, "caption_loss", record)
     words = Tokenizer.from_file(str(ROOT / "wan_models/Shapes/google/umt5-xxl/tokenizer.json"))
     captions = [
         "A gray background: a small purple star glides to the upper left at a slow pace.",

@@ -1,0 +1,179 @@
+"""What a video is held against: the truth where a package knows it, else its own beginning."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from evaluation.statistics import VERSION, Frames, VideoMeter, report_statistics, to_json
+from utils.errors import UserError
+
+Result = dict[str, Any]
+"""One measured video as plain data, as it stands in JSON: `prompt`, `seed`, `kind` (the name of the
+meter that measured it), `report`, and what else the maker adds."""
+
+
+class Curve(NamedTuple):
+    """How a measure is drawn, second by second; `share`: from 0 to 1."""
+
+    title: str
+    share: bool = False
+
+
+class Measuring(Protocol):
+    """One video that is being measured; its frames are not kept."""
+
+    def add(self, frames: Frames) -> None:
+        """The next frames, uint8 [n, H, W, 3]; UserError if they are not such frames."""
+
+    def report(self, *, first: int, block: int) -> Any:
+        """The video is over: what was measured, a dataclass or plain data with `seconds` and
+        `per_second`; `first` and `block` are the frames of its first and of its later blocks.
+
+        UserError if it had too few frames.
+        """
+
+
+class Meter(Protocol):
+    """How the videos of a kind are measured, and what is made of many of them."""
+
+    @property
+    def name(self) -> str:
+        """The kind of its results."""
+
+    @property
+    def version(self) -> int:
+        """Raised when a measure is new or its formula another: two are never mixed."""
+
+    @property
+    def main_figures(self) -> Mapping[str, Sequence[str]]:
+        """Title -> names of measures, for people."""
+
+    @property
+    def curves(self) -> Mapping[str, Curve]:
+        """Those of `per_second` and of `extra_curves` to draw, by name."""
+
+    def start(self, prompt: str, *, fps: float, height: int, width: int) -> Measuring | None:
+        """Begin a video of this prompt; None if this meter cannot measure such a one."""
+
+    def extra_measures(self, result: Result) -> Mapping[str, float]:
+        """What is made of a result besides the numbers of its report; NaN: not known."""
+
+    def extra_curves(self, results: Sequence[Result]) -> Mapping[str, list[float]]:
+        """Curves of all videos together, in whole seconds, by name."""
+
+    def groups(self, results: Sequence[Result]) -> Mapping[str, list[Result]]:
+        """Parts of the results that are summed up by themselves, too, by title."""
+
+
+@dataclass(frozen=True)
+class FrameMeter:
+    """Any video against its own beginning, by the statistics of its frames."""
+
+    name: str = "video"
+    version: int = VERSION
+    main_figures: Mapping[str, Sequence[str]] = field(
+        default_factory=lambda: {
+            "drift, last 5 s - first 5 s": (
+                "drift.mean",
+                "drift.std",
+                "drift.contrast",
+                "drift.sharpness",
+                "drift.motion",
+            ),
+            "motion": ("motion",),
+            "flicker": ("flicker.ratio", "brightness_flicker.ratio"),
+            "speed of making": ("fps", "first_frame_s"),
+        }
+    )
+    curves: Mapping[str, Curve] = field(
+        default_factory=lambda: {
+            "brightness": Curve("brightness (grey levels)"),
+            "contrast": Curve("contrast (grey levels)"),
+            "sharpness": Curve("sharpness (variance of the Laplacian)"),
+            "change": Curve("change between frames (grey levels)"),
+        }
+    )
+
+    def start(self, prompt: str, *, fps: float, height: int, width: int) -> Measuring:
+        """See `Meter`; it measures any video."""
+        return _Statistics(fps)
+
+    def extra_measures(self, result: Result) -> Mapping[str, float]:
+        """See `Meter`: none."""
+        return {}
+
+    def extra_curves(self, results: Sequence[Result]) -> Mapping[str, list[float]]:
+        """See `Meter`: none."""
+        return {}
+
+    def groups(self, results: Sequence[Result]) -> Mapping[str, list[Result]]:
+        """See `Meter`: none."""
+        return {}
+
+
+class _Statistics(VideoMeter):
+    """See `Measuring`."""
+
+    def __init__(self, fps: float) -> None:
+        super().__init__()
+        self._fps = fps
+
+    def report(self, *, first: int, block: int) -> Any:
+        """See `Measuring`."""
+        return report_statistics(self.statistics(), fps=self._fps, first=first, block=block)
+
+
+FRAMES = FrameMeter()
+
+
+def meter_settings(truth: Meter | None) -> dict[str, Any]:
+    """What results depend on besides the videos: which meters measured them."""
+    return {"truth": truth and truth.name, "meter": (truth or FRAMES).version}
+
+
+def meters_by_kind(truth: Meter | None) -> dict[str, Meter]:
+    """Every meter that results may be from, by the kind of these."""
+    return {meter.name: meter for meter in (FRAMES, truth) if meter is not None}
+
+
+class Judge:
+    """Measures one video while it is made; the frames are not kept.
+
+    It is held against the `truth` if that knows its prompt and size, else against its beginning.
+    """
+
+    def __init__(
+        self,
+        prompt: str,
+        *,
+        fps: float,
+        truth: Meter | None = None,
+        first: int = 9,
+        block: int = 12,
+    ) -> None:
+        """`first` and `block`: frames of its first and later blocks, for the flicker."""
+        self.prompt = prompt
+        self.kind = FRAMES.name
+        self._fps, self._truth, self._blocks = fps, truth, {"first": first, "block": block}
+        self._measuring: Measuring | None = None
+
+    def add(self, frames: Frames) -> None:
+        """The next frames, uint8 [n, H, W, 3]."""
+        if self._measuring is None:
+            self._measuring = self._start(frames)
+        self._measuring.add(frames)
+
+    def report(self) -> dict[str, Any]:
+        """The video is over: its report as plain data; UserError if it had too few frames."""
+        if self._measuring is None:
+            raise UserError("A video without frames cannot be measured.")
+        return to_json(self._measuring.report(**self._blocks))
+
+    def _start(self, frames: Frames) -> Measuring:
+        if self._truth is not None and frames.ndim == 4:
+            height, width = frames.shape[1:3]
+            known = self._truth.start(self.prompt, fps=self._fps, height=height, width=width)
+            if known is not None:
+                self.kind = self._truth.name
+                return known
+        return FRAMES.start(self.prompt, fps=self._fps, height=0, width=0)

@@ -1,0 +1,201 @@
+"""What every task has: trained networks, and how a batch becomes a loss.
+
+The objectives themselves are in `model/`; a task feeds them with networks, text and draws.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from model.result import LossResult
+from model.self_rollout import RolloutRecipe
+from pipeline.setup import Setup
+from pipeline.text_to_video import VideoPipeline
+from trainer.data import BatchPlan, check_embeddings
+from trainer.export import export_generator
+from trainer.metrics import Timer
+from trainer.networks import Player, build_generator, build_text, build_vae
+from trainer.sharding import World
+from utils.config import Config
+from utils.datasets import Dataset
+from utils.draws import Draws
+from utils.errors import UserError
+from utils.video import to_float
+from wan.context import AttentionContext, MaskedContext, frame_mask
+from wan.dit import WanDiT
+
+Batch = dict[str, Any]
+
+
+class Task(ABC):
+    """Trained networks (`players`), and what one update of each does with a micro-batch."""
+
+    players: dict[str, Player]
+    roles: ClassVar[tuple[str, ...]] = ()
+    """The transformers it holds: of `generator`, `real_score`, `fake_score`."""
+
+    def __init__(
+        self,
+        config: Config,
+        setup: Setup,
+        world: World,
+        plan: BatchPlan,
+        timer: Timer,
+        data: Dataset,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.batch_plan = plan
+        self.timer = timer
+        self.data = data
+        self.setup = setup
+        if config.i2v:
+            raise UserError("training starts from noise, not from images: set i2v=false")
+
+    @classmethod
+    @abstractmethod
+    def check_items(cls, config: Config, setup: Setup, data: Dataset) -> None:
+        """Raise UserError unless the items are what it trains on."""
+
+    @classmethod
+    def check_data(cls, config: Config, setup: Setup, data: Dataset) -> None:
+        """Raise UserError unless it can train on these data, all texts included."""
+        cls.check_items(config, setup, data)
+        if cls.roles:
+            check_embeddings(config, data)
+
+    def due(self, step: int) -> Sequence[str]:
+        """Players that are updated in a step, in order."""
+        return tuple(self.players)
+
+    def collect(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep what is no number (0-d) of a micro-batch of training for `derive`; the others."""
+        return metrics
+
+    def derive(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """What follows from the metrics of a step, which are means over the ranks.
+
+        All ranks have to call it.
+        """
+        if len(self.players) > 1:
+            return {}
+        return {"loss": metrics[f"{next(iter(self.players))}/loss"]}
+
+    @abstractmethod
+    def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
+        """The loss of a micro-batch for one player."""
+
+    @property
+    def heldout_player(self) -> str:
+        """The player whose loss is measured on held-out data."""
+        return next(iter(self.players))
+
+    def heldout_size(self, prompts: Sequence[str], draws: Draws) -> float:
+        """What the loss counts in an item, on average over the held-out ones: 1 if it is items.
+
+        The regression of ODE pairs counts noisy frames, not equally many in every item.
+        """
+        return 1.0
+
+    def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
+        """The loss of a batch of one held-out item; `size` is `heldout_size` of all.
+
+        Such that means over the items are the loss and the metrics of one batch of all of them.
+        """
+        return self.loss(self.heldout_player, batch, draws)
+
+    @abstractmethod
+    def flops(self, player: str, draws: Draws) -> int | None:
+        """Floating-point operations of one video's share of an update; None: not known."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the weights in the published form; all ranks have to call it."""
+
+    def sampler(self) -> VideoPipeline | None:
+        """What makes sample videos of the student as it is, if it can."""
+        return None
+
+    def _video(self, batch: Batch) -> Tensor:
+        """Video of a batch `[B, F, 3, H, W]` in [-1, 1]."""
+        if "video" not in batch:
+            raise UserError("the data hold no videos: set data_path to a folder of them")
+        return torch.stack([to_float(clip) for clip in batch["video"]]).to(self.world.device)
+
+
+class GeneratorTask(Task):
+    """Tasks that train a transformer as the generator, on clips of `frames` latent frames."""
+
+    roles: ClassVar[tuple[str, ...]] = ("generator",)
+
+    def __init__(
+        self,
+        config: Config,
+        setup: Setup,
+        world: World,
+        plan: BatchPlan,
+        timer: Timer,
+        data: Dataset,
+    ) -> None:
+        super().__init__(config, setup, world, plan, timer, data)
+        self.shape, self.layout = setup.shape, setup.layout
+        self.frames = config.image_or_video_shape[1]
+        self.check_data(config, setup, data)
+        self.generator: WanDiT = build_generator(config, setup, world)
+        self.text = build_text(config, setup, world)
+        self.vae = build_vae(setup, world) if self._needs_vae() else None
+
+    def export(self, folder: Path) -> None:
+        """See `Task`."""
+        export_generator(folder, self.config, self.players["generator"], is_main=self.world.is_main)
+
+    def sampler(self) -> VideoPipeline:
+        """See `Task`."""
+        # Not kept as `self.vae`: a VAE there means that the training itself uses one.
+        vae = self.vae or build_vae(self.setup, self.world)
+        return VideoPipeline(self.setup, self.generator, vae=vae, text=self.text)
+
+    def _needs_vae(self) -> bool:
+        return self.config.load_raw_video
+
+    def _latents(self, batch: Batch) -> Tensor:
+        """Clean latents of a batch `[B, F, C, h, w]`, encoded here if the data are videos.
+
+        Of stored latents the first frames, if they are more than the config's.
+        """
+        if "latents" in batch:
+            return batch["latents"][:, : self.frames].to(self.world.device)
+        assert self.vae is not None, "load_raw_video loads it"
+        with self.timer.phase("encode"):
+            return self.vae.encode(self._video(batch)).float()
+
+    def _parallel_context(self, *, teacher_forcing: bool = False) -> AttentionContext:
+        """Block-causal attention of parallel training."""
+        frames = self.frames
+        mask = frame_mask(
+            frames,
+            self.layout.block_frames,
+            local_frames=self.setup.policy.max_frames,
+            independent_first_frame=self.layout.independent_first_frame,
+            teacher_forcing=teacher_forcing,
+        )
+        positions = tuple(range(frames)) * (2 if teacher_forcing else 1)
+        head_dim = self.generator.config.head_dim
+        return MaskedContext(mask, positions, self.shape.grid, head_dim, self.world.device)
+
+
+def rollout_recipe(config: Config) -> RolloutRecipe:
+    """How a config draws its training rollouts."""
+    return RolloutRecipe(
+        seed=config.seed,
+        num_levels=config.num_levels,
+        scored_frames=config.image_or_video_shape[1],
+        longest=config.num_training_frames,
+        rolling_probability=config.rolling_probability,
+        last_step_only=config.last_step_only,
+        same_step_across_blocks=config.same_step_across_blocks,
+    )

@@ -1,0 +1,144 @@
+"""The task of `model/flow_matching.py`."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from model.flow_matching import flow_matching_loss
+from model.ode_regression import block_levels
+from model.result import LossResult
+from model.self_rollout import output_windows
+from pipeline.setup import Setup
+from trainer.data import BatchPlan, check_latents
+from trainer.metrics import Timer
+from trainer.networks import make_player
+from trainer.sharding import World
+from trainer.tasks.base import Batch, GeneratorTask, rollout_recipe
+from utils.config import Config
+from utils.datasets import Dataset
+from utils.draws import Draws, Purpose
+from utils.errors import UserError
+from wan.context import AttentionContext, ForcedContext
+from wan.flops import forward_flops, pass_flops, training_flops
+from wan.flow import add_noise, shift_timesteps
+
+
+class FlowMatching(GeneratorTask):
+    """Flow matching of a bidirectional (`schedule: full`) or block-causal network."""
+
+    def __init__(
+        self,
+        config: Config,
+        setup: Setup,
+        world: World,
+        plan: BatchPlan,
+        timer: Timer,
+        data: Dataset,
+    ) -> None:
+        super().__init__(config, setup, world, plan, timer, data)
+        self.forced = config.teacher_forcing or config.window_forcing
+        if self.forced and config.schedule == "full":
+            raise UserError(
+                "teacher and window forcing are for a block-causal network, not schedule=full"
+            )
+        if config.window_forcing:
+            if config.denoising_step_list is None:
+                raise UserError("window_forcing needs a denoising_step_list in the config")
+            self.layout.require_full_blocks(self.frames)
+        self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
+        self.context = None  # full attention
+        if config.schedule != "full" and not config.window_forcing:
+            self.context = self._parallel_context(teacher_forcing=config.teacher_forcing)
+        self.windowed: dict[tuple[range, ...], ForcedContext] = {}
+
+    @classmethod
+    def check_items(cls, config: Config, setup: Setup, data: Dataset) -> None:
+        """See `Task`."""
+        check_latents(config, setup, data)
+
+    def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
+        """See `Task`."""
+        config, device = self.config, self.world.device
+        latents = self._latents(batch)
+        frames = latents.shape[1]
+        kept = draws.uniform(Purpose.PROMPT_DROPOUT) >= config.prompt_dropout
+        prompts = [p if k else "" for p, k in zip(batch["prompt"], kept.tolist(), strict=True)]
+        clean, clean_timesteps = None, None
+        if self.forced:
+            noise = draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]).to(device)
+            level = draws.uniform(Purpose.CLEAN_TIMESTEP) * config.clean_context_noise
+            clean_timesteps = level[:, None].expand(-1, frames).to(device)
+            clean = add_noise(latents, noise, clean_timesteps)
+        timesteps, context = self._levels(draws, frames)
+        return flow_matching_loss(
+            self.generator,
+            latents,
+            draws.normal(Purpose.NOISE, latents.shape[1:]).to(device),
+            timesteps.to(device),
+            self.generator.encode_text(self.text(prompts)),
+            shift=config.generator_shift if config.weighting_scheme == "bell" else None,
+            context=context,
+            clean=clean,
+            clean_timesteps=clean_timesteps,
+        )
+
+    def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
+        """See `Task`; with window forcing every item has a rollout of its own."""
+        if self.config.window_forcing:
+            (number,) = draws.indices
+            draws = replace(draws, update=draws.update + number)
+        return super().heldout_loss(batch, draws, size)
+
+    def flops(self, player: str, draws: Draws) -> int:
+        """See `Task`."""
+        sizes, tokens = self.generator.config, self.shape.tokens_per_frame
+        if self.config.window_forcing:
+            views = self._windows(draws)[1].views
+            forward = sum(pass_flops(sizes, view, tokens) for view in views)
+        else:
+            frames = self.frames * (2 if self.config.teacher_forcing else 1)
+            forward = forward_flops(sizes, frames, frames, tokens)
+        return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+
+    def _levels(self, draws: Draws, frames: int) -> tuple[Tensor, AttentionContext | None]:
+        """Timesteps `[B, F]` and attention of a batch."""
+        if self.config.window_forcing:
+            timesteps, context = self._windows(draws)
+            return timesteps.expand(len(draws.indices), -1), context
+        return self._timesteps(draws, frames), self.context
+
+    def _windows(self, draws: Draws) -> tuple[Tensor, ForcedContext]:
+        """Timesteps `[F]` and attention of the output windows of one rollout, drawn as in DMD."""
+        layout = self.layout
+        recipe = replace(rollout_recipe(self.config), longest=self.frames, seed=draws.seed)
+        plan = recipe.draw(layout, draws.update)
+        windows = output_windows(self.setup, plan)
+        timesteps = self.setup.levels.tensor()
+        per_block = [timesteps[level] for window in windows for _, level in window]
+        per_frame = [t.expand(layout.frames(block)) for block, t in enumerate(per_block)]
+        spans = tuple(
+            range(layout.start(window.blocks[0]), layout.start(window.blocks[-1] + 1))
+            for window in windows
+        )
+        if spans not in self.windowed:
+            self.windowed[spans] = ForcedContext(
+                self.setup.policy,
+                [range(layout.start(b), layout.start(b + 1)) for b in range(plan.num_blocks)],
+                spans,
+                self.shape.grid,
+                self.generator.config.head_dim,
+                self.world.device,
+                self.generator.attention_backend,
+            )
+        return torch.cat(per_frame), self.windowed[spans]
+
+    def _timesteps(self, draws: Draws, frames: int) -> Tensor:
+        """One timestep per video, or per block with `diffusion_forcing`: `[B, F]`."""
+        if not self.config.diffusion_forcing:
+            uniform = draws.uniform(Purpose.TIMESTEP)[:, None].expand(-1, frames)
+        else:
+            blocks = self.layout.blocks_for(frames)
+            starts = [self.layout.start(block) for block in range(blocks)]
+            uniform = block_levels(draws.uniform(Purpose.TIMESTEP, (frames,)), starts)
+        return shift_timesteps(1000 * (1 - uniform), self.config.generator_shift)

@@ -1,0 +1,88 @@
+"""The task of `model/ode_regression.py`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.ode_regression import block_levels, ode_regression_loss
+from model.result import LossResult
+from pipeline.setup import Setup
+from trainer.data import BatchPlan, check_trajectories
+from trainer.metrics import Timer
+from trainer.networks import make_player
+from trainer.sharding import World
+from trainer.tasks.base import Batch, GeneratorTask
+from utils.config import Config
+from utils.datasets import Dataset
+from utils.draws import Draws, Purpose
+from utils.errors import UserError
+from wan.flops import forward_flops, training_flops
+
+
+class OdeInitialisation(GeneratorTask):
+    """Regression of the block-causal student on the teacher's trajectories."""
+
+    def __init__(
+        self,
+        config: Config,
+        setup: Setup,
+        world: World,
+        plan: BatchPlan,
+        timer: Timer,
+        data: Dataset,
+    ) -> None:
+        if config.denoising_step_list is None:
+            raise UserError("ODE initialisation needs a denoising_step_list in the config")
+        super().__init__(config, setup, world, plan, timer, data)
+        self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
+        self.timesteps = torch.cat([setup.levels.tensor(), torch.zeros(1)])  # [S]
+        self.context = self._parallel_context()
+
+    @classmethod
+    def check_items(cls, config: Config, setup: Setup, data: Dataset) -> None:
+        """See `Task`."""
+        check_trajectories(config, setup, data)
+
+    def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
+        """See `Task`."""
+        counted = self._noisy_frames(draws.for_indices(range(self.batch_plan.videos)))
+        return self._regression(
+            batch, draws, counted / (self.batch_plan.ranks * self.batch_plan.accumulation)
+        )
+
+    def heldout_size(self, prompts: Sequence[str], draws: Draws) -> float:
+        """See `Task`: noisy frames."""
+        return self._noisy_frames(draws) / len(prompts)
+
+    def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
+        """See `Task`."""
+        return self._regression(batch, draws, size)
+
+    def _regression(self, batch: Batch, draws: Draws, frames_in_loss: float) -> LossResult:
+        trajectory = batch["trajectory"].to(self.world.device)
+        return ode_regression_loss(
+            self.generator,
+            trajectory,
+            self._levels(draws, trajectory.shape[2]).to(self.world.device),
+            self.timesteps.to(self.world.device),
+            self.generator.encode_text(self.text(batch["prompt"])),
+            self.context,
+            frames_in_loss=frames_in_loss,
+        )
+
+    def flops(self, player: str, draws: Draws) -> int:
+        """See `Task`."""
+        frames = self.frames
+        forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)
+        return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+
+    def _noisy_frames(self, draws: Draws) -> int:
+        """How many frames of these samples are in the loss; at least 1."""
+        levels = self._levels(draws, self.frames)
+        return max(1, int((levels < len(self.timesteps) - 1).sum()))
+
+    def _levels(self, draws: Draws, frames: int) -> Tensor:
+        drawn = draws.integers(Purpose.TIMESTEP, len(self.timesteps), (frames,))
+        blocks = self.layout.blocks_for(frames)
+        return block_levels(drawn, [self.layout.start(block) for block in range(blocks)])

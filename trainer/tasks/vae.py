@@ -1,0 +1,61 @@
+"""The task of `model/vae.py`."""
+
+from pathlib import Path
+
+from model.result import LossResult
+from model.vae import vae_loss
+from pipeline.setup import Setup
+from trainer.data import BatchPlan, check_videos
+from trainer.export import export_vae
+from trainer.metrics import Timer
+from trainer.networks import build_trained_vae, make_player
+from trainer.sharding import World
+from trainer.tasks.base import Batch, Task
+from utils.config import Config
+from utils.datasets import Dataset
+from utils.draws import Draws, Purpose
+
+
+class VaeTraining(Task):
+    """Reconstruction and KL of a causal video VAE; its statistics are folded in at export."""
+
+    def __init__(
+        self,
+        config: Config,
+        setup: Setup,
+        world: World,
+        plan: BatchPlan,
+        timer: Timer,
+        data: Dataset,
+    ) -> None:
+        super().__init__(config, setup, world, plan, timer, data)
+        self.check_data(config, setup, data)
+        self.autoencoder = build_trained_vae(config, setup, world)
+        self.players = {"vae": make_player(config, "vae", self.autoencoder, ema=True)}
+
+    @classmethod
+    def check_items(cls, config: Config, setup: Setup, data: Dataset) -> None:
+        """See `Task`."""
+        check_videos(config, data)
+
+    def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
+        """See `Task`."""
+        video = self._video(batch)
+        latent = self.autoencoder.latent_shape(video)
+        noise = draws.normal(Purpose.NOISE, latent).to(self.world.device)
+        with self.timer.phase("forward"):
+            return vae_loss(
+                self.autoencoder,
+                video,
+                noise,
+                kl_weight=self.config.vae.kl_weight,
+                l1_weight=self.config.vae.l1_weight,
+                edge_weight=self.config.vae.edge_weight,
+            )
+
+    def flops(self, player: str, draws: Draws) -> None:
+        """See `Task`."""
+
+    def export(self, folder: Path) -> None:
+        """See `Task`."""
+        export_vae(folder, self.players["vae"], self.data, self.world)
