@@ -21,7 +21,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.components import choose_device, choose_dtype
-
 from pipeline import Stream, VideoPipeline, load_pipeline
+from pipeline.passes import Pass, Plan
+from pipeline.setup import Setup
 from utils.cli import run_main, set_up_logging
 from utils.config import Config, find_file, load_config
+from utils.devices import choose_device, choose_dtype
 from utils.errors import UserError
 from wan.attention import best_backend, check_backend
 from wan.checkpoints import empty_dit
 from wan.dit import DiTConfig, WanDiT
 from wan.flops import pass_flops
-from wan.kv_cache import View
 from wan.vae import StreamingDecoder, WanVAE
 
 TERA = 10**12
@@ -149,7 +148,7 @@ def timed(pipe: VideoPipeline, watch: Stopwatch) -> VideoPipeline:
 
     pipe.dit.register_forward_pre_hook(before)
     pipe.dit.register_forward_hook(lambda *_: watch.stop())
-    return VideoPipeline(pipe.config, pipe.dit, files=pipe.files, vae=TimedVAE(pipe.vae, watch))
+    return VideoPipeline(pipe.setup, pipe.dit, vae=TimedVAE(pipe.vae, watch))
 
 
 def random_pipeline(config: Config, preset: Path) -> VideoPipeline:
@@ -161,7 +160,7 @@ def random_pipeline(config: Config, preset: Path) -> VideoPipeline:
     dit.attention_backend = check_backend(config.attention_backend, device, dtype)
     vae = WanVAE.random(base_dim=sizes["vae"]["base_dim"], z_dim=dit.config.in_dim)
     nn.Module.to(vae.model, device, dtype)
-    return VideoPipeline(config, dit, vae=vae)
+    return VideoPipeline(Setup.of(config, sizes=dit.config, strides=vae.strides), dit, vae=vae)
 
 
 def read_preset(path: Path) -> dict[str, Any]:
@@ -196,31 +195,24 @@ def random_dit(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> W
 
 @dataclass(frozen=True)
 class SteadyState:
-    """Where every pass sees a full context: from block `first` on, in these views."""
+    """Where every pass sees a full context: from block `first` on; `passes` of one such block."""
 
     first: int
-    window: View
-    clean: View
+    passes: list[Pass]
 
     @classmethod
-    def of(cls, pipe: VideoPipeline) -> "SteadyState":
-        """Of this pipeline's schedule and policy."""
-        config, layout, policy = pipe.config, pipe.layout, pipe.policy
-        blocks = config.num_levels if config.schedule == "rolling" else 1
+    def of(cls, plan: Plan) -> "SteadyState":
+        """The first repetition of a plan without end."""
+        start = plan.first_repetition()
+        found = (plan.at(index) for index in range(start, start + plan.period))
+        passes = [own for own in found if own is not None]
+        return cls(max(own.parts[-1].blocks[0] for own in passes if own.parts), passes)
 
-        def views(block: int) -> tuple[View, View]:
-            finished, frames = layout.start(block), layout.block_frames
-            window = policy.view(finished, blocks * frames)
-            return window, policy.view(finished, frames, clean_pass=True)
-
-        def sizes(block: int) -> tuple[int, int]:
-            window, clean = views(block)
-            return len(window.positions), len(clean.positions)
-
-        # a context of n frames is full after n blocks at the latest
-        full = sizes(config.attention_frames + 1)
-        first = next(block for block in count(1) if sizes(block) == full)
-        return cls(first, *views(first))
+    def flops(self, sizes: DiTConfig, tokens: int, *, window: bool) -> int:
+        """Operations of one window pass, or of one clean pass (0: there is none)."""
+        parts = [part for own in self.passes for part in own.parts]
+        alike = [part.view for part in parts if (part.window is not None) == window]
+        return pass_flops(sizes, alike[0], tokens) if alike else 0
 
 
 @dataclass(frozen=True)
@@ -287,10 +279,10 @@ def peak_memory(device: torch.device) -> int:
 def figures(pipe: VideoPipeline, steady: SteadyState, measured: Measured) -> dict[str, Any]:
     """All that is reported, as plain values; times in seconds."""
     blocks = len(measured.block)
-    rows = 1 if pipe.config.distilled else 2  # with guidance, text and no text
+    rows = 1 if pipe.setup.distilled else 2  # with guidance, text and no text
     sizes, tokens = pipe.dit.config, pipe.shape.tokens_per_frame
-    window_flops = rows * pass_flops(sizes, steady.window, tokens)
-    clean_flops = rows * pass_flops(sizes, steady.clean, tokens)
+    window_flops = rows * steady.flops(sizes, tokens, window=True)
+    clean_flops = rows * steady.flops(sizes, tokens, window=False)
     block_flops = (window_flops * len(measured.window) + clean_flops * len(measured.clean)) / blocks
     dit = (sum(measured.window) + sum(measured.clean)) / blocks
     interval = statistics.mean(measured.block)
@@ -331,17 +323,17 @@ def figures(pipe: VideoPipeline, steady: SteadyState, measured: Measured) -> dic
 
 def setting(pipe: VideoPipeline, args: argparse.Namespace, steady: SteadyState) -> dict[str, Any]:
     """What the figures hold for."""
-    config, device = pipe.config, pipe.device
+    levels, device = pipe.setup.levels, pipe.device
     on_gpu = device.type == "cuda"
     backend = pipe.dit.attention_backend
     return {
         "config": str(args.config_path),
         "weights": "random" if args.random_weights else str(args.checkpoint_path or "model folder"),
-        "model": str(args.preset or config.generator_name),
-        "method": config.method,
-        "schedule": config.schedule,
+        "model": str(args.preset or args.generator_name),
+        "method": args.method,
+        "schedule": pipe.setup.kind,
         "resolution": [pipe.shape.width, pipe.shape.height],
-        "levels": config.num_levels,
+        "levels": levels.num,
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -407,7 +399,7 @@ def main(argv: Sequence[str]) -> int:
     pipe = open_pipeline(args)
     watch = Stopwatch(pipe.device)
     pipe = timed(pipe, watch)
-    steady = SteadyState.of(pipe)
+    steady = SteadyState.of(pipe.setup.plan(pipe.setup.schedule(None)))
     skipped = steady.first + 1 + args.warmup  # the clean pass of a block runs in the next one
     measured = run(pipe, watch, skipped=skipped, blocks=args.blocks)
     about, result = setting(pipe, args, steady), figures(pipe, steady, measured)
@@ -435,7 +427,7 @@ def open_pipeline(args: argparse.Namespace) -> VideoPipeline:
     config = load_config(args.config_path, [*args.overrides, *given])
     if config.schedule == "full":
         raise UserError("a bidirectional model cannot stream; give the config of a causal one")
-    args.preset = None
+    args.preset, args.method, args.generator_name = None, config.method, config.generator_name
     if not args.random_weights:
         return load_pipeline(config, args.checkpoint_path)
     named = args.model or f"configs/models/{config.generator_name}.json"

@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from pipeline.components import ModelFiles, choose_device
 from tqdm import tqdm
 
 from pipeline.precompute import (
@@ -30,11 +29,12 @@ from pipeline.precompute import (
     read_prompts_of,
     weights_hash,
 )
+from pipeline.setup import Setup
 from utils.cli import run_main, set_up_logging
-from utils.config import Config, fingerprint
+from utils.config import fingerprint
+from utils.devices import choose_device
 from utils.distributed import Ranks
 from utils.embeddings import write_shard
-from wan.checkpoints import load_dit_config
 from wan.text_encoder import WanTextEncoder
 
 
@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     config = read_config(args, ranks)
-    files = ModelFiles.find(config, config.generator_name)
+    setup = Setup.of(config)
+    files = setup.require_folder()
     files.require(files.text_encoder, files.tokenizer)
     device = choose_device(config.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     missing = run.missing(shards)
     if not missing:
         return 0
-    encoder = load_encoder(config, files, device, dtype)
+    encoder = load_encoder(setup, device, dtype)
 
     def make(shard: Shard, bar: tqdm) -> None:
         embeddings = {}
@@ -94,11 +95,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def load_encoder(
-    config: Config, files: ModelFiles, device: torch.device, dtype: torch.dtype
-) -> WanTextEncoder:
+def load_encoder(setup: Setup, device: torch.device, dtype: torch.dtype) -> WanTextEncoder:
     """The text encoder for the length of text that the generator reads."""
-    text_len = load_dit_config(files.folder).text_len
+    files, text_len = setup.require_folder(), setup.sizes.text_len
     return WanTextEncoder.from_official(
         files.text_encoder, files.tokenizer, device=device, dtype=dtype, text_len=text_len
     )

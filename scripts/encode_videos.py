@@ -17,7 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from pipeline.components import ModelFiles, choose_device, choose_dtype, video_shape
 from tqdm import tqdm
 
 from pipeline.precompute import (
@@ -31,6 +30,7 @@ from pipeline.precompute import (
     weights_hash,
 )
 from pipeline.prefix import encode_prefix
+from pipeline.setup import Setup
 from utils.cli import run_main, set_up_logging
 from utils.config import Config, fingerprint
 from utils.datasets import (
@@ -41,9 +41,9 @@ from utils.datasets import (
     open_dataset,
     write_shard,
 )
+from utils.devices import choose_device, choose_dtype
 from utils.distributed import Ranks
 from utils.errors import UserError
-from wan.checkpoints import load_dit_config
 from wan.vae import WanVAE
 
 
@@ -66,11 +66,12 @@ def main(argv: Sequence[str]) -> int:
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     config = read_config(args, ranks)
-    files = ModelFiles.find(config, config.generator_name)
+    setup = Setup.of(config)
+    files = setup.require_folder()
     files.require(files.vae)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    data, num_frames = open_videos(config, files, args.data_path, args.num_frames)
+    data, num_frames = open_videos(config, setup, args.data_path, args.num_frames)
     prompts = [data.prompt(index) for index in range(first_items(data, args.count))]
     shards = plan_shards(args.output_folder, prompts, args.shard_size)
     settings = {
@@ -100,10 +101,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def open_videos(
-    config: Config, files: ModelFiles, path: str, num_frames: int | None
+    config: Config, setup: Setup, path: str, num_frames: int | None
 ) -> tuple[Dataset, int]:
     """The videos at a path and the frames of a clip; UserError if the VAE cannot encode such."""
-    shape = video_shape(config, load_dit_config(files.folder))
+    shape = setup.shape
     if num_frames is None:
         num_frames = shape.video_frames(config.image_or_video_shape[1])
     if num_frames < 1 or shape.video_frames(shape.latent_frames(num_frames)) != num_frames:

@@ -27,7 +27,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from pipeline.components import ModelFiles, block_layout, choose_device, choose_dtype
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,18 +40,19 @@ from pipeline.precompute import (
     read_prompts_of,
     weights_hash,
 )
+from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline
 from pipeline.trajectories import ode_grid, solve_trajectories
 from utils.cli import run_main, set_up_logging
 from utils.config import Config, find_file, fingerprint
 from utils.datasets import write_shard
+from utils.devices import choose_device, choose_dtype
 from utils.distributed import Ranks
 from utils.embeddings import EmbeddingStore, pad_batch
 from utils.errors import UserError
-from utils.noise import CounterNoise
 from wan.attention import check_backend
-from wan.checkpoints import load_dit, load_dit_config
-from wan.flow import denoising_timesteps
+from wan.checkpoints import load_dit
+from wan.folders import ModelFolder
 
 PUBLISHED_STEPS = 48  # of CausVid's and Self Forcing's trajectories
 
@@ -79,15 +79,16 @@ def main(argv: Sequence[str]) -> int:
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     config = read_config(args, ranks)
-    levels, grid = levels_and_grid(config, args.num_steps)
+    setup = Setup.of(config)
+    levels, grid = levels_and_grid(setup, args.num_steps)
     prompts = read_prompts_of(args.data_path, args.count, args.extended_prompt_path)
-    check_before_loading(config, args, prompts)
+    check_before_loading(config, setup, args, prompts)
     shards = plan_shards(args.output_folder, prompts, args.shard_size)
-    run = ShardRun(config, fingerprint(settings_of(config, args, levels, grid)), ranks)
+    run = ShardRun(config, fingerprint(settings_of(config, setup, args, levels, grid)), ranks)
     missing = run.missing(shards)
     if not missing:
         return 0
-    teacher = Teacher(config, args, levels=levels, grid=grid)
+    teacher = Teacher(config, setup, args, levels=levels, grid=grid)
     storage = getattr(torch, args.storage_dtype)
 
     def make(shard: Shard, bar: tqdm) -> None:
@@ -107,26 +108,26 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def levels_and_grid(config: Config, num_steps: int) -> tuple[Tensor, Tensor]:
+def levels_and_grid(setup: Setup, num_steps: int) -> tuple[Tensor, Tensor]:
     """Timesteps of the student's levels `[T]`, and those of the Euler steps."""
-    if config.denoising_step_list is None:
+    if not setup.distilled:
         raise UserError("the config has no denoising_step_list: there are no levels to store")
-    shift = config.generator_shift
-    steps, warp = config.denoising_step_list, config.warp_denoising_step
-    levels = denoising_timesteps(steps, shift, warp=warp)
-    return levels, ode_grid(levels, num_steps, shift)
+    levels = setup.levels.tensor()
+    return levels, ode_grid(levels, num_steps, setup.levels.shift)
 
 
-def check_before_loading(config: Config, args: argparse.Namespace, prompts: Sequence[str]) -> None:
+def check_before_loading(
+    config: Config, setup: Setup, args: argparse.Namespace, prompts: Sequence[str]
+) -> None:
     """Raise UserError for what would stop the run after a large model was loaded."""
     if args.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
-    block_layout(config).require_full_blocks(latent_frames(config, args))
+    setup.layout.require_full_blocks(latent_frames(config, args))
     needed = [config.negative_prompt, *prompts] if config.guidance_scale else prompts
     if config.text_embeddings is not None:
         EmbeddingStore(config.text_embeddings).require(needed)
     else:
-        files = ModelFiles.find(config, config.generator_name)
+        files = setup.require_folder()
         files.require(files.text_encoder, files.tokenizer)
 
 
@@ -134,38 +135,48 @@ class Teacher:
     """The bidirectional teacher with what is around it."""
 
     def __init__(
-        self, config: Config, args: argparse.Namespace, *, levels: Tensor, grid: Tensor
+        self,
+        config: Config,
+        setup: Setup,
+        args: argparse.Namespace,
+        *,
+        levels: Tensor,
+        grid: Tensor,
     ) -> None:
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
-        sizes = load_dit_config(ModelFiles.find(config, config.real_name).folder)
-        dit = load_dit(sizes, teacher_source(config, args), device=device, dtype=dtype)
+        folder = teacher_folder(config, setup)
+        source = (
+            find_file(args.checkpoint_path, "checkpoint") if args.checkpoint_path else folder.path
+        )
+        dit = load_dit(folder.sizes, source, device=device, dtype=dtype)
         dit.attention_backend = check_backend(config.attention_backend, device, dtype)
-        self.pipe = VideoPipeline(config, dit, files=ModelFiles.find(config, config.generator_name))
+        self.pipe = VideoPipeline(setup, dit)
         self.frames = latent_frames(config, args)
         self.levels, self.grid = levels, grid
         self.seed = config.seed if args.seed is None else args.seed
+        self.guidance: float | None = None
         self.negative: Tensor | None = None  # [L, text_dim]
         if config.guidance_scale != 0:
+            self.guidance = 1 + config.guidance_scale
             self.negative = self.pipe.encode_prompts([config.negative_prompt])[0]
 
     def solve(self, items: Sequence[int], prompts: Sequence[str]) -> Tensor:
         """Trajectories `[B, T + 1, F, C, h, w]` of the prompts with these numbers."""
-        pipe, layout = self.pipe, block_layout(self.pipe.config)
-        text, guidance = pipe.encode_prompts(prompts), None
+        pipe = self.pipe
+        text = pipe.encode_prompts(prompts)
         if self.negative is not None:
             text = pad_batch([*text, *[self.negative] * len(prompts)])
-            guidance = 1 + pipe.config.guidance_scale
         return solve_trajectories(
-            pipe.config,
+            pipe.setup,
             pipe.dit,
             text,
             levels=self.levels,
             grid=self.grid,
             num_latent_frames=self.frames,
-            noise=CounterNoise(self.seed, pipe.shape.latent, layout.block_frames, layout.frames(0)),
+            noise=pipe.setup.counter_noise(self.seed),
             samples=items,
-            guidance_scale=guidance,
+            guidance_scale=self.guidance,
         )
 
 
@@ -175,20 +186,22 @@ def latent_frames(config: Config, args: argparse.Namespace) -> int:
     return config.image_or_video_shape[1] if asked is None else asked
 
 
-def teacher_source(config: Config, args: argparse.Namespace) -> Path:
-    """Where the teacher's weights are."""
-    if args.checkpoint_path:
-        return find_file(args.checkpoint_path, "checkpoint")
-    return ModelFiles.find(config, config.real_name).folder
+def teacher_folder(config: Config, setup: Setup) -> ModelFolder:
+    """The model folder of the teacher."""
+    if config.real_name == config.generator_name:
+        return setup.require_folder()
+    return ModelFolder.find(config.model_root, config.real_name)
 
 
 def settings_of(
-    config: Config, args: argparse.Namespace, levels: Tensor, grid: Tensor
+    config: Config, setup: Setup, args: argparse.Namespace, levels: Tensor, grid: Tensor
 ) -> dict[str, Any]:
     """Everything that the numbers in a shard depend on, but the prompts."""
-    encoder = ModelFiles.find(config, config.generator_name).text_encoder
+    encoder = setup.require_folder().text_encoder
+    own = args.checkpoint_path
+    teacher = find_file(own, "checkpoint") if own else teacher_folder(config, setup).path
     return {
-        "teacher": weights_hash(teacher_source(config, args)),
+        "teacher": weights_hash(teacher),
         "text": config.text_embeddings or weights_hash(encoder),
         "levels": levels.tolist(),
         "grid": grid.tolist(),

@@ -36,10 +36,11 @@ from evaluation.meters import Curve, Result
 from evaluation.results import mean_and_spread, measures_of, write_text
 from evaluation.statistics import mean as mean_of_known
 from evaluation.trials import Evaluation, plan_trials, vbench_name
-from model.self_rollout import longest_rollout
 from pipeline.batch import file_hash
+from pipeline.schedule import BlockLayout
 from shapes import held_out_prompts
 from shapes.truth import ShapesTruth
+from trainer.tasks.base import rollout_recipe
 from trainer.trainer import recipe
 from utils.cli import require_matplotlib, run_main
 from utils.config import ROOT, Config, find_file, fingerprint, load_config
@@ -446,7 +447,8 @@ def decides(config: Config) -> dict[str, Any]:
     `method` only stands for values of other keys.
     """
     decided = recipe(config)
-    if longest_rollout(config) > config.attention_frames:
+    layout = BlockLayout(config.num_frame_per_block, config.independent_first_frame)
+    if rollout_recipe(config).longest_frames(layout) > config.attention_frames:
         return decided
     model = {key: value for key, value in decided["model_kwargs"].items() if key != "sink_size"}
     rest = {key: value for key, value in decided.items() if key not in {"method", *SINK_KEYS}}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.passes import Plan
 from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, Renoise, StepRule
 from pipeline.schedule import BlockLayout, Schedule, ScheduleKind
@@ -108,6 +109,7 @@ def new_rollout(
     rows: int | None = None,
     latent: tuple[int, int, int] = LATENT,
     grid: tuple[int, int] = GRID,
+    merged: bool = False,
     **options: Any,
 ) -> Rollout:
     """A rollout from its parts; `rows`: rows of the cache, if not one per prompt."""
@@ -130,9 +132,12 @@ def new_rollout(
     )
     return Rollout(
         dit,  # type: ignore[arg-type]
-        schedule=Schedule(method.kind, method.levels, num_blocks, len(prefix)),
-        layout=layout,
-        policy=method.policy,
+        Plan(
+            Schedule(method.kind, method.levels, num_blocks, len(prefix)),
+            layout,
+            method.policy,
+            merged=merged,
+        ),
         cache=cache,
         grid=grid,
         rule=rule or Renoise(torch.tensor(method.timesteps), noise),

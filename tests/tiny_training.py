@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from model.self_rollout import RolloutPlan
+from pipeline.schedule import BlockLayout
 from tests.tiny_models import write_tiny_text_encoder, write_tiny_vae
 from tests.tiny_pipeline import TINY_DIT, random_dit, write_config, write_dit_folder
 from trainer.checkpoint import is_whole
 from trainer.metrics import read_metrics
 from trainer.sharding import open_world
+from trainer.tasks.base import rollout_recipe
 from trainer.trainer import Trainer
 from utils.config import Config, load_config
 from utils.datasets import write_shard
@@ -164,6 +167,16 @@ def write_training_world(root: Path) -> TrainingWorld:
     steps = [*denoising_timesteps([1000, 600, 300], 5.0, warp=True).tolist(), 0.0]
     write_shard(world.trajectories / "a.safetensors", paths, PROMPTS, timesteps=steps)
     return world
+
+
+def layout_of(config: Config) -> BlockLayout:
+    """The blocks of a config."""
+    return BlockLayout(config.num_frame_per_block, config.independent_first_frame)
+
+
+def drawn(config: Config, update: int) -> RolloutPlan:
+    """The rollout that a config draws for an update."""
+    return rollout_recipe(config).draw(layout_of(config), update)
 
 
 def train(config: Config, logdir: Path, **options: Any) -> Trainer:

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from model.self_rollout import (
     RolloutPlan,
-    longest_rollout,
-    plan_rollout,
     scored_clip,
     self_rollout,
 )
 from pipeline.sampling import BlockNoise
+from pipeline.setup import Setup
 from tests.golden_cases import Case, case_names, entries, load_case, load_weights
 from tests.tiny_models import write_tiny_vae
 from tests.tiny_pipeline import golden_pipeline, random_dit, write_config
+from tests.tiny_training import drawn, layout_of
+from trainer.tasks.base import rollout_recipe
 from utils.config import Config, load_config
 from utils.noise import CounterNoise, RecordedNoise
 from wan.dit import WanDiT
@@ -31,6 +32,13 @@ ROLLING = {
     "height": 32,
     "width": 48,
 }
+
+
+def rolled(config: Config, dit: WanDiT, *given: Any, grad: bool) -> Tensor:
+    """A self-rollout of a config."""
+    frames = config.image_or_video_shape[1]
+    setup = Setup.of(config, sizes=dit.config)
+    return self_rollout(setup, dit, *given, scored_frames=frames, grad=grad)
 
 
 def recorded_setting(case: Case, tmp_path: Path) -> tuple[Config, WanDiT]:
@@ -67,7 +75,7 @@ def test_recorded_training_rollout(
     source = RecordedNoise(recorded["noise"], recorded["eps"], starts)
     noise = BlockNoise(source, range(len(recorded["noise"])), "cpu")
     text = dit.encode_text(recorded["prompt_embeds"])
-    output = self_rollout(config, dit, text, noise, plan, grad=True)
+    output = rolled(config, dit, text, noise, plan, grad=True)
 
     carrying = facts["frames_with_gradient"]
     tolerance = 1e-4 if rolling else 2e-2  # the published context pass re-noises at 0.00498
@@ -152,7 +160,7 @@ def rollout_x0_by_window(config: Config, dit: WanDiT, text: Any, blocks: int) ->
     """x_0 of every (window, block) of inference."""
     from pipeline.text_to_video import VideoPipeline
 
-    pipe = VideoPipeline(config, dit)
+    pipe = VideoPipeline(Setup.of(config, sizes=dit.config), dit)
     frames = blocks * config.num_frame_per_block
     stream = pipe._latent_stream(
         torch.zeros(1, 1, dit.config.text_dim), num_latent_frames=frames, seed=7
@@ -174,7 +182,7 @@ def test_rolling_training_gives_inference_latents_for_every_r(
     text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
     inference = rollout_x0_by_window(rolling, dit, text, 8)
     plan = RolloutPlan("rolling", 8, (exit_level,) * 8)
-    output = self_rollout(rolling, dit, text, seeded_noise(rolling, dit), plan, grad=False)
+    output = rolled(rolling, dit, text, seeded_noise(rolling, dit), plan, grad=False)
     for block, x0 in enumerate(output.split(3, dim=1)):
         window = next(w for w in range(block, block + 5) if w % 5 == exit_level)
         assert torch.equal(x0, inference[window, block])
@@ -197,7 +205,7 @@ def test_self_training_equals_inference_with_the_first_levels(
     text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
     inference = rollout_x0_by_window(short, dit, text, 4)
     plan = RolloutPlan("block", 4, (exit_level,) * 4)
-    output = self_rollout(config, dit, text, seeded_noise(config, dit), plan, grad=False)
+    output = rolled(config, dit, text, seeded_noise(config, dit), plan, grad=False)
     for block, x0 in enumerate(output.split(3, dim=1)):
         assert torch.equal(x0, inference[block * (exit_level + 1) + exit_level, block])
 
@@ -208,10 +216,8 @@ def test_each_block_may_stop_at_its_own_level(tmp_path: Path) -> None:
     dit = random_dit(3)
     text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
     noise = seeded_noise(config, dit)
-    mixed = self_rollout(
-        config, dit, text, noise, RolloutPlan("block", 4, (2, 0, 4, 1)), grad=False
-    )
-    same = self_rollout(config, dit, text, noise, RolloutPlan("block", 4, (2, 2, 2, 2)), grad=False)
+    mixed = rolled(config, dit, text, noise, RolloutPlan("block", 4, (2, 0, 4, 1)), grad=False)
+    same = rolled(config, dit, text, noise, RolloutPlan("block", 4, (2, 2, 2, 2)), grad=False)
     assert torch.equal(mixed[:, :3], same[:, :3])
     assert not torch.equal(mixed[:, 3:6], same[:, 3:6])
 
@@ -234,10 +240,10 @@ def test_a_sink_matters_only_where_a_rollout_drops_frames(
     for sink in SINKS:
         values = {"image_or_video_shape": [1, 21, 16, 4, 6], "num_training_frames": longest}
         config = load_config(write_config(tmp_path / "c.yaml", **ROLLING | values | sink))
-        assert longest_rollout(config) == longest
+        assert rollout_recipe(config).longest_frames(layout_of(config)) == longest
         plan = RolloutPlan(schedule, longest // 3, (1,) * (longest // 3))
         noise = seeded_noise(config, dit)
-        seen.add(self_rollout(config, dit, text, noise, plan, grad=False).numpy().tobytes())
+        seen.add(rolled(config, dit, text, noise, plan, grad=False).numpy().tobytes())
     assert config.attention_frames == 21
     assert len(seen) == rollouts
 
@@ -255,7 +261,7 @@ def test_gradient_of_a_window_by_finite_differences(rolling: Config) -> None:
             dit.head.head.bias[3] = bias
         fixed = type(text)(*(tuple(x.detach() for x in part) for part in text))
         noise = seeded_noise(rolling, dit)
-        return (self_rollout(rolling, dit, fixed, noise, plan, grad=True)[:, :3] * weight).sum()
+        return (rolled(rolling, dit, fixed, noise, plan, grad=True)[:, :3] * weight).sum()
 
     at = dit.head.head.bias[3].item()
     loss = first_block(torch.tensor(at))
@@ -275,7 +281,7 @@ def test_checkpointed_rollout_recomputes_what_it_read(rolling: Config) -> None:
         dit.gradient_checkpointing = checkpointing
         text = dit.encode_text(torch.ones(1, 4, dit.config.text_dim))
         plan = RolloutPlan("rolling", 9, (2,) * 9)
-        output = self_rollout(rolling, dit, text, seeded_noise(rolling, dit), plan, grad=True)
+        output = rolled(rolling, dit, text, seeded_noise(rolling, dit), plan, grad=True)
         output.square().sum().backward()
         gradients.append([p.grad for p in dit.parameters() if p.grad is not None])
     for plain, again in zip(*gradients, strict=True):
@@ -283,8 +289,8 @@ def test_checkpointed_rollout_recomputes_what_it_read(rolling: Config) -> None:
 
 
 def test_plan_is_a_function_of_seed_and_update(rolling: Config) -> None:
-    plans = [plan_rollout(rolling, update) for update in range(400)]
-    assert plans == [plan_rollout(rolling, update) for update in range(400)]
+    plans = [drawn(rolling, update) for update in range(400)]
+    assert plans == [drawn(rolling, update) for update in range(400)]
     share = sum(plan.schedule == "rolling" for plan in plans) / len(plans)
     assert 0.4 < share < 0.6
     assert {plan.num_blocks for plan in plans} == {7, 8, 9}
@@ -296,7 +302,7 @@ def test_plan_is_a_function_of_seed_and_update(rolling: Config) -> None:
 def test_no_rollout_is_longer_than_asked_for(rolling: Config, longest: int) -> None:
     """A length that is no whole number of blocks was rounded up."""
     config = replace(rolling, num_training_frames=longest)
-    assert {plan_rollout(config, update).num_blocks for update in range(50)} == {7, 8}
+    assert {drawn(config, update).num_blocks for update in range(50)} == {7, 8}
 
 
 def test_scored_clip_without_reencoding_keeps_the_frame(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import VideoPipeline
+from pipeline.setup import Setup
 from tests.tiny_pipeline import random_dit, write_config
 from utils.config import load_config
 from wan.rope import rotation
@@ -43,7 +44,7 @@ def tiny_pipeline(tmp_path, **values):
     }
     config = load_config(write_config(tmp_path / "config.yaml", **settings))
     dit = random_dit()
-    return VideoPipeline(config, dit, vae=WanVAE.random(base_dim=4))
+    return VideoPipeline(Setup.of(config, sizes=dit.config), dit, vae=WanVAE.random(base_dim=4))
 
 
 def text_of(pipe):
@@ -93,18 +94,14 @@ def pipe(request, tmp_path):
     return tiny_pipeline(tmp_path, **request.param)
 
 
-def passes_of(rollout):
+def views_of(rollout):
     """Views of the passes that the next steps run, up to and with the next finished block."""
-    policy, layout, schedule = rollout.policy, rollout.layout, rollout.schedule
-    views = []
-    finished, index = rollout.cache.finished, rollout.index
-    views.append(policy.view(finished, layout.block_frames, clean_pass=True))
+    views, index = [], rollout.index
     while True:
-        window = schedule.window(index)
-        frames = layout.block_frames * len(window.levels)
-        views.append(policy.view(layout.start(window.first_block), frames))
+        own = rollout.plan.at(index)
+        views += [part.view for part in own.parts]
         index += 1
-        if schedule.finishes(window):
+        if own.window is not None and rollout.plan.schedule.finishes(own.window):
             return views
 
 
@@ -116,7 +113,7 @@ def test_a_steady_block_copies_of_the_cache_only_what_attention_reads(pipe):
     rollout = steady_stream(pipe).rollout
     config = pipe.dit.config
     frame = pipe.shape.tokens_per_frame * config.dim
-    expected = sum(len(view.frames) + len(view.positions) for view in passes_of(rollout))
+    expected = sum(len(view.frames) + len(view.positions) for view in views_of(rollout))
     with CacheTraffic(config.num_heads, config.head_dim) as traffic:
         while not rollout.step().finished:
             pass

@@ -18,6 +18,7 @@ from model.ode_regression import ode_regression_loss
 from model.self_rollout import RolloutPlan, scored_clip, self_rollout
 from pipeline.prefix import Prefix
 from pipeline.sampling import BlockNoise
+from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline
 from tests.conftest import TinyWorld
 from tests.tiny_pipeline import random_dit
@@ -44,7 +45,8 @@ def config_of(world: TinyWorld, method: str) -> Config:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rollouts_stay_on_their_device(tiny_world: TinyWorld, method: str, dit: WanDiT) -> None:
-    pipe = VideoPipeline(config_of(tiny_world, method), dit, vae=WanVAE.random(4).to(META))
+    setup = Setup.of(config_of(tiny_world, method), sizes=dit.config)
+    pipe = VideoPipeline(setup, dit, vae=WanVAE.random(4).to(META))
     text = torch.zeros(2, 4, dit.config.text_dim, device=META)
     prefix = Prefix(torch.zeros(1, 3, 16, 4, 6, device=META))
     for given in (None, prefix):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from pipeline.components import ModelFiles
 
 from pipeline import text
+from pipeline.setup import Setup
 from pipeline.text import TextSource
 from tests.conftest import TinyWorld
 from utils.config import load_config
@@ -14,9 +14,8 @@ def test_the_newest_embeddings_are_kept(
     tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(tiny_world.config, ["device=cpu"])
-    files = ModelFiles.find(config, config.generator_name)
     cpu = torch.device("cpu")
-    source = TextSource(config, files, text_len=16, dtype=torch.float32, device=cpu)
+    source = TextSource(Setup.of(config), text_len=16, dtype=torch.float32, device=cpu)
     prompts = ["a red ball", "a blue cat", "the cat jumps"]
     once = [source([prompt]) for prompt in prompts]
     encoder = source.encoder()

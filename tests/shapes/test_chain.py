@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from wan.folders import TEXT_ENCODER_FILE, VAE_FILE
 
 import shapes.chain as chain_script
 import train
@@ -28,6 +27,7 @@ from utils.cli import run_main
 from utils.config import load_config
 from utils.errors import UserError
 from wan.checkpoints import publish_student
+from wan.folders import TEXT_ENCODER_FILE, VAE_FILE
 from wan.weights import read_weights
 
 SHIPPED = Path("checkpoints/shapes_rolling_forcing.pt")

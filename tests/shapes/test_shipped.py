@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from wan.folders import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 
 import scripts.evaluate
 from shapes.meter import measure, report
@@ -14,6 +13,7 @@ from utils.cli import run_main
 from utils.config import ROOT
 from utils.video import to_float
 from wan.checkpoints import load_dit, load_dit_config
+from wan.folders import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 from wan.text_encoder import WanTextEncoder
 from wan.vae import WanVAE
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.components import context_policy, level_timesteps
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.dmd import Scores, dmd_gradient, generator_loss
 from model.result import LossResult
-from model.self_rollout import RolloutPlan, plan_rollout
+from model.self_rollout import RolloutPlan
 from tests.tiny_training import (
     FRAMES,
     LATENT,
     TrainingWorld,
     assert_close_states,
     course,
+    drawn,
     final_state,
     train,
 )
@@ -243,7 +243,7 @@ def score_times(trainer: Trainer, updates: int) -> dict[int, list[float]]:
     assert isinstance(task, Distillation)
     found: dict[int, list[float]] = {}
     for update in range(updates):
-        level = plan_rollout(trainer.config, update).exit_levels[0]
+        level = drawn(trainer.config, update).exit_levels[0]
         draws = Draws(trainer.config.seed, update, tuple(range(8)))
         with torch.no_grad():
             metrics = task.loss("critic", {"prompt": ["grass"] * 8}, draws).metrics
@@ -286,7 +286,7 @@ def test_last_step_only_and_levels_of_their_own(
 ) -> None:
     def levels(**changes: Any) -> list[tuple[int, ...]]:
         config = training_world.config(tmp_path, method="self_forcing", **changes)
-        return [plan_rollout(config, update).exit_levels for update in range(50)]
+        return [drawn(config, update).exit_levels for update in range(50)]
 
     shared = levels()
     assert all(len(set(each)) == 1 for each in shared)
@@ -308,7 +308,7 @@ def test_reencoding_replaces_the_first_frame_of_longer_rollouts(
             task, config = trainer.task, trainer.config
             assert isinstance(task, Distillation)
             assert (task.vae is not None) is reencode
-            update = next(n for n in range(99) if plan_rollout(config, n).num_blocks == 5)
+            update = next(n for n in range(99) if drawn(config, n).num_blocks == 5)
             text = task.text(["grass"])
             clip, counts, _ = task._rollout(text, Draws(0, update, (0,)), grad=False)
             assert counts is not None
@@ -328,7 +328,7 @@ def test_a_first_block_of_one_frame_masks_one_frame(
     with trainer_of(training_world, tmp_path, **changes) as trainer:
         task = trainer.task
         assert isinstance(task, Distillation)
-        update = next(n for n in range(99) if plan_rollout(trainer.config, n).num_blocks == 3)
+        update = next(n for n in range(99) if drawn(trainer.config, n).num_blocks == 3)
         _, counts, _ = task._rollout(task.text(["grass"]), Draws(0, update, (0,)), grad=False)
     assert counts is not None
     assert counts.tolist() == [False, True, True]
@@ -342,7 +342,7 @@ def test_rollouts_that_whole_blocks_make_longer_are_reencoded_too(
     changes["reencode_first_frame"] = True
     with trainer_of(training_world, tmp_path, **changes) as trainer:
         assert trainer.task.vae is not None  # type: ignore[attr-defined]
-        assert {plan_rollout(trainer.config, n).num_blocks for n in range(20)} == {2}
+        assert {drawn(trainer.config, n).num_blocks for n in range(20)} == {2}
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -356,10 +356,10 @@ def test_window_forcing_trains_the_windows_that_a_rollout_ends_with(
     with trainer_of(training_world, tmp_path, **changes) as trainer:
         task, config = trainer.task, trainer.config
         assert isinstance(task, FlowMatching)
-        levels, policy = level_timesteps(config), context_policy(config)
+        levels, policy = task.setup.levels.tensor(), task.setup.policy
         for update in range(12):
             timesteps, context = task._levels(Draws(config.seed, update, (0, 1)), FRAMES)
-            plan = plan_rollout(replace(config, num_training_frames=FRAMES), update)
+            plan = drawn(replace(config, num_training_frames=FRAMES), update)
             exit_level = plan.exit_levels[0]
             expected = [exit_level] * len(frames)
             if share:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
+from pipeline.passes import Plan
 from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, Renoise
 from pipeline.schedule import BlockLayout, Schedule
@@ -46,9 +47,7 @@ def tiny_rollout(height, width, batch=1):
     text = torch.randn(batch, 7, config.text_dim, generator=torch.Generator().manual_seed(0))
     rollout = Rollout(
         dit,
-        schedule=Schedule("rolling", LEVELS),
-        layout=BlockLayout(BLOCK),
-        policy=policy,
+        Plan(Schedule("rolling", LEVELS), BlockLayout(BLOCK), policy),
         cache=cache,
         grid=shape.grid,
         rule=Renoise(torch.linspace(1000, 200, LEVELS), noise),
@@ -115,8 +114,8 @@ def test_a_whole_steady_step_has_nothing_beside_its_passes():
         rollout.step()
     config, tokens = rollout.dit.config, shape.tokens_per_frame
     finished = rollout.cache.finished
-    clean = rollout.policy.view(finished, BLOCK, clean_pass=True)
-    window = rollout.policy.view(finished + BLOCK, BLOCK * LEVELS)
+    clean = rollout.plan.policy.view(finished, BLOCK, clean_pass=True)
+    window = rollout.plan.policy.view(finished + BLOCK, BLOCK * LEVELS)
     expected = sum(pass_flops(config, view, tokens) for view in (clean, window))
     total, _, _ = counted(rollout.step)
     assert total == expected
@@ -179,6 +178,6 @@ def test_the_engine_runs_no_clean_pass_that_is_not_read():
     rollout.dit.register_forward_pre_hook(
         lambda _, arguments: kinds.append(arguments[3].destination is not None)
     )
-    while rollout.index < LEVELS + 1:
+    for _ in range(LEVELS + 1):
         rollout.step()
     assert kinds == [False] * LEVELS + [True, False]
