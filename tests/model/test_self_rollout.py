@@ -50,7 +50,7 @@ def recorded_setting(case: Case, tmp_path: Path) -> tuple[Config, WanDiT]:
         method="rolling_forcing",
         max_attention_frames=meta["max_attention_frames"],
     )
-    return pipe.config, pipe.dit.requires_grad_(True).train()
+    return load_config(tmp_path / "config.yaml"), pipe.dit.requires_grad_(True).train()
 
 
 def runs() -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ def test_unbounded_stream_equals_bounded_one_but_for_its_end(pipe: VideoPipeline
     bounded = list(pipe.stream("a ball", seed=1, num_latent_frames=21))
     with pipe.stream("a ball", seed=1) as stream:
         unbounded = [stream.next_block() for _ in range(7)]
-    shared = 7 - (pipe.config.num_levels - 1)
+    shared = 7 - (pipe.setup.levels.num - 1)
     for block in range(shared):
         assert torch.equal(bounded[block], unbounded[block])
     assert not torch.equal(bounded[-1], unbounded[-1])
@@ -198,8 +198,8 @@ def test_stored_embeddings_replace_the_text_encoder(
     from utils.embeddings import write_shard
 
     write_shard(tmp_path / "a.safetensors", {"a ball": pipe.encode_prompts(["a ball"])[0]})
-    config = dataclasses.replace(pipe.config, text_embeddings=str(tmp_path))
-    stored = VideoPipeline(config, pipe.dit, vae=pipe.vae)
+    setup = dataclasses.replace(pipe.setup, text_embeddings=str(tmp_path))
+    stored = VideoPipeline(setup, pipe.dit, vae=pipe.vae)
     ours, theirs = (
         torch.cat(list(p.stream("a ball", seed=0, num_latent_frames=4))) for p in (stored, pipe)
     )

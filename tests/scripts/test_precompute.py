@@ -105,7 +105,7 @@ def test_stored_embeddings_are_what_the_pipeline_encodes(
     assert run(encode_prompts.main, tiny_world, tmp_path / "text", *flags) == 0
     store = EmbeddingStore(tmp_path / "text")
     pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, device="cpu")
-    prompts = [*PROMPTS, "in the sky", pipe.config.negative_prompt, ""]
+    prompts = [*PROMPTS, "in the sky", pipe.setup.negative_prompt, ""]
     stored = sum(len(shard) for shard in contents(tmp_path / "text").values())
     assert stored == len(store) == len(prompts), "the prompt of both files is stored once"
     for prompt in prompts:
