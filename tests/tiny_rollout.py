@@ -12,7 +12,7 @@ from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, Renoise, StepRule
 from pipeline.schedule import BlockLayout, Schedule, ScheduleKind
 from utils.noise import CounterNoise, NoiseSource
-from wan.context import CachedContext
+from wan.context import CachedContext, SplitContext
 from wan.dit import TextContext, WanDiT
 from wan.kv_cache import ContextPolicy, KVCache
 
@@ -37,10 +37,15 @@ class LoggingDiT:
         return getattr(self.dit, name)
 
     def __call__(
-        self, latents: Tensor, timesteps: Tensor, text: TextContext, context: CachedContext
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: TextContext,
+        context: CachedContext | SplitContext,
     ) -> Tensor:
-        past = tuple(range(context.cache.finished))
-        clean_pass = context.destination is not None
+        first = context.contexts[0] if isinstance(context, SplitContext) else context
+        past = tuple(range(first.cache.finished))
+        clean_pass = first is context and first.destination is not None
         self.calls.append(Call(clean_pass, past, latents.clone(), timesteps.clone()))
         return self.dit(latents, timesteps, text, context)
 
@@ -109,7 +114,6 @@ def new_rollout(
     rows: int | None = None,
     latent: tuple[int, int, int] = LATENT,
     grid: tuple[int, int] = GRID,
-    merged: bool = False,
     **options: Any,
 ) -> Rollout:
     """A rollout from its parts; `rows`: rows of the cache, if not one per prompt."""
@@ -136,7 +140,6 @@ def new_rollout(
             Schedule(method.kind, method.levels, num_blocks, len(prefix)),
             layout,
             method.policy,
-            merged=merged,
         ),
         cache=cache,
         grid=grid,
