@@ -10,37 +10,31 @@ Set `text_embeddings: data/vidprom_text` in a config to use them. The encoder is
 writes shards of its own.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-from tqdm import tqdm
-
-from pipeline.components import ModelFiles, choose_device
-from pipeline.precompute import (
-    Shard,
-    ShardRun,
-    build_parser,
-    plan_shards,
-    read_config,
-    read_prompts_of,
-    weights_hash,
-)
+from scripts.precompute_flags import read_config, shared_parser
 from utils.cli import run_main, set_up_logging
-from utils.config import Config, fingerprint
 from utils.distributed import Ranks
-from utils.embeddings import write_shard
-from wan.checkpoints import load_dit_config
-from wan.text_encoder import WanTextEncoder
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+    from pipeline.components import ModelFiles
+    from pipeline.precompute import Shard
+    from utils.config import Config
+    from wan.text_encoder import WanTextEncoder
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = build_parser("encode_prompts.py", "Store the text embeddings of prompts.")
+    parser = shared_parser("encode_prompts.py", "Store the text embeddings of prompts.")
     parser.add_argument(
         "--data_path",
         action="append",
@@ -54,15 +48,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="store the config's negative prompt and the empty prompt, too",
     )
-    return parser.parse_args([item for item in argv if item != "--"])
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Encode the prompts that are not stored yet."""
-    args = parse(argv)
+    args = build_parser().parse_args([item for item in argv if item != "--"])
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     config = read_config(args, ranks)
+    import torch
+
+    from pipeline.components import ModelFiles, choose_device
+    from pipeline.precompute import Shard, ShardRun, plan_shards, read_prompts_of, weights_hash
+    from utils.config import fingerprint
+    from utils.embeddings import write_shard
+
     files = ModelFiles.find(config, config.generator_name)
     files.require(files.text_encoder, files.tokenizer)
     device = choose_device(config.device)
@@ -98,6 +99,9 @@ def load_encoder(
     config: Config, files: ModelFiles, device: torch.device, dtype: torch.dtype
 ) -> WanTextEncoder:
     """The text encoder for the length of text that the generator reads."""
+    from wan.checkpoints import load_dit_config
+    from wan.text_encoder import WanTextEncoder
+
     text_len = load_dit_config(files.folder).text_len
     return WanTextEncoder.from_official(
         files.text_encoder, files.tokenizer, device=device, dtype=dtype, text_len=text_len

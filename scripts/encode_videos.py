@@ -9,47 +9,30 @@ cropped to the config's size. The VAE is that of `generator_name`. The same comm
 a stopped run; each rank writes shards of its own.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-from tqdm import tqdm
-
-from pipeline.components import ModelFiles, choose_device, choose_dtype, video_shape
-from pipeline.precompute import (
-    STORAGE_DTYPES,
-    Shard,
-    ShardRun,
-    build_parser,
-    first_items,
-    plan_shards,
-    read_config,
-    weights_hash,
-)
-from pipeline.prefix import encode_prefix
+from scripts.precompute_flags import STORAGE_DTYPES, read_config, shared_parser
 from utils.cli import run_main, set_up_logging
-from utils.config import Config, fingerprint
-from utils.datasets import (
-    Dataset,
-    LatentDataset,
-    OdePairDataset,
-    PromptDataset,
-    open_dataset,
-    write_shard,
-)
 from utils.distributed import Ranks
 from utils.errors import UserError
-from wan.checkpoints import load_dit_config
-from wan.vae import WanVAE
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from pipeline.components import ModelFiles
+    from pipeline.precompute import Shard
+    from utils.config import Config
+    from utils.datasets import Dataset
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = build_parser("encode_videos.py", "Store the latents of captioned videos.")
+    parser = shared_parser("encode_videos.py", "Store the latents of captioned videos.")
     parser.add_argument(
         "--data_path", required=True, help="folder of .mp4 and .txt, or shapes:train"
     )
@@ -57,15 +40,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--num_frames", type=int, help="video frames per clip (default: the config's latent frames)"
     )
     parser.add_argument("--storage_dtype", choices=STORAGE_DTYPES, default="float32")
-    return parser.parse_args([item for item in argv if item != "--"])
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Encode the clips that are not stored yet."""
-    args = parse(argv)
+    args = build_parser().parse_args([item for item in argv if item != "--"])
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     config = read_config(args, ranks)
+    import torch
+
+    from pipeline.components import ModelFiles, choose_device, choose_dtype
+    from pipeline.precompute import ShardRun, first_items, plan_shards, weights_hash
+    from pipeline.prefix import encode_prefix
+    from utils.config import fingerprint
+    from utils.datasets import write_shard
+    from wan.vae import WanVAE
+
     files = ModelFiles.find(config, config.generator_name)
     files.require(files.vae)
     device = choose_device(config.device)
@@ -103,6 +95,10 @@ def open_videos(
     config: Config, files: ModelFiles, path: str, num_frames: int | None
 ) -> tuple[Dataset, int]:
     """The videos at a path and the frames of a clip; UserError if the VAE cannot encode such."""
+    from pipeline.components import video_shape
+    from utils.datasets import LatentDataset, OdePairDataset, PromptDataset, open_dataset
+    from wan.checkpoints import load_dit_config
+
     shape = video_shape(config, load_dit_config(files.folder))
     if num_frames is None:
         num_frames = shape.video_frames(config.image_or_video_shape[1])

@@ -14,6 +14,8 @@ was stopped. Under torchrun the ranks share the videos, also several ranks on on
     torchrun --nproc_per_node 8 scripts/evaluate.py ...
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
@@ -24,30 +26,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from evaluation.results import Judge, Result, ResultLog, draw_curves, summarise, table, write_json
-from evaluation.trials import (
-    Evaluation,
-    frames_per_block,
-    held_out_captions,
-    plan_trials,
-    vbench_name,
-)
-from pipeline.batch import file_hash
-from pipeline.components import ModelFiles, block_layout, choose_device, video_shape
-from shapes.meter import METER_VERSION
 from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
-from utils.config import fingerprint, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.prompts import read_prompts
-from utils.video import frame_rate, read_video_chunks
-from wan.checkpoints import load_dit_config
+
+if TYPE_CHECKING:
+    from evaluation.results import Result
 
 HELD_OUT_PROMPTS, SECONDS = 16, 60.0
 GENERATING_FLAGS = (
@@ -95,6 +82,11 @@ def main(argv: Sequence[str]) -> int:
     set_up_logging(quiet=not ranks.is_main)
     check_flags(args)
     run = videos_run(args) if args.videos is not None else generated_run(args, ranks)
+    from tqdm import tqdm
+
+    from evaluation.results import ResultLog
+    from utils.config import fingerprint
+
     log = ResultLog(args.json, fingerprint(run.identity), ranks.rank)
     left = run.left(log.read())
     missing = [key for key in ranks.share(run.keys) if key in left]
@@ -160,7 +152,13 @@ class Run:
 
 def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Videos that a model makes."""
+    from utils.config import load_config
+
     config = load_config(args.config_path, args.overrides)
+    from evaluation.trials import Evaluation, held_out_captions, plan_trials, vbench_name
+    from pipeline.components import choose_device
+    from shapes.meter import METER_VERSION
+
     config.device = str(choose_device(ranks.device_name(args.device or config.device)))
     if args.data_path is None:
         prompts = held_out_captions(args.prompts or HELD_OUT_PROMPTS)
@@ -207,15 +205,27 @@ def videos_run(args: argparse.Namespace) -> Run:
     if not args.videos.is_dir():
         raise UserError(f"--videos {args.videos} is not a folder")
     found = sorted(args.videos.glob("*.mp4"))
-    files = {video_key(f): f for f in found if not f.name.endswith(".part.mp4")}
-    if not files:
+    found = [file for file in found if not file.name.endswith(".part.mp4")]
+    if not found:
         raise UserError(f"--videos {args.videos} holds no .mp4 file")
+    config = None
+    if args.config_path is not None:
+        from utils.config import load_config
+
+        config = load_config(args.config_path, args.overrides)
+    from evaluation.trials import frames_per_block, vbench_name
+    from pipeline.batch import file_hash
+    from shapes.meter import METER_VERSION
+
+    files = {video_key(f): f for f in found}
     exported = {key: vbench_name(*prompt_of(file)) for key, file in files.items()}
     names = {files[key].name: name for key, name in exported.items()}
     check_exports(names, args.vbench, judged=True)
     first, block = 9, 12
-    if args.config_path is not None:
-        config = load_config(args.config_path, args.overrides)
+    if config is not None:
+        from pipeline.components import ModelFiles, block_layout, video_shape
+        from wan.checkpoints import load_dit_config
+
         dit = load_dit_config(ModelFiles.find(config, config.generator_name).folder)
         first, block = frames_per_block(block_layout(config), video_shape(config, dit))
 
@@ -243,11 +253,16 @@ def videos_run(args: argparse.Namespace) -> Run:
 
 def video_key(path: Path) -> str:
     """What the result of a file depends on: what it shows, its name, and its prompt."""
+    from pipeline.batch import file_hash
+
     return f"{file_hash(path)} {path.name}: {prompt_of(path)[0]}"
 
 
 def measure_file(path: Path, first: int, block: int) -> Result:
     """One video file; its prompt says against what. UserError, naming it, if it is unreadable."""
+    from evaluation.results import Judge
+    from utils.video import frame_rate, read_video_chunks
+
     prompt, sample = prompt_of(path)
     frames = 0
     try:
@@ -287,6 +302,8 @@ def prompt_of(path: Path) -> tuple[str, int]:
 
 def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks: Ranks) -> None:
     """Sum up, write, print, draw, and let VBench judge if that is wanted."""
+    from evaluation.results import draw_curves, summarise, table, write_json
+
     kinds = sorted({result["kind"] for result in results})
     summary = {kind: summarise([r for r in results if r["kind"] == kind]) for kind in kinds}
     devices = sorted({result["device"] for result in results if "device" in result})
@@ -351,6 +368,8 @@ def run_vbench(folder: Path, results: Sequence[Result], device: str | None) -> A
         print(f"{few} prompts have fewer than the {VBENCH_SAMPLES} videos of VBench's protocol")
     try:
         import vbench
+
+        from pipeline.components import choose_device
     except ImportError:
         print(
             f"VBench is not installed: the videos lie in {folder}, named for it; to score them, "

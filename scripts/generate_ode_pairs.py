@@ -18,48 +18,32 @@ Prompt i starts from the noise of (seed, i), so the result depends on neither ra
 same command again takes up a stopped run; each rank writes shards of its own.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from pipeline.components import ModelFiles, block_layout, choose_device, choose_dtype
-from pipeline.precompute import (
-    STORAGE_DTYPES,
-    Shard,
-    ShardRun,
-    build_parser,
-    plan_shards,
-    read_config,
-    read_prompts_of,
-    weights_hash,
-)
-from pipeline.text_to_video import VideoPipeline
-from pipeline.trajectories import ode_grid, solve_trajectories
+from scripts.precompute_flags import STORAGE_DTYPES, read_config, shared_parser
 from utils.cli import run_main, set_up_logging
-from utils.config import Config, find_file, fingerprint
-from utils.datasets import write_shard
 from utils.distributed import Ranks
-from utils.embeddings import EmbeddingStore, pad_batch
 from utils.errors import UserError
-from utils.noise import CounterNoise
-from wan.attention import check_backend
-from wan.checkpoints import load_dit, load_dit_config
-from wan.flow import denoising_timesteps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from pipeline.precompute import Shard
+    from utils.config import Config
 
 PUBLISHED_STEPS = 48  # of CausVid's and Self Forcing's trajectories
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = build_parser("generate_ode_pairs.py", "Store trajectories of the teacher's ODE.")
+    parser = shared_parser("generate_ode_pairs.py", "Store trajectories of the teacher's ODE.")
     parser.add_argument(
         "--data_path", action="append", required=True, help="anything with prompts; repeatable"
     )
@@ -70,15 +54,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="trajectories at once")
     parser.add_argument("--seed", type=int, help="of the noise (default: the config's)")
     parser.add_argument("--storage_dtype", choices=STORAGE_DTYPES, default="float32")
-    return parser.parse_args([item for item in argv if item != "--"])
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Solve the trajectories that are not stored yet."""
-    args = parse(argv)
+    args = build_parser().parse_args([item for item in argv if item != "--"])
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     config = read_config(args, ranks)
+    import torch
+
+    from pipeline.precompute import ShardRun, plan_shards, read_prompts_of
+    from utils.config import fingerprint
+    from utils.datasets import write_shard
+
     levels, grid = levels_and_grid(config, args.num_steps)
     prompts = read_prompts_of(args.data_path, args.count, args.extended_prompt_path)
     check_before_loading(config, args, prompts)
@@ -109,6 +99,9 @@ def main(argv: Sequence[str]) -> int:
 
 def levels_and_grid(config: Config, num_steps: int) -> tuple[Tensor, Tensor]:
     """Timesteps of the student's levels `[T]`, and those of the Euler steps."""
+    from pipeline.trajectories import ode_grid
+    from wan.flow import denoising_timesteps
+
     if config.denoising_step_list is None:
         raise UserError("the config has no denoising_step_list: there are no levels to store")
     shift = config.generator_shift
@@ -119,6 +112,9 @@ def levels_and_grid(config: Config, num_steps: int) -> tuple[Tensor, Tensor]:
 
 def check_before_loading(config: Config, args: argparse.Namespace, prompts: Sequence[str]) -> None:
     """Raise UserError for what would stop the run after a large model was loaded."""
+    from pipeline.components import ModelFiles, block_layout
+    from utils.embeddings import EmbeddingStore
+
     if args.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
     block_layout(config).require_full_blocks(latent_frames(config, args))
@@ -136,6 +132,11 @@ class Teacher:
     def __init__(
         self, config: Config, args: argparse.Namespace, *, levels: Tensor, grid: Tensor
     ) -> None:
+        from pipeline import VideoPipeline
+        from pipeline.components import ModelFiles, choose_device, choose_dtype
+        from wan.attention import check_backend
+        from wan.checkpoints import load_dit, load_dit_config
+
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         sizes = load_dit_config(ModelFiles.find(config, config.real_name).folder)
@@ -151,6 +152,11 @@ class Teacher:
 
     def solve(self, items: Sequence[int], prompts: Sequence[str]) -> Tensor:
         """Trajectories `[B, T + 1, F, C, h, w]` of the prompts with these numbers."""
+        from pipeline.components import block_layout
+        from pipeline.trajectories import solve_trajectories
+        from utils.embeddings import pad_batch
+        from utils.noise import CounterNoise
+
         pipe, layout = self.pipe, block_layout(self.pipe.config)
         text, guidance = pipe.encode_prompts(prompts), None
         if self.negative is not None:
@@ -177,6 +183,9 @@ def latent_frames(config: Config, args: argparse.Namespace) -> int:
 
 def teacher_source(config: Config, args: argparse.Namespace) -> Path:
     """Where the teacher's weights are."""
+    from pipeline.components import ModelFiles
+    from utils.config import find_file
+
     if args.checkpoint_path:
         return find_file(args.checkpoint_path, "checkpoint")
     return ModelFiles.find(config, config.real_name).folder
@@ -186,6 +195,9 @@ def settings_of(
     config: Config, args: argparse.Namespace, levels: Tensor, grid: Tensor
 ) -> dict[str, Any]:
     """Everything that the numbers in a shard depend on, but the prompts."""
+    from pipeline.components import ModelFiles, choose_device, choose_dtype
+    from pipeline.precompute import weights_hash
+
     encoder = ModelFiles.find(config, config.generator_name).text_encoder
     return {
         "teacher": weights_hash(teacher_source(config, args)),

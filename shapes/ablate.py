@@ -31,8 +31,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from evaluation.results import (
     Result,
     draw_curves,

@@ -28,8 +28,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from evaluation.results import write_json
 from pipeline.batch import UNRELATED_KEYS, file_hash, network_files
 from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE, ModelFiles

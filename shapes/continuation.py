@@ -17,11 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from evaluation.results import write_json

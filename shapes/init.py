@@ -15,8 +15,6 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from pipeline.components import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
 from shapes.world import sample_scene
 from utils.cli import make_folder, run_main

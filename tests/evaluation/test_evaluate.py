@@ -12,6 +12,7 @@ import torch
 
 import evaluation.trials
 import scripts.evaluate
+import shapes.meter
 from evaluation.results import (
     Judge,
     ResultLog,
@@ -261,7 +262,7 @@ def test_results_of_another_meter_are_not_used(clips, tmp_path, monkeypatch):
     assert evaluate("--videos", clips, "--json", out) == 0
     measures = json.loads(out.read_text())["summary"]["shapes"]["measures"]
     assert measures["motion"]["mean"] < 2, "kept"
-    monkeypatch.setattr(scripts.evaluate, "METER_VERSION", scripts.evaluate.METER_VERSION + 1)
+    monkeypatch.setattr(shapes.meter, "METER_VERSION", shapes.meter.METER_VERSION + 1)
     assert evaluate("--videos", clips, "--json", out) == 0
     measures = json.loads(out.read_text())["summary"]["shapes"]["measures"]
     assert measures["motion"]["mean"] == 7
