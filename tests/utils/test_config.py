@@ -468,5 +468,7 @@ def test_installed_without_its_checkout(tmp_path, monkeypatch):
     own.write_text("method: self_forcing\n")
     monkeypatch.setattr("utils.config.DEFAULTS", tmp_path / "site-packages" / "default_config.yaml")
     for path in (own, "configs/rolling_forcing_sid.yaml"):
-        with pytest.raises(UserError, match=r"looked for in the checkout that `pip install -e \.`"):
+        with pytest.raises(
+            UserError, match=r"looked for in the checkout where `pip install -e \.`"
+        ):
             load_config(path)
