@@ -2,39 +2,44 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Threads that wait without spinning: many times faster where cores are shared.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: venv demo test test-slow test-all lint clean
+.PHONY: venv demo test test-slow test-long test-all lint clean
 
 venv: $(VENV)/.ready
 
-$(VENV)/.runtime: requirements.txt
+$(VENV)/.runtime: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -c constraints.txt -r requirements.txt setuptools
+	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.runtime requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -c constraints.txt -r requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/.runtime  ## stream videos of the shapes world with the weights that ship
 	@$(BIN)/python inference.py --overwrite
 
 test: venv  ## the fast tests
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not long and not gpu"
 
 # in the order of the tree, in which the longest file comes early
 test-slow: venv  ## the tests of more than a few seconds
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow and not long and not gpu"
+
+test-long: venv  ## long trials, by hand before a release
+	$(BIN)/python -m pytest -n auto -m "long and not gpu"
 
 test-all: test test-slow
 
 lint: venv  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy wan model pipeline trainer utils evaluation shapes scripts inference.py train.py
+	$(BIN)/mypy $(wildcard wan model pipeline trainer utils evaluation shapes server scripts *.py)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

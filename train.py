@@ -12,13 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.checkpoint import claimed
-from trainer.estimate import dry_run_report
-from trainer.metrics import WandbSettings
-from trainer.sharding import open_world
-from trainer.trainer import NonFiniteError, Trainer
 from utils.cli import run_main, set_up_logging
-from utils.config import load_config
 from utils.distributed import Ranks
 
 logger = logging.getLogger(__name__)
@@ -46,8 +40,17 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args([item for item in argv if item != "--"])
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
+    from utils.config import load_config
+
     config = load_config(args.config_path, args.overrides)
+    from trainer.checkpoint import claimed
+    from trainer.metrics import WandbSettings
+    from trainer.sharding import open_world
+    from trainer.trainer import NonFiniteError, Trainer
+
     if args.dry_run:
+        from trainer.estimate import dry_run_report
+
         print(dry_run_report(config, args.world_size or ranks.world))
         return 0
     wandb = None

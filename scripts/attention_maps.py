@@ -10,23 +10,21 @@ attention, right the share of each frame against even attention (1: as much as a
 Values are means over heads, queries and samples of the batch. The video is not changed by it.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from evaluation.results import write_text
-from pipeline import load_pipeline
-from pipeline.attention_maps import AttentionMap, AttentionRecorder, group_names, group_table
 from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
-from utils.config import load_config
 from utils.errors import UserError
-from utils.video import part_path
+
+if TYPE_CHECKING:
+    from pipeline.attention_maps import AttentionMap
 
 PRINTED_ROWS = 40  # up to here the numbers are written into their cells
 
@@ -58,9 +56,14 @@ def main(argv: Sequence[str]) -> int:
     check_picture("--out", args.out)
     if not args.prompt.strip():
         raise UserError("the prompt is empty; write what the video should show")
+    from utils.config import load_config
+
     config = load_config(args.config_path, args.overrides)
     levels = numbers(args.levels, config.num_levels, "--levels")
     blocks = numbers(args.blocks, None, "--blocks")
+    from pipeline import load_pipeline
+    from pipeline.attention_maps import AttentionRecorder
+
     pipe = load_pipeline(config, args.checkpoint_path, args.device, use_ema=args.use_ema)
     layers = numbers(args.layers, pipe.dit.config.num_layers, "--layers")
     recorder = AttentionRecorder(pipe.layout, blocks=blocks, levels=levels, layers=layers)
@@ -93,6 +96,8 @@ def numbers(text: str, limit: int | None, flag: str) -> list[int]:
 
 def write_json(path: Path, prompt: str, maps: Sequence[AttentionMap]) -> None:
     """Every map with its groups: `groups` holds [share, number of frames] by name."""
+    from evaluation.results import write_text
+
     entries = [asdict(entry) | {"groups": entry.groups} for entry in maps]
     text = json.dumps({"prompt": prompt, "maps": entries}, ensure_ascii=False)
     write_text(path, text)
@@ -102,6 +107,9 @@ def draw(maps: Sequence[AttentionMap], out: Path, prompt: str) -> None:
     """Write the PNG: a row of two heat maps for each block."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+
+    from pipeline.attention_maps import group_names
+    from utils.video import part_path
 
     blocks = sorted({entry.block for entry in maps})
     rows = max(sum(entry.block == block for entry in maps) for block in blocks)
@@ -124,6 +132,8 @@ def draw_table(axis: Any, maps: Sequence[AttentionMap], title: str, *, per_frame
     """One heat map with its scale, layers set apart by lines."""
     import numpy as np
     from matplotlib.colors import CenteredNorm, Normalize
+
+    from pipeline.attention_maps import group_names, group_table
 
     names = group_names(maps)
     values = np.array(group_table(maps, names, per_frame=per_frame))

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from utils.cli import run_main
 from utils.errors import UserError
 
 WAN_FILES = (
@@ -113,27 +112,28 @@ DOWNLOADS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="what to fetch; --list shows the names")
     parser.add_argument("--list", action="store_true", help="show what can be fetched")
     parser.add_argument("--root", type=Path, default=Path(), help="folder to fetch into (.)")
-    args = parser.parse_args(argv)
-    try:
-        downloads = chosen_downloads(args.names)
-        if args.list:
-            print(table())
-            return 0
-        if not downloads:
-            raise UserError(f"Say what to fetch: {', '.join(DOWNLOADS)}.")
-        for name, download in downloads.items():
-            print(f"{name}: {download.repo_id}, licence: {download.licence}", flush=True)
-            for path in fetch(download, args.root):
-                print(f"  {path} ({path.stat().st_size:,} bytes)", flush=True)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fetch what is named, or list what there is."""
+    args = build_parser().parse_args(argv)
+    downloads = chosen_downloads(args.names)
+    if args.list:
+        print(table())
+        return 0
+    if not downloads:
+        raise UserError(f"Say what to fetch: {', '.join(DOWNLOADS)}.")
+    for name, download in downloads.items():
+        print(f"{name}: {download.repo_id}, licence: {download.licence}", flush=True)
+        for path in fetch(download, args.root):
+            print(f"  {path} ({path.stat().st_size:,} bytes)", flush=True)
     return 0
 
 
@@ -244,4 +244,4 @@ def check_space(root: Path, missing: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

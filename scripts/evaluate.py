@@ -29,8 +29,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from evaluation.curves import draw_curves
 from evaluation.meters import Judge, Meter, Result, meter_settings, meters_by_kind
 from evaluation.results import ResultLog, summarise, summary_text, write_json

@@ -7,6 +7,8 @@ One run: the main metrics, one line each. Several runs: a colour per run, a line
 and of the critic's loss by timestep and the seconds per phase the means over their last quarters.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -18,13 +20,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from trainer.health import Rules
-from trainer.metrics import flatten, read_metrics
 from utils.cli import require_matplotlib, run_main
 from utils.errors import UserError
-from utils.video import part_path
 
 COLOURS = ("#3366cc", "#e0662c", "#2a9d6f", "#a0448f", "#c9a227", "#5b5f66", "#8c564b", "#17a2b8")
 STYLES = ("-", "--", ":", "-.")
@@ -40,8 +38,10 @@ class Run:
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
 
     @classmethod
-    def read(cls, path: Path, name: str) -> "Run":
+    def read(cls, path: Path, name: str) -> Run:
         """From a run's folder or its metrics file; UserError if there is none."""
+        from trainer.metrics import flatten, read_metrics
+
         points: dict[str, list[tuple[int, float]]] = {}
         for line in read_metrics(path):
             for key, value in flatten(line).items():
@@ -74,19 +74,24 @@ class Panel:
 
     title: str
     patterns: tuple[str, ...]
-    draw: Callable[[Any, list[Run], "Panel", int], None]
+    draw: Callable[[Any, list[Run], Panel, int], None]
     log: bool = False
     from_zero: bool = False
     level: float | None = None
 
 
-def main(argv: Sequence[str]) -> int:
-    """Read, draw, write."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("logdirs", nargs="+", type=Path, metavar="LOGDIR", help="folder of a run")
     parser.add_argument("--out", type=Path, default=Path("run.png"), help="(default: %(default)s)")
     parser.add_argument("--smooth", type=int, default=1, help="mean over so many points of a line")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read, draw, write."""
+    args = build_parser().parse_args(argv)
     if args.smooth < 1:
         raise UserError("--smooth must be at least 1")
     names = run_names(args.logdirs)
@@ -110,6 +115,8 @@ def draw(runs: list[Run], out: Path, smooth: int = 1) -> None:
     require_matplotlib()
     import matplotlib as mpl
     from matplotlib.figure import Figure
+
+    from utils.video import part_path
 
     panels = [p for p in PANELS if any(run.matching(p.patterns) for run in runs)]
     if not panels:

@@ -313,7 +313,7 @@ class Precomputing:
     """
 
     name: str
-    script: str
+    verb: str
     config: str
     keys: tuple[str, ...]
     training: int
@@ -327,14 +327,14 @@ class Precomputing:
         counts = self._counts(chain)
         runs = {
             folder.name: (
-                *("--config_path", chain.config(self.config), "--data_path", source),
+                *(self.verb, "--config_path", chain.config(self.config), "--data_path", source),
                 *("--count", count, "--output_folder", folder),
                 *(self.quick_flags if chain.quick else self.flags),
                 *(f"model_root={chain.models}", *chain.overrides),
             )
             for folder, (source, count) in zip(self.folders(chain), counts.items(), strict=True)
         }
-        chain.run(self.script, runs)
+        chain.run("scripts/precompute.py", runs)
         return ", ".join(f"{count} of {source}" for source, count in counts.items())
 
     def identity(self, chain: Chain) -> dict[str, Any]:
@@ -356,7 +356,7 @@ class Precomputing:
 
 LATENTS = Precomputing(
     "latents",
-    "scripts/encode_videos.py",
+    "latents",
     "teacher",
     keys=("image_or_video_shape", "dtype"),
     training=3072,
@@ -370,7 +370,7 @@ LONG_LATENTS = replace(
 )
 ODE_PAIRS = Precomputing(
     "ode_pairs",
-    "scripts/generate_ode_pairs.py",
+    "ode_pairs",
     "rolling_forcing",
     keys=(
         *("image_or_video_shape", "dtype", "seed", "num_frame_per_block"),

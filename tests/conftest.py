@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tests.tiny_pipeline import TINY_DIT, random_dit, write_config, write_dit_fo
 
 # Rounding depends on the number of threads; one is fastest for tiny networks anyway.
 torch.set_num_threads(1)
+# Commands that tests start are this checkout's, wherever the environment's installation points.
+os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def check_latents(config: Config, setup: Setup, data: Dataset) -> None:
     elif not ("video" in data.holds and config.load_raw_video):
         raise UserError(
             f"{config.data_path} holds no latents; with videos set load_raw_video=true, or "
-            "encode them once with scripts/encode_videos.py"
+            "encode them once with `scripts/precompute.py latents`"
         )
 
 
@@ -191,7 +191,7 @@ def check_trajectories(config: Config, setup: Setup, data: Dataset) -> None:
     if not isinstance(data, OdePairDataset):
         raise UserError(
             f"{config.data_path} holds no trajectories; make them with "
-            "scripts/generate_ode_pairs.py"
+            "`scripts/precompute.py ode_pairs`"
         )
     stored = torch.tensor(data.timesteps)
     meant = torch.cat([setup.levels.tensor(), torch.zeros(1)])
@@ -222,7 +222,7 @@ def check_embeddings(config: Config, data: Dataset) -> None:
         if prompt not in store:
             raise UserError(
                 f"{store.folder} has no embedding of the prompt '{prompt[:60]}', which this config "
-                "needs beside those of the data: scripts/encode_prompts.py stores it from a .txt "
+                "needs beside those of the data: `scripts/precompute.py text` stores it from a .txt "
                 "file, and the negative and the empty prompt with --negative_prompt"
             )
 

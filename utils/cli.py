@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from utils.errors import UserError
@@ -49,10 +50,8 @@ def make_folder(folder: Path) -> None:
 
 def require_matplotlib() -> None:
     """UserError if it is not installed, before the work that is to be drawn."""
-    try:
-        import matplotlib as mpl  # noqa: F401
-    except ImportError as error:
-        raise UserError("plots need matplotlib: pip install matplotlib") from error
+    if find_spec("matplotlib") is None:
+        raise UserError("plots need matplotlib: pip install matplotlib")
 
 
 def set_up_logging(*, quiet: bool = False) -> None:

@@ -290,7 +290,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     files = _read_with_bases(path)
     given = _parse_overrides(overrides)
     method = _find_method(path, [*files, given])
-    layers.add(_read_yaml(DEFAULTS))
+    layers.add(_read_yaml(find_file(DEFAULTS, "config file")))
     if method is not None:
         layers.add({"method": method, **METHOD_DEFAULTS[method]})
     for layer in (*files, given):
@@ -325,6 +325,11 @@ def find_file(path: str | Path, what: str) -> Path:
             return candidate
     if Path(path).is_dir():
         raise UserError(f"{what} {path} is a folder; give a file")
+    if not DEFAULTS.is_file():
+        raise UserError(
+            f"{what} {path} does not exist: configs and weights are looked for in the checkout "
+            "where `pip install -e .` was run, and this is an installation without -e"
+        )
     raise UserError(f"{what} {path} does not exist; check the path")
 
 

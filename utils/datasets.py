@@ -264,8 +264,7 @@ class ShardInfo:
             raise UserError(f"{path} is not a readable safetensors file: make it again.") from error
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(
-                f"{path} is no shard of latents or ODE pairs: make them with "
-                "scripts/encode_videos.py or scripts/generate_ode_pairs.py."
+                f"{path} is no shard of latents or ODE pairs: make them with scripts/precompute.py."
             ) from error
         states = info.shape[1:2] if kind == "ode_pairs" else (0,)
         if info.shape[:1] != (len(info.prompts),) or states != (len(info.timesteps),):

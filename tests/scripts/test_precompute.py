@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import VideoPipeline, load_pipeline
-from pipeline.precompute import ShardRun, plan_shards
 from pipeline.prefix import encode_prefix
+from pipeline.setup import Setup
 from pipeline.trajectories import ode_grid, solve_trajectories
-from scripts import encode_prompts, encode_videos, generate_ode_pairs
+from scripts import precompute
 from tests.conftest import TinyWorld
 from tests.tiny_pipeline import TINY_DIT, random_dit, write_dit_folder
+from trainer.precompute import ShardRun, plan_shards
 from utils.cli import run_main
 from utils.config import Config, load_config
 from utils.datasets import LatentDataset, OdePairDataset, open_dataset
@@ -39,6 +40,13 @@ LATENT = (16, 4, 6)
 FRAMES = 6
 PROMPTS = ["the red ball", "a cat jumps", "the sea"]
 Main = Callable[[Sequence[str]], int]
+
+
+def verb(name: str) -> Main:
+    return lambda argv: precompute.main([name, *argv])
+
+
+TEXT, LATENTS, ODE_PAIRS = map(verb, ("text", "latents", "ode_pairs"))
 
 
 @pytest.fixture
@@ -102,7 +110,7 @@ def test_stored_embeddings_are_what_the_pipeline_encodes(
     more = tmp_path / "more.txt"
     more.write_text("in the sky\nthe sea\n", encoding="utf-8")
     flags = ["--data_path", prompt_file, "--data_path", more, "--negative_prompt"]
-    assert run(encode_prompts.main, tiny_world, tmp_path / "text", *flags) == 0
+    assert run(TEXT, tiny_world, tmp_path / "text", *flags) == 0
     store = EmbeddingStore(tmp_path / "text")
     pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, device="cpu")
     prompts = [*PROMPTS, "in the sky", pipe.setup.negative_prompt, ""]
@@ -118,7 +126,7 @@ def test_extended_prompts_are_the_ones_encoded(
     extended = tmp_path / "extended.txt"
     extended.write_text("one\ntwo\nthree\n", encoding="utf-8")
     flags = ["--data_path", prompt_file, "--extended_prompt_path", extended, "--count", 2]
-    assert run(encode_prompts.main, tiny_world, tmp_path / "text", *flags) == 0
+    assert run(TEXT, tiny_world, tmp_path / "text", *flags) == 0
     store = EmbeddingStore(tmp_path / "text")
     assert len(store) == 2
     assert "one" in store
@@ -130,13 +138,13 @@ def test_a_run_is_taken_up_and_grows(
 ) -> None:
     out = tmp_path / "text"
     flags = ["--data_path", prompt_file]
-    assert run(encode_prompts.main, tiny_world, out, *flags, "--count", 1) == 0
-    assert run(encode_prompts.main, tiny_world, out, *flags) == 0
+    assert run(TEXT, tiny_world, out, *flags, "--count", 1) == 0
+    assert run(TEXT, tiny_world, out, *flags) == 0
     assert len(EmbeddingStore(out)) == 3, "the last shard had one prompt and grew"
     before, whole = stamps(out), contents(out)
     (out / "000001.safetensors").unlink()
     (out / "000001.part").write_bytes(b"half written")
-    assert run(encode_prompts.main, tiny_world, out, *flags, "--negative_prompt") == 0
+    assert run(TEXT, tiny_world, out, *flags, "--negative_prompt") == 0
     assert stamps(out)["000000.safetensors"] == before["000000.safetensors"]
     assert contents(out)["000001.safetensors"].keys() == whole["000001.safetensors"].keys()
     assert not list(out.glob("*.part"))
@@ -153,7 +161,7 @@ def test_latents_of_videos_are_what_the_vae_encodes(tiny_world: TinyWorld, tmp_p
         (tmp_path / f"{name}.txt").write_text(name, encoding="utf-8")
     flags = ["--data_path", tmp_path, "--num_frames", 5]
     out = tmp_path / "out"
-    assert run(encode_videos.main, tiny_world, out, *flags) == 0
+    assert run(LATENTS, tiny_world, out, *flags) == 0
     stored = LatentDataset(out)
     assert [stored.prompt(index) for index in range(3)] == ["a", "b", "c"]
     assert stored.item_shape == (2, *LATENT)
@@ -169,10 +177,10 @@ def test_latents_of_shapes_on_two_ranks(
 ) -> None:
     flags = ["--data_path", "shapes:train", "--count", 3, "--num_frames", 5, "width=32"]
     flags += ["--storage_dtype", "float16"]
-    assert run(encode_videos.main, tiny_world, tmp_path / "one", *flags) == 0
+    assert run(LATENTS, tiny_world, tmp_path / "one", *flags) == 0
     run_ranks(
         monkeypatch,
-        lambda: run(encode_videos.main, tiny_world, tmp_path / "two", *flags),
+        lambda: run(LATENTS, tiny_world, tmp_path / "two", *flags),
         order=[1, 0],
     )
     assert_same(tmp_path / "one", tmp_path / "two")
@@ -241,7 +249,7 @@ def test_trajectory_ends_where_the_pipelines_own_sampling_ends(
     tiny_world: TinyWorld, prompt_file: Path, tmp_path: Path
 ) -> None:
     flags = [*ode_flags(prompt_file), "guidance_scale=0", "--seed", 9]
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "out", *flags) == 0
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "out", *flags) == 0
     pairs = OdePairDataset(tmp_path / "out")
     config = load_config(tiny_world.config)
     levels = denoising_timesteps([1000, 800, 600, 400, 200], config.timestep_shift, warp=True)
@@ -249,9 +257,7 @@ def test_trajectory_ends_where_the_pipelines_own_sampling_ends(
     pipe = load_pipeline(config, device="cpu")
     grid = ode_grid(levels, 4, config.timestep_shift).tolist()
     euler = {"schedule": "full", "step_rule": "ode", "warp_denoising_step": False}
-    full = VideoPipeline(
-        replace(config, denoising_step_list=grid, **euler), pipe.dit, files=pipe.files
-    )
+    full = VideoPipeline(Setup.of(replace(config, denoising_step_list=grid, **euler)), pipe.dit)
     for index, prompt in enumerate(PROMPTS):
         item = pairs[index]
         assert item["prompt"] == prompt
@@ -269,7 +275,7 @@ def test_guidance_adds_g_times_the_difference_to_the_conditional_velocity(
     tiny_world: TinyWorld, prompt_file: Path, tmp_path: Path
 ) -> None:
     flags = [*ode_flags(prompt_file), "guidance_scale=2.5", "negative_prompt=the blue cat"]
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "out", *flags) == 0
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "out", *flags) == 0
     trajectory = OdePairDataset(tmp_path / "out")[1]["trajectory"]
     pipe = load_pipeline(tiny_world.config, device="cpu")
     cond, uncond = (
@@ -291,15 +297,15 @@ def test_ode_pairs_depend_on_neither_ranks_nor_batches(
     tiny_world: TinyWorld, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ode_flags(prompt_file)
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "one", *flags) == 0
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "one", *flags) == 0
     run_ranks(
         monkeypatch,
-        lambda: run(generate_ode_pairs.main, tiny_world, tmp_path / "two", *flags),
+        lambda: run(ODE_PAIRS, tiny_world, tmp_path / "two", *flags),
         order=[1, 0],
     )
     assert_same(tmp_path / "one", tmp_path / "two")
     batched = [*flags, "--batch_size", 2]
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "batch", *batched) == 0
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "batch", *batched) == 0
     assert_same(tmp_path / "one", tmp_path / "batch", tolerance=1e-4)
 
 
@@ -308,16 +314,16 @@ def test_stored_text_and_another_checkpoint_are_used(
 ) -> None:
     text = tmp_path / "text"
     flags = ["--data_path", prompt_file, "--negative_prompt"]
-    assert run(encode_prompts.main, tiny_world, text, *flags) == 0
+    assert run(TEXT, tiny_world, text, *flags) == 0
     write_dit_folder(tmp_path / "weights", TINY_DIT, random_dit(seed=77).state_dict())
     weights = tmp_path / "weights" / "diffusion_pytorch_model.safetensors"
     flags = ode_flags(prompt_file)
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "plain", *flags) == 0
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "plain", *flags) == 0
     monkeypatch.delattr(WanTextEncoder, "from_official")
     flags += [f"text_embeddings={text}"]
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "stored", *flags) == 0
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "stored", *flags) == 0
     flags += ["--checkpoint_path", weights]
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "other", *flags) == 0
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "other", *flags) == 0
     assert_same(tmp_path / "plain", tmp_path / "stored", tolerance=1e-5)
     plain, other = (OdePairDataset(tmp_path / n)[0]["trajectory"] for n in ("plain", "other"))
     assert torch.equal(plain[0], other[0])
@@ -328,9 +334,9 @@ def test_stored_text_and_another_checkpoint_are_used(
 
 
 def start(arguments: Sequence[str], launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
-    script = str(ROOT / "scripts" / "generate_ode_pairs.py")
+    script = str(ROOT / "scripts" / "precompute.py")
     return subprocess.Popen(
-        [sys.executable, *launcher, script, *arguments],
+        [sys.executable, *launcher, script, "ode_pairs", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         text=True,
         stderr=subprocess.PIPE,
@@ -355,8 +361,8 @@ def test_killed_run_goes_on_where_it_was(
     done = stamps(out)
     assert len(done) < len(PROMPTS)
 
-    assert run(generate_ode_pairs.main, tiny_world, out, *flags) == 0
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "whole", *flags) == 0
+    assert run(ODE_PAIRS, tiny_world, out, *flags) == 0
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "whole", *flags) == 0
     assert_same(out, tmp_path / "whole")
     after = stamps(out)
     assert {name: after[name] for name in done} == done, "what was done is kept"
@@ -371,7 +377,7 @@ def test_torchrun_gives_what_one_process_gives(
     process = start(command(tiny_world, tmp_path / "two", *flags), launcher)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "one", *flags) == 0
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "one", *flags) == 0
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
@@ -393,19 +399,19 @@ def test_a_rank_makes_its_own_shards_whatever_others_have_done_already(
 # --- what can be wrong --------------------------------------------------------------------------
 
 BAD_INPUT = {
-    "no_end": (encode_prompts.main, ["--data_path", "shapes:train"], "--count"),
-    "no_items": (encode_prompts.main, ["--data_path", "{prompts}", "--count", 0], "--count"),
-    "negative_count": (encode_prompts.main, ["--data_path", "shapes:train", "--count", -1], "1"),
-    "shard_size": (encode_prompts.main, ["--data_path", "{prompts}", "--shard_size", 0], "shard"),
-    "no_videos": (encode_videos.main, ["--data_path", "{prompts}"], "holds no videos"),
-    "frames": (encode_videos.main, ["--data_path", "{prompts}", "--num_frames", 6], "1, 5, 9"),
-    "no_frames": (encode_videos.main, ["--data_path", "{prompts}", "--num_frames", 0], "1, 5, 9"),
-    "blocks": (generate_ode_pairs.main, ["{ode}", "--num_latent_frames", 5], "whole blocks"),
-    "batch": (generate_ode_pairs.main, ["{ode}", "--batch_size", 0], "--batch_size"),
-    "steps": (generate_ode_pairs.main, ["{ode}", "--num_steps", 0], "--num_steps"),
-    "no_levels": (generate_ode_pairs.main, ["{ode}", "denoising_step_list=null"], "levels"),
-    "no_text": (generate_ode_pairs.main, ["{ode}", "text_embeddings={text}"], "no embedding"),
-    "no_teacher": (generate_ode_pairs.main, ["{ode}", "real_name=Nothing"], "Nothing"),
+    "no_end": (TEXT, ["--data_path", "shapes:train"], "--count"),
+    "no_items": (TEXT, ["--data_path", "{prompts}", "--count", 0], "--count"),
+    "negative_count": (TEXT, ["--data_path", "shapes:train", "--count", -1], "1"),
+    "shard_size": (TEXT, ["--data_path", "{prompts}", "--shard_size", 0], "shard"),
+    "no_videos": (LATENTS, ["--data_path", "{prompts}"], "holds no videos"),
+    "frames": (LATENTS, ["--data_path", "{prompts}", "--num_frames", 6], "1, 5, 9"),
+    "no_frames": (LATENTS, ["--data_path", "{prompts}", "--num_frames", 0], "1, 5, 9"),
+    "blocks": (ODE_PAIRS, ["{ode}", "--num_latent_frames", 5], "whole blocks"),
+    "batch": (ODE_PAIRS, ["{ode}", "--batch_size", 0], "--batch_size"),
+    "steps": (ODE_PAIRS, ["{ode}", "--num_steps", 0], "--num_steps"),
+    "no_levels": (ODE_PAIRS, ["{ode}", "denoising_step_list=null"], "levels"),
+    "no_text": (ODE_PAIRS, ["{ode}", "text_embeddings={text}"], "no embedding"),
+    "no_teacher": (ODE_PAIRS, ["{ode}", "real_name=Nothing"], "Nothing"),
 }
 
 
@@ -438,8 +444,8 @@ def test_states_of_other_levels_are_not_taken_for_these(
     flags = [*ode_flags(prompt_file), "timestep_shift=1", "warp_denoising_step=false"]
     three = [*flags, "denoising_step_list=[1000,750,500]"]
     two = [*flags, "denoising_step_list=[1000,500]"]
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "out", *three) == 0
-    assert run(generate_ode_pairs.main, tiny_world, tmp_path / "out", *two) == 2
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "out", *three) == 0
+    assert run(ODE_PAIRS, tiny_world, tmp_path / "out", *two) == 2
     assert "other settings" in capsys.readouterr().err
 
 
@@ -450,15 +456,15 @@ def test_shards_of_other_settings_are_not_overwritten(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, flags = tmp_path / "out", ode_flags(prompt_file)
-    assert run(generate_ode_pairs.main, tiny_world, out, *flags) == 0
+    assert run(ODE_PAIRS, tiny_world, out, *flags) == 0
     before = stamps(out)
-    assert run(generate_ode_pairs.main, tiny_world, out, *flags, "--count", 2) == 0
+    assert run(ODE_PAIRS, tiny_world, out, *flags, "--count", 2) == 0
     for change in (["--seed", 1], ["--num_steps", 5], ["guidance_scale=1"], ["--shard_size", 3]):
-        assert run(generate_ode_pairs.main, tiny_world, out, *flags, *change) == 2
+        assert run(ODE_PAIRS, tiny_world, out, *flags, *change) == 2
         assert "other settings" in capsys.readouterr().err
     prompt_file.write_text("something else\n", encoding="utf-8")
-    assert run(generate_ode_pairs.main, tiny_world, out, *flags) == 2
+    assert run(ODE_PAIRS, tiny_world, out, *flags) == 2
     (out / "000000.safetensors").write_bytes(b"nonsense")
-    assert run(generate_ode_pairs.main, tiny_world, out, *flags) == 2
+    assert run(ODE_PAIRS, tiny_world, out, *flags) == 2
     assert "not a readable" in capsys.readouterr().err
     assert stamps(out)["000001.safetensors"] == before["000001.safetensors"]

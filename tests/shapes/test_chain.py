@@ -123,7 +123,7 @@ def test_every_stage_is_a_command_that_its_script_accepts(
     videos = 8 if quick else 16
     assert f"batch_size={videos // 2}" in teacher, "the videos of an update on two ranks"
     ranks, at_once = (1, 2) if quick else (2, 1)
-    scripts = ("encode_videos.py", "generate_ode_pairs.py", "evaluate.py")
+    scripts = ("precompute.py", "evaluate.py")
     assert rehearsal.shared == {(script, ranks, at_once) for script in scripts}
 
 

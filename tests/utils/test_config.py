@@ -460,3 +460,15 @@ def test_empty_file_needs_a_method(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(UserError, match="which method"):
         load_config(path)
+
+
+def test_installed_without_its_checkout(tmp_path, monkeypatch):
+    """The configs do not travel with the modules: the sentence says where they are looked for."""
+    own = tmp_path / "own.yaml"
+    own.write_text("method: self_forcing\n")
+    monkeypatch.setattr("utils.config.DEFAULTS", tmp_path / "site-packages" / "default_config.yaml")
+    for path in (own, "configs/rolling_forcing_sid.yaml"):
+        with pytest.raises(
+            UserError, match=r"looked for in the checkout where `pip install -e \.`"
+        ):
+            load_config(path)

@@ -1,9 +1,8 @@
 """Data computed once before training: shards that a stopped run takes up, spread over ranks.
 
-What `scripts/encode_prompts.py`, `encode_videos.py` and `generate_ode_pairs.py` share.
+The verbs themselves are in `scripts/precompute.py`.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,38 +13,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from pipeline.batch import file_hash
-from utils.config import Config, fingerprint, load_config, save_config
+from utils.config import Config, fingerprint, save_config
 from utils.datasets import UNLIMITED, Dataset, open_dataset
 from utils.distributed import Ranks
 from utils.errors import UserError
-
-STORAGE_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def build_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """The flags that all precomputing scripts have."""
-    parser = argparse.ArgumentParser(
-        prog=name,
-        description=description,
-        epilog="key=value overrides of the config may follow the flags.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config_path", required=True, help="experiment file")
-    parser.add_argument("--output_folder", required=True, help="where the shards go")
-    parser.add_argument("--count", type=int, help="only the first items of the data")
-    parser.add_argument(
-        "--shard_size", type=int, default=64, help="items per file (default: %(default)s)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
-    return parser
-
-
-def read_config(args: argparse.Namespace, ranks: Ranks) -> Config:
-    """The experiment file with the flags and overrides on top."""
-    config = load_config(args.config_path, args.overrides)
-    config.device = ranks.device_name(args.device or config.device)
-    return config
 
 
 def read_prompts_of(

@@ -1,0 +1,5 @@
+"""For `python setup.py develop`; pyproject.toml says it all."""
+
+from setuptools import setup
+
+setup()
