@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: many times faster where cores are shared.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: venv demo test test-slow test-all lint clean
+.PHONY: venv demo test test-slow test-all lint docs clean
 
 venv: $(VENV)/.ready
 
@@ -35,6 +35,9 @@ lint: venv  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy wan model pipeline trainer utils evaluation shapes scripts inference.py train.py
+
+docs: venv  ## what is written down of the configuration
+	$(BIN)/python -m utils.config_docs
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

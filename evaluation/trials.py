@@ -17,8 +17,7 @@ from pipeline.batch import Outputs, model_settings
 from pipeline.components import (
     ModelFiles,
     block_layout,
-    choose_device,
-    choose_dtype,
+    computed_dtype,
     device_name,
     video_shape,
 )
@@ -94,8 +93,8 @@ class Evaluation:
     def settings(self) -> dict[str, Any]:
         """What the result of a trial depends on, besides the trial itself."""
         model = model_settings(self.config, self.checkpoint, use_ema=self.use_ema)
-        dtype = choose_dtype(self.config.dtype, choose_device(self.config.device))
-        return {**model, "video_frames": self.video_frames, "computed_in": str(dtype)}
+        computed_in = str(computed_dtype(self.config))
+        return {**model, "video_frames": self.video_frames, "computed_in": computed_in}
 
     def export_path(self, trial: Trial) -> Path | None:
         """Where the video of a trial goes, if anywhere."""

@@ -23,6 +23,7 @@ from pipeline.sampling import BlockNoise, Renoise
 from pipeline.schedule import BlockLayout, Schedule, Window
 from utils.config import Config
 from utils.draws import Purpose
+from utils.errors import UserError
 from utils.noise import philox
 from wan.dit import DiTConfig, TextContext, WanDiT
 from wan.flops import pass_flops, training_flops
@@ -66,7 +67,12 @@ def rollout_blocks(config: Config) -> tuple[int, int]:
     most = layout.blocks_for(config.num_training_frames)
     if layout.start(most) > config.num_training_frames:
         most -= 1
-    return fewest, max(fewest, most)
+    if most < fewest:
+        raise UserError(
+            f"num_training_frames={config.num_training_frames} is too few for "
+            f"{scored_frames(config)} scored frames in whole blocks"
+        )
+    return fewest, most
 
 
 def longest_rollout(config: Config) -> int:

@@ -11,6 +11,7 @@ import torch
 from pipeline.sampling import BlockNoise, OdeStep, Renoise, StepRule
 from pipeline.schedule import BlockLayout, Schedule
 from utils.config import ROOT, Config
+from utils.downloads import how_to_get
 from utils.errors import UserError
 from wan.checkpoints import load_dit_config, memory_estimate
 from wan.dit import DiTConfig
@@ -42,8 +43,8 @@ class ModelFiles:
         folder = next((place for place in places if place.is_dir()), None)
         if folder is None:
             raise UserError(
-                f"the model folder {places[0]} does not exist; fetch it with "
-                "`python scripts/download.py` (see `--list`), or set model_root=…"
+                f"the model folder {places[0]} does not exist; {how_to_get(places[0], ROOT)}, "
+                "or set model_root=…"
             )
         if (folder / "transformer").is_dir():
             return cls(folder, folder / "vae", folder / "text_encoder", folder / "tokenizer")
@@ -53,9 +54,7 @@ class ModelFiles:
         """Raise UserError for the first of these that is missing."""
         for path in paths:
             if not path.exists():
-                raise UserError(
-                    f"{path} is missing; fetch the model again with `python scripts/download.py`"
-                )
+                raise UserError(f"{path} is missing; {how_to_get(path, ROOT)}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -89,6 +88,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
+
+
+def computed_dtype(config: Config) -> torch.dtype:
+    """What this configuration's videos are computed in on this machine."""
+    return choose_dtype(config.dtype, choose_device(config.device))
 
 
 def computes_in_bf16(device: torch.device) -> bool:

@@ -23,7 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.results import write_text
 from pipeline import load_pipeline
 from pipeline.attention_maps import AttentionMap, AttentionRecorder, group_names, group_table
-from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
+from utils.cli import (
+    check_outputs,
+    check_picture,
+    parse_command,
+    require_matplotlib,
+    run_main,
+    set_up_logging,
+)
 from utils.config import load_config
 from utils.errors import UserError
 from utils.video import part_path
@@ -51,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Stream, record, draw."""
-    args = build_parser().parse_args(argv)
+    args = parse_command(build_parser(), argv)
     set_up_logging()
     require_matplotlib()
     check_outputs(args.out, args.json)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import Stream, VideoPipeline, load_pipeline
 from pipeline.components import choose_device, choose_dtype
-from utils.cli import run_main, set_up_logging
+from utils.cli import parse_command, run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.errors import UserError
 from wan.attention import best_backend, check_backend
@@ -400,7 +400,7 @@ def _processor() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, build, run, print."""
-    args = build_parser().parse_intermixed_args(argv)
+    args = parse_command(build_parser(), argv)
     set_up_logging(quiet=True)
     check(args)
     pipe = open_pipeline(args)

@@ -30,7 +30,7 @@ from pipeline.precompute import (
     read_prompts_of,
     weights_hash,
 )
-from utils.cli import run_main, set_up_logging
+from utils.cli import parse_command, run_main, set_up_logging
 from utils.config import Config, fingerprint
 from utils.distributed import Ranks
 from utils.embeddings import write_shard
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="store the config's negative prompt and the empty prompt, too",
     )
-    return parser.parse_args([item for item in argv if item != "--"])
+    return parse_command(parser, argv)
 
 
 def main(argv: Sequence[str]) -> int:

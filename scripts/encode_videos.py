@@ -31,7 +31,7 @@ from pipeline.precompute import (
     weights_hash,
 )
 from pipeline.prefix import encode_prefix
-from utils.cli import run_main, set_up_logging
+from utils.cli import parse_command, run_main, set_up_logging
 from utils.config import Config, fingerprint
 from utils.datasets import (
     Dataset,
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--num_frames", type=int, help="video frames per clip (default: the config's latent frames)"
     )
     parser.add_argument("--storage_dtype", choices=STORAGE_DTYPES, default="float32")
-    return parser.parse_args([item for item in argv if item != "--"])
+    return parse_command(parser, argv)
 
 
 def main(argv: Sequence[str]) -> int:

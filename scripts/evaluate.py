@@ -41,7 +41,14 @@ from evaluation.trials import (
 from pipeline.batch import file_hash
 from pipeline.components import ModelFiles, block_layout, choose_device, video_shape
 from shapes.meter import METER_VERSION
-from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
+from utils.cli import (
+    check_outputs,
+    check_picture,
+    parse_command,
+    require_matplotlib,
+    run_main,
+    set_up_logging,
+)
 from utils.config import fingerprint, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -90,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Make what is missing; when all is there, sum it up."""
-    args = build_parser().parse_args([item for item in argv if item != "--"])
+    args = parse_command(build_parser(), argv)
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     check_flags(args)

@@ -43,7 +43,7 @@ from pipeline.precompute import (
 )
 from pipeline.text_to_video import VideoPipeline
 from pipeline.trajectories import ode_grid, solve_trajectories
-from utils.cli import run_main, set_up_logging
+from utils.cli import parse_command, run_main, set_up_logging
 from utils.config import Config, find_file, fingerprint
 from utils.datasets import write_shard
 from utils.distributed import Ranks
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="trajectories at once")
     parser.add_argument("--seed", type=int, help="of the noise (default: the config's)")
     parser.add_argument("--storage_dtype", choices=STORAGE_DTYPES, default="float32")
-    return parser.parse_args([item for item in argv if item != "--"])
+    return parse_command(parser, argv)
 
 
 def main(argv: Sequence[str]) -> int:

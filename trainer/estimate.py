@@ -16,7 +16,7 @@ from trainer.data import (
     plan_batches,
 )
 from trainer.sharding import shards_of, strategy_of
-from utils.config import ROOT, Config
+from utils.config import ROOT, Config, check_training
 from utils.errors import UserError
 from wan.checkpoints import empty_dit, load_dit_config
 from wan.dit import DiTConfig
@@ -122,6 +122,7 @@ def cache_bytes(config: Config, sizes: DiTConfig) -> int:
 
 def dry_run_report(config: Config, world: int, local_world: int | None = None) -> str:
     """Validate config and data for `world` ranks and describe what a rank will hold."""
+    check_training(config)
     plan = plan_batches(config, world)
     dataset = open_training_data(config)
     local = local_world or min(world, 8)
