@@ -18,7 +18,7 @@ from trainer.metrics import WandbSettings
 from trainer.sharding import open_world
 from trainer.trainer import NonFiniteError, Trainer
 from utils.cli import parse_command, run_main, set_up_logging
-from utils.config import check_training, load_config
+from utils.config import load_config
 from utils.distributed import Ranks
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ def main(argv: Sequence[str]) -> int:
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     config = load_config(args.config_path, args.overrides)
-    check_training(config)
     if args.dry_run:
         print(dry_run_report(config, args.world_size or ranks.world))
         return 0

@@ -24,7 +24,7 @@ from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise
 from pipeline.stream import LatentStream, PrefixFrames, Stream
 from pipeline.text import TextSource
-from utils.config import Config, find_file, load_config
+from utils.config import Config, check_config, find_file, load_config
 from utils.embeddings import pad_batch
 from utils.errors import UserError
 from utils.noise import CounterNoise, NoiseSource, RecordedNoise
@@ -56,6 +56,8 @@ def load_pipeline(
         config = load_config(config, overrides)
     elif overrides:
         raise ValueError("overrides apply to a config file; change the Config instead")
+    else:
+        check_config(config)  # it may have been changed since it was loaded
     on = choose_device(device or config.device)
     dtype = choose_dtype(config.dtype, on)
     backend = check_backend(config.attention_backend, on, dtype)
