@@ -44,7 +44,7 @@ class ModelFiles:
         if folder is None:
             raise UserError(
                 f"the model folder {places[0]} does not exist; {how_to_get(places[0], ROOT)}, "
-                "or set model_root=…"
+                "or set model_root=… (`python scripts/download.py --list` names what there is)"
             )
         if (folder / "transformer").is_dir():
             return cls(folder, folder / "vae", folder / "text_encoder", folder / "tokenizer")

@@ -17,6 +17,7 @@ from trainer.data import (
 )
 from trainer.sharding import shards_of, strategy_of
 from utils.config import ROOT, Config, check_training
+from utils.downloads import how_to_get
 from utils.errors import UserError
 from wan.checkpoints import empty_dit, load_dit_config
 from wan.dit import DiTConfig
@@ -149,7 +150,10 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
         cache = cache_bytes(config, sizes_of(config, config.generator_name))
         lines.append(f"{'KV cache':64} {cache / GIB:8.2f}".rstrip())
         total += cache
-    lines += [f"not here yet: {missing}" for missing in missing_weights(config)]
+    lines += [
+        f"not here yet: {missing} ({how_to_get(missing, ROOT)})"
+        for missing in missing_weights(config)
+    ]
     files = model_files(config, config.generator_name)
     if networks_of(config) and files is not None and not config.text_embeddings:
         where = "on the CPU" if config.text_encoder_device == "cpu" else "before sharding"
