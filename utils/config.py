@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -153,6 +152,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         *groups, last = name.strip().split(".")
         if not equals or name.startswith("-") or not all((*groups, last)):
             raise UserError(f"'{item}' is not an override; write key=value")
+        if name == "base":
+            raise UserError("base names the file below another one: write it there")
         value = parse_value(text, f"the override {item} is not readable")
         place = nested
         for group in groups:
@@ -216,13 +217,9 @@ def _with_resolution(values: dict[str, Any]) -> dict[str, Any]:
 
 def _merge(layers: Sequence[_Layer]) -> Config:
     merged: DictConfig = OmegaConf.structured(Config)
-    groups = {name: group_of(hint) for name, hint in get_type_hints(Config).items()}
     for layer in layers:
+        _check_forms(layer.values, Config, f"{layer.source}: ")
         for key, value in layer.values.items():
-            if groups[key] is not None and not isinstance(value, Mapping | NoneType):
-                raise UserError(
-                    f"{layer.source}: {key} must hold `key: value` lines, not '{value}'"
-                )
             try:
                 merged.merge_with(OmegaConf.create({key: value}))
             except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError) as error:
@@ -235,6 +232,21 @@ def _merge(layers: Sequence[_Layer]) -> Config:
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
+
+
+def _check_forms(values: Mapping[str, Any], schema: type, where: str) -> None:
+    """Raise UserError for a single value where a group or a list has to be."""
+    hints = get_type_hints(schema)
+    for key, value in values.items():
+        inner = group_of(hints[key])
+        if value is None:
+            continue
+        if inner is not None and not isinstance(value, Mapping):
+            raise UserError(f"{where}{key} must hold `key: value` lines, not '{value}'")
+        if inner is not None:
+            _check_forms(value, inner, f"{where}{key}.")
+        elif _element_of(hints[key]) is not None and not isinstance(value, list):
+            raise UserError(f"{where}{key} must be a list, such as [a, b], not '{value}'")
 
 
 # --- unknown keys --------------------------------------------------------------------------------
@@ -268,13 +280,12 @@ def _unknown_keys(
 
 
 def _nearest(key: str, schema: type, group: str) -> str | None:
-    known = {name: f"{group}{name}" for name in declared(schema)}
-    if not group:
-        for name, hint in get_type_hints(schema).items():
-            if (inner := group_of(hint)) is not None:
-                known |= {each: f"{name}.{each}" for each in declared(inner) if each not in known}
-    near = difflib.get_close_matches(key.rpartition(".")[2], known, 1, cutoff=NEAR)
-    return known[near[0]] if near else None
+    for name, hint in get_type_hints(schema).items():
+        inner, last = group_of(hint), key.rpartition(".")[2]
+        if inner is not None and last in declared(inner):
+            return f"{name}.{last}"
+    near = difflib.get_close_matches(key, declared(schema), 1, cutoff=NEAR)
+    return f"{group}{near[0]}" if near else None
 
 
 def group_of(hint: Any) -> type | None:
@@ -319,15 +330,15 @@ def _check_bounds(group: Any, prefix: str) -> None:
         if is_dataclass(value):
             _check_bounds(value, f"{where}.")
         elif isinstance(value, list):
-            _check_list(where, value, key.bounds, element_of(hints[name]))
+            _check_list(where, value, key.bounds, _element_of(hints[name]))
         elif isinstance(value, int | float) and not isinstance(value, bool):
             _check_number(where, value, key.bounds)
 
 
-def element_of(hint: Any) -> Any:
-    """The type of the elements of a list that may also be null."""
+def _element_of(hint: Any) -> Any:
+    """The type of the elements of a list, which may also be null; None for another type."""
     lists = [each for each in (hint, *get_args(hint)) if get_origin(each) is list]
-    return get_args(lists[0])[0]
+    return get_args(lists[0])[0] if lists else None
 
 
 def _check_list(where: str, values: list[Any], bounds: Bounds, element: type) -> None:

@@ -382,6 +382,7 @@ def test_all_unknown_keys_are_named_at_once(tmp_path: Path) -> None:
         ("model_kwargs", 3),
         ("model_kwargs", None),
         ("lora", 8),
+        ("lora", {"targets": "q"}),
         ("attention_backend", "flash9"),
         ("image_or_video_shape", [1, 21, 16, None, 8]),
         ("image_or_video_shape", [1, 21, 16, "a", 8]),
@@ -517,6 +518,7 @@ def test_unreadable_override(tmp_path: Path) -> None:
     refused(tmp_path, "the override lr=\\[1 is not readable: expected ',' or ']'", "lr=[1")
     refused(tmp_path, "the override .* is not replaced by anything", "data_path=${HOME}")
     refused(tmp_path, "the key '1' is no text", "vae={1: 2}")
+    refused(tmp_path, "base names the file below another one: write it there", "base=a.yaml")
     refused(tmp_path, "unknown keys '1', 'yes'; docs", "1=2", "yes=3")
 
 
