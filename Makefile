@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Threads that wait without spinning: many times faster where cores are shared.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: venv demo test test-slow test-long test-all lint clean
+.PHONY: venv demo test test-slow test-long test-all lint docs clean
 
 venv: $(VENV)/.ready
 
@@ -40,6 +40,9 @@ lint: venv  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(wildcard wan model pipeline trainer utils evaluation shapes server scripts *.py)
+
+docs: venv  ## what is written down of the configuration
+	$(BIN)/python -m utils.config_docs
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

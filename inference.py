@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.batch import BatchRun, Job, Outputs, plan_jobs
-from utils.cli import check_picture, run_main, set_up_logging
+from utils.cli import check_picture, parse_command, run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -123,7 +123,7 @@ def model_flags(args: argparse.Namespace, demo: Any) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, plan, generate, show."""
-    args = build_parser().parse_args([item for item in argv if item != "--"])
+    args = parse_command(build_parser(), argv)
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     demo = open_demo() if args.config_path is None else None

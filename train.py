@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import run_main, set_up_logging
+from utils.cli import parse_command, run_main, set_up_logging
 from utils.distributed import Ranks
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, build, train."""
-    args = build_parser().parse_args([item for item in argv if item != "--"])
+    args = parse_command(build_parser(), argv)
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     from utils.config import load_config

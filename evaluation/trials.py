@@ -18,7 +18,7 @@ from pipeline.batch import Outputs, model_settings
 from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline, load_generator
 from utils.config import Config, find_file
-from utils.devices import choose_device, choose_dtype, device_name
+from utils.devices import computed_dtype, device_name
 from utils.prompts import clip_utf8
 from utils.video import MAX_NAME_BYTES, VideoWriter
 
@@ -79,8 +79,8 @@ class Evaluation:
         """What the result of a trial depends on, besides the trial itself."""
         folder = self.setup.require_folder()
         model = model_settings(self.config, folder, self.checkpoint, use_ema=self.use_ema)
-        dtype = choose_dtype(self.config.dtype, choose_device(self.config.device))
-        return {**model, "video_frames": self.video_frames, "computed_in": str(dtype)}
+        computed_in = str(computed_dtype(self.config.dtype, self.config.device))
+        return {**model, "video_frames": self.video_frames, "computed_in": computed_in}
 
     def export_path(self, trial: Trial) -> Path | None:
         """Where the video of a trial goes, if anywhere."""

@@ -17,6 +17,7 @@ from pipeline.sampling import BlockNoise, Renoise
 from pipeline.schedule import BlockLayout, Window
 from pipeline.setup import Setup
 from utils.draws import Purpose
+from utils.errors import UserError
 from utils.noise import philox
 from wan.dit import DiTConfig, TextContext, WanDiT
 from wan.flops import pass_flops, training_flops
@@ -59,7 +60,12 @@ class RolloutRecipe:
         most = layout.blocks_for(self.longest)
         if layout.start(most) > self.longest:
             most -= 1
-        return fewest, max(fewest, most)
+        if most < fewest:
+            raise UserError(
+                f"num_training_frames={self.longest} is too few for {self.scored_frames} scored "
+                "frames in whole blocks"
+            )
+        return fewest, most
 
     def longest_frames(self, layout: BlockLayout) -> int:
         """Latent frames of the longest rollout, whole blocks."""

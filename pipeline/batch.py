@@ -20,8 +20,8 @@ from pipeline.progress import Progress
 from pipeline.setup import Setup
 from pipeline.stream import PrefixFrames
 from pipeline.text_to_video import VideoPipeline, load_generator
-from utils.config import TRAINING_KEYS, Config, find_file, fingerprint, save_config, to_dict
-from utils.devices import device_name
+from utils.config import VIDEO_KEYS, Config, find_file, fingerprint, save_config, to_dict
+from utils.devices import computed_dtype, device_name
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.prompts import output_names, read_extended_prompts, read_image_prompts, read_prompts
@@ -43,10 +43,6 @@ DEFAULT_LATENT_FRAMES = 21
 SHEET_COLUMNS = 11  # of ten seconds: the first frame and one after each second
 SHEET_GAP = 4
 MIB = 2**20
-# Settings that do not make a video another one: the machine may move its last bits at most.
-UNRELATED_KEYS = TRAINING_KEYS | {
-    *("device", "attention_backend", "text_encoder_device", "num_samples", "model_root", "seed"),
-}
 
 
 @dataclass(frozen=True)
@@ -305,11 +301,20 @@ def weight_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
+def video_settings(config: Config) -> dict[str, Any]:
+    """The values that all videos of a config depend on: all but the seed, which each has its own.
+
+    `dtype` is the one that is computed in: `auto` is another one on another machine.
+    """
+    values = {name: value for name, value in to_dict(config).items() if name in VIDEO_KEYS}
+    del values["seed"]
+    return {**values, "dtype": str(computed_dtype(config.dtype, config.device))}
+
+
 def model_settings(
     config: Config, files: ModelFolder, checkpoint: Path | None, *, use_ema: bool
 ) -> dict[str, str]:
     """What all videos of a model depend on: its settings and weights, by their hashes."""
-    values = {k: v for k, v in to_dict(config).items() if k not in UNRELATED_KEYS}
     text = [*weight_files(files.text_encoder), *sorted(files.tokenizer.glob("*.*"))]
     parts = {
         "sizes": sorted(files.path.glob("**/config.json")),
@@ -318,7 +323,7 @@ def model_settings(
         "text_encoder": [] if config.text_embeddings else text,
     }
     return {
-        "config_hash": fingerprint(values),
+        "config_hash": fingerprint(video_settings(config)),
         "network": "generator_ema" if use_ema else "generator",
         **{f"{name}_hash": "+".join(map(file_hash, paths)) for name, paths in parts.items()},
     }

@@ -15,7 +15,7 @@ from pipeline.schedule import BlockLayout
 from pipeline.setup import Setup
 from pipeline.stream import LatentStream, PrefixFrames, Stream
 from pipeline.text import TextSource
-from utils.config import Config, find_file, load_config
+from utils.config import Config, check_config, find_file, load_config
 from utils.devices import choose_device, choose_dtype
 from utils.embeddings import pad_batch
 from utils.errors import UserError
@@ -49,6 +49,8 @@ def load_pipeline(
         config = load_config(config, overrides)
     elif overrides:
         raise ValueError("overrides apply to a config file; change the Config instead")
+    else:
+        check_config(config)  # it may have been changed since it was loaded
     if device is not None:
         config = replace(config, device=device)
     return load_generator(Setup.of(config), checkpoint, use_ema=use_ema)

@@ -20,7 +20,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
+from utils.cli import (
+    check_outputs,
+    check_picture,
+    parse_command,
+    require_matplotlib,
+    run_main,
+    set_up_logging,
+)
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Stream, record, draw."""
-    args = build_parser().parse_args(argv)
+    args = parse_command(build_parser(), argv)
     set_up_logging()
     require_matplotlib()
     check_outputs(args.out, args.json)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import run_main, set_up_logging
+from utils.cli import parse_command, run_main, set_up_logging
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, build, run, print."""
-    args = build_parser().parse_intermixed_args(argv)
+    args = parse_command(build_parser(), argv)
     set_up_logging(quiet=True)
     check(args)
     pipe = open_pipeline(args)

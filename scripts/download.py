@@ -13,103 +13,12 @@ import difflib
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from utils.cli import run_main
+from utils.downloads import DOWNLOADS, Download
 from utils.errors import UserError
-
-WAN_FILES = (
-    "config.json",
-    "diffusion_pytorch_model*",
-    "models_t5_umt5-xxl-enc-bf16.pth",
-    "Wan2.1_VAE.pth",
-    "google/umt5-xxl/*",
-)
-
-
-@dataclass(frozen=True)
-class Download:
-    """Files of one hub repository, and where they go.
-
-    `files` are names or patterns in the repository; each file keeps its path below `folder`.
-    `size` is what the hub's page shows, "" where that is not known to us: what counts is the
-    size in bytes that the hub states at the time of the download.
-    """
-
-    repo_id: str
-    files: tuple[str, ...]
-    folder: str
-    licence: str
-    purpose: str
-    size: str = ""
-    repo_type: str = "model"
-
-
-DOWNLOADS = {
-    "wan2.1-1.3b": Download(
-        "Wan-AI/Wan2.1-T2V-1.3B",
-        WAN_FILES,
-        "wan_models/Wan2.1-T2V-1.3B",
-        "Apache-2.0",
-        "student and critic start here; text encoder, VAE",
-        "17.6 GB",
-    ),
-    "wan2.1-14b": Download(
-        "Wan-AI/Wan2.1-T2V-14B",
-        WAN_FILES,
-        "wan_models/Wan2.1-T2V-14B",
-        "Apache-2.0",
-        "teacher of DMD training",
-    ),
-    "rolling-forcing": Download(
-        "TencentARC/RollingForcing",
-        ("checkpoints/rolling_forcing_dmd.pt",),
-        ".",
-        "MIT (model card)",
-        "released Rolling Forcing student",
-    ),
-    "self-forcing": Download(
-        "gdhe17/Self-Forcing",
-        ("checkpoints/self_forcing_dmd.pt",),
-        ".",
-        "Apache-2.0 (model card)",
-        "released Self Forcing student",
-    ),
-    "infinite-forcing": Download(
-        "SOTAMak1r/Infinite-Forcing",
-        ("*.pt",),
-        "checkpoints",
-        "see source",
-        "released Infinite-Forcing students (V-sink)",
-    ),
-    "ode-init": Download(
-        "gdhe17/Self-Forcing",
-        ("checkpoints/ode_init.pt",),
-        ".",
-        "Apache-2.0 (model card)",
-        "ODE-initialised student, where DMD training starts",
-        "5.68 GB",
-    ),
-    "vidprom-prompts": Download(
-        "gdhe17/Self-Forcing",
-        ("vidprom_filtered_extended.txt",),
-        "prompts",
-        "made from VidProM, CC BY-NC 4.0",
-        "training prompts",
-        "146 MB",
-    ),
-    "moviegen-prompts": Download(
-        "multimodalart/self-forcing",
-        ("prompts/MovieGenVideoBench.txt", "prompts/MovieGenVideoBench_extended.txt"),
-        ".",
-        "see source (Movie Gen Bench)",
-        "1003 evaluation prompts, short and extended",
-        "765 kB",
-        repo_type="space",
-    ),
-}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -35,7 +35,14 @@ from evaluation.results import ResultLog, summarise, summary_text, write_json
 from evaluation.trials import Evaluation, plan_trials, vbench_name
 from pipeline.batch import file_hash
 from pipeline.setup import Setup
-from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
+from utils.cli import (
+    check_outputs,
+    check_picture,
+    parse_command,
+    require_matplotlib,
+    run_main,
+    set_up_logging,
+)
 from utils.config import Config, fingerprint, load_config
 from utils.devices import choose_device
 from utils.distributed import Ranks
@@ -86,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Make what is missing; when all is there, sum it up."""
-    args = build_parser().parse_args([item for item in argv if item != "--"])
+    args = parse_command(build_parser(), argv)
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     check_flags(args)

@@ -42,7 +42,7 @@ from shapes import held_out_prompts
 from shapes.truth import ShapesTruth
 from trainer.tasks.base import rollout_recipe
 from trainer.trainer import recipe
-from utils.cli import require_matplotlib, run_main
+from utils.cli import parse_command, require_matplotlib, run_main
 from utils.config import ROOT, Config, find_file, fingerprint, load_config
 from utils.errors import UserError
 from utils.launch import (
@@ -280,7 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Make what is missing, then sum up what is there."""
-    args = build_parser().parse_args(argv)
+    args = parse_command(build_parser(), argv)
     check_flags(args)
     lost = [] if args.table_only else work(args)
     failed = f"these parts failed, see above: {', '.join(lost)}"
@@ -443,15 +443,14 @@ def trained_as(args: argparse.Namespace, key: str) -> str:
 def decides(config: Config) -> dict[str, Any]:
     """What decides the weights of a training.
 
-    A rollout that fits into one attention sees its first frames anyway: no sink changes a bit, and
-    `method` only stands for values of other keys.
+    A rollout that fits into one attention sees its first frames anyway: no sink changes a bit.
     """
     decided = recipe(config)
     layout = BlockLayout(config.num_frame_per_block, config.independent_first_frame)
     if rollout_recipe(config).longest_frames(layout) > config.attention_frames:
         return decided
     model = {key: value for key, value in decided["model_kwargs"].items() if key != "sink_size"}
-    rest = {key: value for key, value in decided.items() if key not in {"method", *SINK_KEYS}}
+    rest = {key: value for key, value in decided.items() if key not in SINK_KEYS}
     return {**rest, "model_kwargs": model}
 
 

@@ -24,19 +24,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from evaluation.results import write_json
-from pipeline.batch import UNRELATED_KEYS, file_hash, network_files
+from pipeline.batch import file_hash, network_files, video_settings
 from shapes import init
 from trainer.tasks import find_task
 from trainer.trainer import recipe
-from utils.cli import make_folder, run_main
+from utils.cli import make_folder, parse_command, run_main
 from utils.config import (
     ROOT,
-    TRAINING_KEYS,
+    VIDEO_KEYS,
     Config,
     find_file,
     fingerprint,
@@ -155,8 +155,12 @@ class Chain:
 
     def values(self, name: str, keys: Iterable[str]) -> dict[str, Any]:
         """Some values of an experiment file; UserError if an override is wrong."""
-        values = to_dict(load_config(self.config(name), self.overrides))
+        values = to_dict(self.load(name))
         return {key: values[key] for key in keys}
+
+    def load(self, name: str) -> Config:
+        """An experiment file with the overrides on top; UserError if one is wrong."""
+        return load_config(self.config(name), self.overrides)
 
 
 class Stage(Protocol):
@@ -185,8 +189,7 @@ class Step:
 
     def identity(self, chain: Chain) -> dict[str, Any]:
         """What the experiment's videos depend on."""
-        keys = {key.name for key in fields(Config)} - UNRELATED_KEYS
-        return chain.values(self.config, keys) if self.config else {}
+        return video_settings(chain.load(self.config)) if self.config else {}
 
     def folders(self, chain: Chain) -> list[Path]:
         """It replaces what it wrote."""
@@ -236,8 +239,8 @@ class Training:
         config = load_config(chain.config(self.name), self._changes(chain))
         values = recipe(config)
         if not find_task(config.trainer).roles:  # no video is made, no transformer trained
-            keys = {"image_or_video_shape", "dtype", "seed", "videos_per_update", *TRAINING_KEYS}
-            values = {key: value for key, value in values.items() if key in keys}
+            unrelated = VIDEO_KEYS - {"seed"}
+            values = {key: value for key, value in values.items() if key not in unrelated}
         return values
 
     def folders(self, chain: Chain) -> list[Path]:
@@ -374,7 +377,7 @@ ODE_PAIRS = Precomputing(
     "rolling_forcing",
     keys=(
         *("image_or_video_shape", "dtype", "seed", "num_frame_per_block"),
-        *("independent_first_frame", "timestep_shift", "num_train_timestep", "denoising_step_list"),
+        *("independent_first_frame", "timestep_shift", "denoising_step_list"),
         *("warp_denoising_step", "guidance_scale", "negative_prompt", "model_kwargs"),
     ),
     training=512,
@@ -584,7 +587,7 @@ def check_shipped(chain: Chain) -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> int:
     """Run the stages that are not done."""
-    args = build_parser().parse_args(argv)
+    args = parse_command(build_parser(), argv)
     if args.processes < 1:
         raise UserError("--processes must be above 0")
     if args.redo and args.until and list(STAGES).index(args.until) < list(STAGES).index(args.redo):

@@ -26,7 +26,7 @@ from pipeline import load_pipeline
 from pipeline.batch import model_settings
 from shapes.meter import observe
 from shapes.world import COLOURS, FPS, Scene, render, sample_scene
-from utils.cli import check_outputs, run_main, set_up_logging
+from utils.cli import check_outputs, parse_command, run_main, set_up_logging
 from utils.config import find_file, load_config
 from utils.errors import UserError
 
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Continue, measure, print a table."""
-    args = build_parser().parse_args(argv)
+    args = parse_command(build_parser(), argv)
     set_up_logging(quiet=True)
     if args.scenes < 1 or args.blocks < 1 or not 0 <= args.start < math.inf:
         raise UserError("--scenes and --blocks must be at least 1, --start at least 0")

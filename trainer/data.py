@@ -53,13 +53,6 @@ class BatchPlan:
 def plan_batches(config: Config, ranks: int) -> BatchPlan:
     """Accumulation from `global_batch_size` > `total_batch_size` > the given accumulation."""
     notes: list[str] = []
-    for name, value in (
-        ("global_batch_size", config.global_batch_size),
-        ("total_batch_size", config.total_batch_size),
-        ("gradient_accumulation_steps", config.gradient_accumulation_steps),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1")
     wanted = config.global_batch_size or config.total_batch_size
     per_step = config.batch_size * ranks
     given = config.gradient_accumulation_steps

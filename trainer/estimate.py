@@ -15,7 +15,8 @@ from trainer.data import (
 )
 from trainer.sharding import shards_of, strategy_of
 from trainer.tasks import find_task
-from utils.config import ROOT, Config
+from utils.config import ROOT, Config, check_training
+from utils.downloads import how_to_get
 from utils.errors import UserError
 from wan.checkpoints import empty_dit
 from wan.dit import DiTConfig
@@ -131,6 +132,7 @@ def cache_bytes(config: Config, setup: Setup) -> int:
 
 def dry_run_report(config: Config, world: int, local_world: int | None = None) -> str:
     """Validate config and data for `world` ranks and describe what a rank will hold."""
+    check_training(config)
     plan = plan_batches(config, world)
     setup = planned_setup(config)
     dataset = open_training_data(config, setup)
@@ -155,7 +157,10 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
         cache = cache_bytes(config, setup)
         lines.append(f"{'KV cache':64} {cache / GIB:8.2f}".rstrip())
         total += cache
-    lines += [f"not here yet: {missing}" for missing in missing_weights(config)]
+    lines += [
+        f"not here yet: {missing} ({how_to_get(missing, ROOT)})"
+        for missing in missing_weights(config)
+    ]
     files = setup.folder
     if networks_of(config) and files is not None and not config.text_embeddings:
         where = "on the CPU" if config.text_encoder_device == "cpu" else "before sharding"

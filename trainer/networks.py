@@ -16,6 +16,7 @@ from trainer.ema import EMA
 from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard_module, strategy_of
 from utils.config import Config, find_file
 from utils.devices import computes_in_bf16
+from wan.attention import check_backend
 from wan.checkpoints import check_keys, empty_dit, read_state_dict
 from wan.dit import DiTConfig, WanDiT
 from wan.folders import ModelFolder
@@ -76,6 +77,7 @@ def build_dit(
     Trained ones have fp32 master weights; frozen ones are kept in the compute dtype.
     """
     low = compute_dtype(config, world.device)
+    backend = check_backend(config.attention_backend, world.device, low or torch.float32)
     dit = empty_dit(sizes)
     if not trained and low is not None:
         dit.to(low)
@@ -93,7 +95,7 @@ def build_dit(
         shard_dit(dit, mesh, low)
     load_full_state(dit, state, source, world.device)
     dit.gradient_checkpointing = trained and config.gradient_checkpointing
-    dit.attention_backend = config.attention_backend  # type: ignore[assignment]
+    dit.attention_backend = backend
     if config.compile:
         dit.compile_blocks(dynamic=True)
     return dit

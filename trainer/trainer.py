@@ -32,27 +32,16 @@ from trainer.metrics import (
     WandbSettings,
     mean_over_ranks,
 )
-from trainer.networks import Player
+from trainer.networks import Player, compute_dtype
 from trainer.samples import SampleVideos
 from trainer.sharding import World, any_rank, full_tensor
 from trainer.tasks import find_task
-from utils.config import Config, save_config, to_dict
+from utils.config import FREE_KEYS, Config, check_training, save_config, to_dict
 from utils.draws import Draws
 from utils.errors import UserError
 from utils.launch import export_folder, videos_per_update
 
 logger = logging.getLogger(__name__)
-
-# What may differ between one start of a run and the next, since it does not change its course.
-FREE_KEYS = {
-    *("max_steps", "log_iters", "keep_checkpoints", "resume", "compile", "device"),
-    *("sample_every", "sample_prompts", "sample_latent_frames", "attention_backend"),
-    *("batch_size", "global_batch_size", "total_batch_size", "gradient_accumulation_steps"),
-    *("recipe_batch_size", "sharding_strategy", "sharding", "hybrid_shard_size", "model_root"),
-    *("gradient_checkpointing", "text_encoder_device", "text_embeddings", "num_samples"),
-    *("heldout_data_path", "heldout_every", "heldout_videos"),
-    *("wandb_host", "wandb_key", "wandb_entity", "wandb_project"),
-}
 
 
 def recipe(config: Config) -> dict[str, Any]:
@@ -84,6 +73,7 @@ class Trainer:
         save: bool = True,
         visualise: bool = True,
     ) -> None:
+        check_training(config)
         self.config = config
         self.world = world
         self.logdir = logdir
@@ -92,6 +82,9 @@ class Trainer:
         logger.info(self.batch_plan.describe())
         for note in self.batch_plan.notes if world.is_main else ():
             logger.warning(note)
+        self.store = CheckpointStore(logdir, keep=config.keep_checkpoints, is_main=world.is_main)
+        self.computed_in = str(compute_dtype(config, world.device) or torch.float32)
+        earlier = self._earlier_run()  # checked before any network is built
         self.timer = Timer(world.device)
         setup = Setup.of(config)
         dataset = open_training_data(config, setup)
@@ -105,7 +98,6 @@ class Trainer:
         self.heldout = HeldOut(self.task, heldout) if heldout else None
         self.step = 0
         self.health = HealthMonitor()
-        self.store = CheckpointStore(logdir, keep=config.keep_checkpoints, is_main=world.is_main)
         self.log = MetricsLog(logdir, wandb=wandb, tensorboard=True, is_main=world.is_main)
         self.samples = None
         if visualise and config.sample_every:
@@ -117,7 +109,8 @@ class Trainer:
                 else None
             )
         self._stop_signal: int | None = None
-        self._resume()
+        if earlier is not None:
+            self._resume(*earlier)
         if world.is_main:
             logdir.mkdir(parents=True, exist_ok=True)
             save_config(config, logdir / "config.yaml")
@@ -275,19 +268,25 @@ class Trainer:
             "videos": self.batch_plan.videos,
             "ranks": self.world.size,
             "config": to_dict(self.config),
+            "computed_in": self.computed_in,
             "health": self.health.state_dict(),
         }
         players = {name: player_state(player) for name, player in self.task.players.items()}
         return {"run": json.dumps(run), "players": players}
 
-    def _resume(self) -> None:
+    def _earlier_run(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest state and what it says of its run; UserError if that is another one."""
         latest = self.store.latest()
         if latest is None:
-            return
+            return None
         stored: dict[str, Any] = {"run": ""}
         self.store.load(latest, stored)
         run = json.loads(stored["run"])
         self._check_same_run(run)
+        return latest, run
+
+    def _resume(self, latest: Path, run: Mapping[str, Any]) -> None:
+        """Go on from a state."""
         for name in run["has_ema"]:
             start_ema(self.task.players[name])
         state = self._state()
@@ -322,6 +321,9 @@ class Trainer:
         ]
         if self.batch_plan.videos != run["videos"]:
             differing.append(f"videos per update ({run['videos']} -> {self.batch_plan.videos})")
+        theirs_in = run.get("computed_in", self.computed_in)  # older states do not say
+        if self.computed_in != theirs_in:
+            differing.append(f"what is computed in ({theirs_in} -> {self.computed_in})")
         if not differing:
             return
         what = f"{self.logdir} holds a run of another config: {', '.join(differing)}"

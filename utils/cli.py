@@ -1,5 +1,6 @@
 """What all entry points share: one sentence and exit code 2 for a person's mistake."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,25 @@ def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = 
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+
+
+def parse_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, in which `key=value` overrides may stand between the flags.
+
+    A `--` before flags is what torchrun wants and means nothing; behind a flag that takes several
+    words it ends them.
+    """
+    following = [*argv, "-"][1:]
+    words = [
+        word
+        for place, word in enumerate(argv)
+        if word != "--" or not (place == 0 or following[place].startswith("-"))
+    ]
+    args, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        flags = [word for word in unknown if word.startswith("-")]
+        parser.error(f"unrecognized arguments: {' '.join(flags or unknown)}")
+    return args
 
 
 def check_outputs(*paths: Path | None) -> None:

@@ -41,6 +41,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def computed_dtype(dtype: str, device: str) -> torch.dtype:
+    """What is computed in on this machine, where these are asked for."""
+    return choose_dtype(dtype, choose_device(device))
+
+
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16: without them it is slower than float32."""
     if device.type == "cuda":

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from utils.errors import UserError
+
 T = TypeVar("T")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,21 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """Read RANK, WORLD_SIZE and LOCAL_RANK."""
-        get = os.environ.get
-        return cls(int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")))
+        """Read RANK, WORLD_SIZE and LOCAL_RANK; UserError if only a part of them is there."""
+        given = {name: os.environ[name] for name in NAMES if name in os.environ}
+        if "RANK" not in given and given.get("WORLD_SIZE", "1") == "1":
+            return cls(0, 1, 0)
+        values = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "0", **given}
+        wrong = [name for name in NAMES if not values[name].isdecimal()]
+        if wrong:
+            raise UserError(
+                f"the environment has {', '.join(given)}, but no number as {', '.join(wrong)}: "
+                "start several ranks with torchrun, or unset what is there"
+            )
+        rank, world, local_rank = (int(values[name]) for name in NAMES)
+        if rank >= world:
+            raise UserError(f"RANK={rank} is not below WORLD_SIZE={world}: start with torchrun")
+        return cls(rank, world, local_rank)
 
     @property
     def is_main(self) -> bool:

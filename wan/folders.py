@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from utils.config import ROOT
+from utils.downloads import how_to_get
 from utils.errors import UserError
 from wan.checkpoints import load_dit_config
 from wan.dit import DiTConfig
@@ -31,8 +32,8 @@ class ModelFolder:
         folder = next((place for place in places if place.is_dir()), None)
         if folder is None:
             raise UserError(
-                f"the model folder {places[0]} does not exist; fetch it with "
-                "`python scripts/download.py` (see `--list`), or set model_root=…"
+                f"the model folder {places[0]} does not exist; {how_to_get(places[0], ROOT)}, "
+                "or set model_root=… (`python scripts/download.py --list` names what there is)"
             )
         return cls(folder)
 
@@ -67,9 +68,7 @@ class ModelFolder:
         """Raise UserError for the first of these that is missing."""
         for path in paths:
             if not path.exists():
-                raise UserError(
-                    f"{path} is missing; fetch the model again with `python scripts/download.py`"
-                )
+                raise UserError(f"{path} is missing; {how_to_get(path, ROOT)}")
 
     @property
     def _is_diffusers(self) -> bool:

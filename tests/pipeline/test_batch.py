@@ -17,15 +17,32 @@ def settings(world: TinyWorld, *overrides: str, checkpoint: Path | None = None) 
 
 
 @pytest.mark.parametrize(
-    "override", ["lr=1.0", "max_steps=3", "real_name=Other", "device=cuda", "rolling_probability=1"]
+    "override",
+    [
+        *("lr=1.0", "real_name=Other", "rolling_probability=1", "num_train_timestep=500"),
+        *("device=cpu", "compile=true", "dtype=float32", "seed=9", "num_samples=2"),
+        "method=rolling_forcing",
+    ],
 )
 def test_what_only_training_reads_changes_no_video(tiny_world: TinyWorld, override: str) -> None:
     assert settings(tiny_world, override) == settings(tiny_world)
 
 
-@pytest.mark.parametrize("override", ["model_kwargs.sink_size=0", "context_noise=5", "height=64"])
+@pytest.mark.parametrize(
+    "override",
+    ["model_kwargs.sink_size=0", "context_noise=5", "height=64", "fps=8", "dtype=bfloat16"],
+)
 def test_what_sampling_reads_makes_another_video(tiny_world: TinyWorld, override: str) -> None:
     assert settings(tiny_world, override) != settings(tiny_world)
+
+
+def test_the_dtype_that_is_computed_in_counts(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dtype: auto` is another one on another machine: its videos were taken for the same."""
+    before = settings(tiny_world)
+    monkeypatch.setattr("pipeline.batch.computed_dtype", lambda config: torch.bfloat16)
+    assert settings(tiny_world) != before
 
 
 def test_other_weights_make_another_video(tiny_world: TinyWorld, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def parse(script: str, arguments: list[str]) -> None:
     if script == "train.py":
         args = train.build_parser().parse_args(arguments)
     else:
-        module = importlib.import_module(f"scripts.{Path(script).stem}")
+        room = "shapes" if script == "init.py" else "scripts"
+        module = importlib.import_module(f"{room}.{Path(script).stem}")
         reader = module.parse if hasattr(module, "parse") else module.build_parser().parse_args
         args = reader(arguments)
     if "config_path" in args:

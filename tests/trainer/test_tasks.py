@@ -338,7 +338,7 @@ def test_rollouts_that_whole_blocks_make_longer_are_reencoded_too(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
     """Three scored frames in blocks of two are four: without a VAE nothing was re-encoded."""
-    changes = {"num_frame_per_block": 2, "num_training_frames": FRAMES, "max_attention_frames": 9}
+    changes = {"num_frame_per_block": 2, "num_training_frames": 4, "max_attention_frames": 9}
     changes["reencode_first_frame"] = True
     with trainer_of(training_world, tmp_path, **changes) as trainer:
         assert trainer.task.vae is not None  # type: ignore[attr-defined]

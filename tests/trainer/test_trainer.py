@@ -247,12 +247,45 @@ def test_another_config_is_refused_by_the_names_of_its_keys(
     assert "log_iters" not in said
     with pytest.raises(UserError, match=r"videos per update \(4 -> 8\)"):
         train(training_world.config(tmp_path, global_batch_size=8), tmp_path / "run")
+    free = {"sampling_steps": 7, "step_rule": "renoise", "dtype": "bfloat16", "device": "auto"}
+    train(training_world.config(tmp_path, max_steps=1, **free), tmp_path / "run")
     forced = training_world.config(tmp_path, resume={"force": True}, **changed)
     trainer = train(forced, tmp_path / "run")
     assert trainer.step == 2
     assert "going on, as resume.force says" in caplog.text
     # the run is now one of the new config
     train(training_world.config(tmp_path, **changed | {"max_steps": 3}), tmp_path / "run")
+
+
+def test_another_run_is_refused_before_a_network_is_built(
+    training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was found after all networks, the largest one last, had been loaded."""
+    train(training_world.config(tmp_path, max_steps=1), tmp_path / "run")
+    monkeypatch.setattr("trainer.trainer.TASKS", {})
+    with pytest.raises(UserError, match="holds a run of another config: lr"):
+        train(training_world.config(tmp_path, lr=0.5), tmp_path / "run")
+    # `mixed_precision: null` is another dtype on another machine
+    monkeypatch.setattr("trainer.trainer.compute_dtype", lambda config, device: torch.bfloat16)
+    with pytest.raises(UserError, match=r"computed in \(torch\.float32 -> torch\.bfloat16\)"):
+        train(training_world.config(tmp_path, max_steps=1), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_training_frames": 2}, "num_training_frames=2 is too few"),
+        ({"step_rule": "ode"}, "set step_rule=renoise or null"),
+        ({"attention_backend": "flash3"}, "attention_backend=flash3 needs a CUDA device"),
+    ],
+)
+def test_what_a_training_cannot_do_is_refused(
+    changes: dict[str, Any], sentence: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """They were passed over, or ended in the attention of the first step."""
+    with pytest.raises(UserError, match=sentence):
+        train(training_world.config(tmp_path, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
