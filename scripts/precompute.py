@@ -12,15 +12,18 @@
 The same command again takes up a stopped run; each rank writes shards of its own, and the result
 depends on neither ranks nor batches.
 
-text: embeddings by the encoder of `generator_name`, in bfloat16 on a GPU; set `text_embeddings` in a
-config to use them. latents: FOLDER holds videos, each with a .txt of the same name; of each the first
-frames are taken at the config's rate, resized and cropped to its size. ode_pairs: states of the
-teacher's ODE at the student's levels, for `trainer: ode`. The teacher is `real_name` (or
-`--checkpoint_path`, of the same size), bidirectional, with Euler steps on the config's timestep
-shift; levels that are not on that grid are added to it, and each trajectory holds the states at
-exactly the levels, and the clean end. Guidance is `guidance_scale` g of the config in the form of the
-DMD teacher, v = v_cond + g (v_cond - v_uncond); the other usual form has g' = g + 1. The
-unconditional prompt is `negative_prompt`, and prompt i starts from the noise of (seed, i).
+text: embeddings by the encoder of `generator_name`, in bfloat16 on a GPU; set `text_embeddings` in
+a config to use them.
+
+latents: FOLDER holds videos, each with a .txt of the same name; of each the first frames are taken
+at the config's rate, resized and cropped to its size.
+
+ode_pairs: states of the teacher's ODE at the student's levels, for `trainer: ode`. The teacher is
+`real_name` (or `--checkpoint_path`, of the same size), bidirectional, with Euler steps on the
+config's timestep shift; levels that are not on that grid are added to it, and each trajectory holds
+the states at exactly the levels, and the clean end. Guidance is `guidance_scale` g of the config in
+the form of the DMD teacher, v = v_cond + g (v_cond - v_uncond); the other usual form has g' = g + 1.
+The unconditional prompt is `negative_prompt`, and prompt i starts from the noise of (seed, i).
 """
 
 from __future__ import annotations

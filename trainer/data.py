@@ -215,8 +215,8 @@ def check_embeddings(config: Config, data: Dataset) -> None:
         if prompt not in store:
             raise UserError(
                 f"{store.folder} has no embedding of the prompt '{prompt[:60]}', which this config "
-                "needs beside those of the data: `scripts/precompute.py text` stores it from a .txt "
-                "file, and the negative and the empty prompt with --negative_prompt"
+                "needs beside those of the data: `scripts/precompute.py text` stores it from a "
+                ".txt file, and the negative and the empty prompt with --negative_prompt"
             )
 
 
