@@ -36,6 +36,9 @@ test-long: venv  ## long trials, by hand before a release
 
 test-all: test test-slow
 
+test-long: venv  ## what takes minutes, such as everything in a copy without the shapes world
+	$(BIN)/python -m pytest -m "long and not gpu"
+
 lint: venv  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

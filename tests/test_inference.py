@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import inference
 from inference import main
 from tests.conftest import TinyWorld
 from utils.cli import run_main
@@ -208,9 +209,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not list(out.glob("*")), "nothing is left behind"
 
 
-def test_without_flags_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    shipped = ROOT / "checkpoints" / "shapes_rolling_forcing.pt"
-    if shipped.exists():
-        pytest.skip("the model ships")
+def test_without_flags_it_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "DEMO_PACKAGE", "nowhere")
     assert run_main(main, []) == 2
-    assert "scripts/download.py" in capsys.readouterr().err
+    assert "this copy has no demo: say with --config_path" in capsys.readouterr().err

@@ -20,12 +20,13 @@ from pipeline.schedule import BlockLayout
 from tests.tiny_models import write_tiny_text_encoder, write_tiny_vae
 from tests.tiny_pipeline import TINY_DIT, random_dit, write_config, write_dit_folder
 from trainer.checkpoint import is_whole
-from trainer.metrics import read_metrics
+from trainer.heldout import heldout_draws
+from trainer.metrics import mean_over_ranks, read_metrics
 from trainer.sharding import open_world
 from trainer.tasks.base import rollout_recipe
 from trainer.trainer import Trainer
 from utils.config import Config, load_config
-from utils.datasets import write_shard
+from utils.datasets import collate, write_shard
 from utils.embeddings import write_shard as write_embeddings
 from wan.flow import denoising_timesteps
 
@@ -125,20 +126,18 @@ class TrainingWorld:
     def vae(self) -> dict[str, Any]:
         """What makes the experiment the training of a VAE, on single frames."""
         sizes = {"base_dim": 2, "dim_mult": [1, 1, 1, 1], "kl_weight": 0.1, "edge_weight": 0.5}
-        return self._of_shapes("vae") | {"random_init": True, "vae": sizes}
+        return self.of_package("vae") | {"random_init": True, "vae": sizes}
 
-    def text_encoder(self) -> dict[str, Any]:
-        """What makes the experiment the training of a text encoder."""
-        return self._of_shapes("text_encoder")
-
-    def _of_shapes(self, trainer: str) -> dict[str, Any]:
+    def of_package(self, trainer: str, package: str = "endless") -> dict[str, Any]:
+        """What makes the experiment a training on the videos of a package, one frame each."""
         return {
             "trainer": trainer,
             "method": None,
             "schedule": "full",
             "denoising_step_list": None,
             "text_embeddings": None,
-            "data_path": "shapes:train",
+            "data_path": f"{package}:train",
+            "heldout_data_path": f"{package}:heldout",
             "image_or_video_shape": [1, 1, 16, 2, 2],
         }
 
@@ -260,6 +259,75 @@ def assert_same_course(left: Path, right: Path) -> None:
                 assert ours[metric] == pytest.approx(value, abs=1e-5, rel=1e-4), metric
 
 
+def assert_goes_on_bit_for_bit(
+    world: TrainingWorld,
+    folder: Path,
+    values: Mapping[str, Any],
+    players: Sequence[str],
+    *,
+    ema: bool = True,
+) -> None:
+    """A training of seven steps, stopped after three, against one that was not stopped."""
+    values = {**values, "lr_warmup_steps": 3, "batch_size": 2}
+    once = world.config(folder, max_steps=7, **values)
+    train(once, folder / "once")
+    train(world.config(folder, max_steps=3, **values), folder / "twice")
+    assert json.loads(final_state(folder / "twice")["/run"])["step"] == 3
+    train(once, folder / "twice")
+
+    left, right = final_state(folder / "once"), final_state(folder / "twice")
+    assert_same_state(left, right)
+    assert course(folder / "once") == course(folder / "twice")
+    for player in players:
+        assert tensors(left, f"/{player}/weights")
+        assert tensors(left, f"/{player}/optimiser", "exp_avg_sq")
+    assert bool(tensors(left, f"/{players[0]}/ema")) is ema
+    assert json.loads(left["/run"])["positions"][players[-1]] == 7 * 4
+
+
+def heldout_against_one_batch(
+    world: TrainingWorld, folder: Path, values: Mapping[str, Any]
+) -> tuple[str, dict[str, float], dict[str, float]]:
+    """The player that is measured on four items, the numbers found, and those of one batch."""
+    config = world.config(folder, **{**values, "batch_size": 4})
+    with open_world("cpu") as ranks:
+        trainer = Trainer(config, ranks, folder / "run", visualise=False, save=False)
+        heldout = trainer.heldout
+        assert heldout is not None
+        found = mean_over_ranks(heldout.measure())
+        batch = collate([heldout.data[index] for index in range(4)])
+        for player in trainer.task.players.values():
+            player.module.eval()
+        with torch.no_grad():
+            measured = trainer.task.heldout_player
+            expected = trainer.task.loss(measured, batch, heldout_draws(range(4)))
+    single = {"loss": expected.loss, **expected.metrics}
+    return (
+        measured,
+        found,
+        {f"heldout/{name}": value.item() for name, value in single.items() if value.ndim == 0},
+    )
+
+
+def assert_heldout_changes_nothing(
+    world: TrainingWorld, folder: Path, values: Mapping[str, Any]
+) -> None:
+    """The same training with and without, bit for bit and in every number of the log."""
+    values = {**values, "max_steps": 3, "global_batch_size": 2}
+    for name, changes in (("with", {}), ("without", {"heldout_every": 0})):
+        torch.manual_seed(0)
+        train(world.config(folder, **{**values, **changes}), folder / name)
+    left, right = final_state(folder / "with"), final_state(folder / "without")
+    for state in (left, right):
+        del state["/run"]  # its config says which is which
+    assert_same_state(left, right)
+    rows = [
+        {key: value for key, value in line.items() if not key.startswith("heldout/")}
+        for line in course(folder / "with")
+    ]
+    assert rows == [{"step": 0}, *course(folder / "without")]
+
+
 def start(
     command: Sequence[str | Path], ranks: int | None = None, *launch: str, **environment: str
 ) -> subprocess.Popen[str]:
@@ -273,7 +341,9 @@ def start(
     return subprocess.Popen(
         [sys.executable, *launcher, *map(str, command)],
         cwd=ROOT,
-        env=names | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=names
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'plugins'}"}
+        | environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -172,10 +172,10 @@ def test_latents_of_videos_are_what_the_vae_encodes(tiny_world: TinyWorld, tmp_p
         assert torch.equal(stored[index]["latents"], expected)
 
 
-def test_latents_of_shapes_on_two_ranks(
+def test_latents_of_a_package_on_two_ranks(
     tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--data_path", "shapes:train", "--count", 3, "--num_frames", 5, "width=32"]
+    flags = ["--data_path", "endless:train", "--count", 3, "--num_frames", 5, "width=32"]
     flags += ["--storage_dtype", "float16"]
     assert run(LATENTS, tiny_world, tmp_path / "one", *flags) == 0
     run_ranks(
@@ -399,9 +399,9 @@ def test_a_rank_makes_its_own_shards_whatever_others_have_done_already(
 # --- what can be wrong --------------------------------------------------------------------------
 
 BAD_INPUT = {
-    "no_end": (TEXT, ["--data_path", "shapes:train"], "--count"),
+    "no_end": (TEXT, ["--data_path", "endless:train"], "--count"),
     "no_items": (TEXT, ["--data_path", "{prompts}", "--count", 0], "--count"),
-    "negative_count": (TEXT, ["--data_path", "shapes:train", "--count", -1], "1"),
+    "negative_count": (TEXT, ["--data_path", "endless:train", "--count", -1], "1"),
     "shard_size": (TEXT, ["--data_path", "{prompts}", "--shard_size", 0], "shard"),
     "no_videos": (LATENTS, ["--data_path", "{prompts}"], "holds no videos"),
     "frames": (LATENTS, ["--data_path", "{prompts}", "--num_frames", 6], "1, 5, 9"),

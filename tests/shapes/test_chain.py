@@ -24,13 +24,32 @@ from shapes.chain import (
     main,
 )
 from utils.cli import run_main
-from utils.config import load_config
+from utils.config import ROOT, load_config
 from utils.errors import UserError
+from utils.launch import split_batch
 from wan.checkpoints import publish_student
 from wan.folders import TEXT_ENCODER_FILE, VAE_FILE
 from wan.weights import read_weights
 
 SHIPPED = Path("checkpoints/shapes_rolling_forcing.pt")
+
+
+CONFIGS = [
+    path for path in sorted((ROOT / "configs" / "shapes").glob("*.yaml")) if path.stem != "base"
+]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_videos_per_update_are_the_same_on_any_number_of_processes(
+    path: Path, processes: int
+) -> None:
+    config = load_config(path, ())
+    ranks, batch = split_batch(config, processes)
+    assert 1 <= ranks <= processes
+    assert 1 <= batch <= config.batch_size
+    assert config.total_batch_size is not None
+    assert config.total_batch_size % (ranks * batch) == 0
 
 
 def parse(script: str, arguments: list[str]) -> None:

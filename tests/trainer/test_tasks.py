@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.dmd import Scores, dmd_gradient, generator_loss
-from model.result import LossResult
 from model.self_rollout import RolloutPlan
 from tests.tiny_training import (
     FRAMES,
@@ -25,9 +23,8 @@ from tests.tiny_training import (
     train,
 )
 from trainer.sharding import open_world
-from trainer.tasks import Distillation, FlowMatching, TextEncoderTraining, text_encoder
+from trainer.tasks import Distillation, FlowMatching
 from trainer.trainer import Trainer
-from utils.config import ROOT, load_config
 from utils.datasets import write_shard
 from utils.draws import Draws
 from utils.errors import UserError
@@ -398,42 +395,3 @@ def test_window_forcing_needs_levels_and_whole_blocks(
         trainer_of(training_world, tmp_path, **changes),
     ):
         pass
-
-
-def test_labels_stand_at_the_tokens_that_speak_of_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """With the tokenizer that ships, and of a caption that is cut before its end mark."""
-    seen: dict[str, Tensor] = {}
-
-    def record(reader: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> LossResult:
-        seen.update(ids=ids, mask=mask, labels=labels)
-        return LossResult(torch.zeros(()), {})
-
-    monkeypatch.setattr(text_encoder, "caption_loss", record)
-    words = Tokenizer.from_file(str(ROOT / "wan_models/Shapes/google/umt5-xxl/tokenizer.json"))
-    captions = [
-        "A gray background: a small purple star glides to the upper left at a slow pace.",
-        "A small red circle drifts quickly upwards and, behind it, a large blue star drifts slowly "
-        "to the left over a navy background.",
-    ]
-    config = load_config(ROOT / "configs/shapes/text_encoder.yaml", ["device=cpu"])
-    with open_world("cpu") as ranks:
-        task = Trainer(config, ranks, tmp_path / "run", visualise=False, save=False).task
-        assert isinstance(task, TextEncoderTraining)
-
-        def said(place: int) -> list[str]:
-            task.loss("text", {"prompt": captions}, Draws(0, 0, range(2)))
-            rows = zip(seen["ids"], seen["labels"][..., 2] == place, strict=True)
-            return [words.decode(row[chosen].tolist()).strip(" ,.") for row, chosen in rows]
-
-        assert said(0) == [
-            "small purple star glides to the upper left at a slow",
-            "small red circle drifts quickly upwards",
-        ]
-        assert said(1) == ["", "large blue star drifts slowly to the left"]
-        assert (seen["labels"][..., 0] >= 0).sum(dim=1).equal(seen["mask"].sum(dim=1) - 1)
-        task.encoder.text_len = 12
-        assert said(0)[0] == "small purple star glides to the"
-        assert seen["labels"].shape[:2] == (2, 12)
-        assert (seen["labels"][:, -1] == -1).all(), "the end mark"

@@ -27,7 +27,7 @@ from utils.config_docs import DEFAULTS, PAGE, config_page, default_yaml
 from utils.config_schema import declared
 from utils.errors import UserError
 
-PARTS = {DEFAULTS, ROOT / "configs" / "shapes" / "base.yaml"}  # no experiments by themselves
+PARTS = {DEFAULTS, *(ROOT / "configs").rglob("base.yaml")}  # no experiments by themselves
 OURS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in PARTS)
 STEPS = {"denoising_step_list": [1000, 500]}  # few enough levels for a rolling window
 PUBLISHED: dict[str, Any] = load_json("published_configs")

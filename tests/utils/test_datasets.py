@@ -5,14 +5,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shapes.world import ShapesDataset
 from utils.datasets import (
     UNLIMITED,
     GlobalOrder,
     LatentDataset,
     OdePairDataset,
     PromptDataset,
-    ShapesVideos,
     ShardInfo,
     VideoDataset,
     collate,
@@ -124,17 +122,6 @@ def test_a_clip_is_cut_where_its_fraction_says(tmp_path: Path) -> None:
     assert frame_numbers(dataset.clip(0, 0.999)["video"]) == [2, 3, 4, 5, 6]
 
 
-def test_shapes_are_drawn_on_demand_and_splits_differ() -> None:
-    train = open_dataset("shapes:train", num_frames=3, height=32, width=32)
-    assert isinstance(train, ShapesVideos)
-    assert len(train) == UNLIMITED
-    item, clip = train[12345678], ShapesDataset(3, split="train", size=32)[12345678]
-    assert torch.equal(item["video"], torch.from_numpy(clip.frames))
-    assert item["prompt"] == clip.caption == train.prompt(12345678)
-    heldout = open_dataset("shapes:heldout", num_frames=3, height=32, width=32)
-    assert [train.prompt(i) for i in range(3)] != [heldout.prompt(i) for i in range(3)]
-
-
 def test_collate_stacks_tensors_and_lists_the_rest() -> None:
     batch = collate([{"latents": numbers(2, 3, first=i), "prompt": str(i)} for i in range(4)])
     assert batch["prompt"] == ["0", "1", "2", "3"]
@@ -152,12 +139,11 @@ def test_what_is_not_data_is_said(tmp_path: Path, prompt_file: Path) -> None:
         (tmp_path / "gone", "does not exist"),
         (tmp_path / "gone.txt", "does not exist"),
         (empty, "holds no data"),
-        ("shapes:test", "shapes:train or shapes:heldout"),
-        ("shapes:train", "square"),
+        ("endless:test", "endless:train or endless:heldout"),
     ):
         with pytest.raises(UserError, match=words):
             open_dataset(path, **CLIP)
-    for path in ("shapes:train", empty):
+    for path in ("endless:train", empty):
         with pytest.raises(UserError, match="xtended"):
             open_dataset(path, **CLIP, extended_path=prompt_file)
 

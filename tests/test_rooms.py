@@ -1,0 +1,107 @@
+"""Rooms of the house: nobody imports shapes, and without it everything else is whole."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.config import ROOT
+
+LABORATORY = ("shapes", "configs/shapes", "tests/shapes", "wan_models/Shapes")
+CHECK = """
+import pkgutil, sys
+from importlib import import_module
+import pytest
+for room in sys.argv[1:]:
+    module = import_module(room)
+    for found in pkgutil.walk_packages(getattr(module, "__path__", []), f"{room}."):
+        import_module(found.name)
+assert "shapes" not in sys.modules
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider"]))
+"""
+
+
+def sources() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / name for name in listed.stdout.split() if (ROOT / name).is_file()]
+
+
+def imported(source: str) -> set[str]:
+    """Every module that a source names in an import, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return found
+
+
+def test_nobody_imports_shapes() -> None:
+    """The trainer, the evaluation and the data sets once knew the grammar of its captions."""
+    inside = (ROOT / "shapes", ROOT / "tests" / "shapes")
+    files = [path for path in sources() if not any(path.is_relative_to(room) for room in inside)]
+    assert len(files) > 100 or not (ROOT / ".git").exists()
+    for path in files:
+        names = {name.partition(".")[0] for name in imported(path.read_text(encoding="utf-8"))}
+        assert "shapes" not in names, path
+
+
+def test_tests_of_other_rooms_need_nothing_that_ships() -> None:
+    """Weights and configs of the shapes world belong to tests/shapes."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        if not path.is_relative_to(ROOT / "tests" / "shapes") and path != Path(__file__):
+            used = re.search(
+                r"configs\W+shapes|wan_models/Shapes|checkpoints\W+shapes_|[\"']shapes:",
+                path.read_text(encoding="utf-8"),
+            )
+            assert used is None, f"{path}: {used}"
+
+
+def copy_without_shapes(folder: Path) -> Path:
+    """The tree that stands without its laboratory."""
+    skipped = shutil.ignore_patterns(
+        *(".*", "__pycache__", "videos", "logs", "runs", "data", "outputs", "checkpoints"),
+        "wan_models",
+    )
+    shutil.copytree(ROOT, folder, ignore=skipped)
+    for name in LABORATORY:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return folder
+
+
+def test_a_copy_without_shapes_imports_and_collects(tmp_path: Path) -> None:
+    copy = copy_without_shapes(tmp_path / "copy")
+    rooms = sorted(path.parent.name for path in copy.glob("*/__init__.py"))
+    tops = sorted(path.stem for path in copy.glob("*.py"))
+    assert {"wan", "pipeline", "model", "trainer", "utils", "evaluation"} <= set(rooms)
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, *rooms, *tops], cwd=copy, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.long
+def test_a_copy_without_shapes_lints_and_passes(tmp_path: Path) -> None:
+    copy = copy_without_shapes(tmp_path / "copy")
+    rooms = sorted(path.parent.name for path in copy.glob("*/__init__.py"))
+    tops = sorted(path.name for path in copy.glob("*.py"))
+    for command in (
+        ["ruff", "check", "."],
+        ["mypy", *rooms, "scripts", *tops],
+        ["pytest", "-q", "-n", "auto", "--dist", "loadfile", "-m", "not gpu and not long"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=copy, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-1000:]}"
