@@ -500,13 +500,13 @@ def plan_measurement(
     folder = figures_folder(args.folder, seconds)
     flags = {
         "config_path": config,
-        "meter": TRUTH.name,
         "checkpoint_path": weights,
         "prompts": prompts,
         "seeds": seeds,
         "seconds": f"{seconds:g}",
         "json": folder / f"{variant.key}.json",
         "keep_videos": folder / "videos" / variant.key,
+        "meter": TRUTH.name,
     }
     given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     suffix = f"_{seconds:g}s" if long else ""
