@@ -602,7 +602,7 @@ def test_every_column_is_a_measure_of_the_meter(bench):
     assert {name for name in names if not name.startswith(("survival", "right_at"))} <= set(
         summary["measures"]
     )
-    assert set(ablate.CURVES) <= set(summary["per_second"])
+    assert set(ablate.CURVES) <= {*summary["per_second"], *summary}
 
 
 def test_the_plot_shows_every_main_variant(tmp_path):
