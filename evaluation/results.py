@@ -20,7 +20,7 @@ from shapes import meter as shape_meter
 from shapes.world import parse_caption
 from utils.cli import require_matplotlib
 from utils.errors import UserError
-from utils.video import part_path
+from utils.files import part_path
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,9 @@ from pipeline.schedule import BlockLayout
 from pipeline.text_to_video import VideoPipeline, load_pipeline
 from shapes.world import sample_scene
 from utils.config import Config, find_file
+from utils.files import MAX_NAME_BYTES
 from utils.prompts import clip_utf8
-from utils.video import MAX_NAME_BYTES, VideoWriter
+from utils.video import VideoWriter
 from wan.checkpoints import load_dit_config
 from wan.geometry import VideoShape
 

@@ -26,7 +26,7 @@ from pipeline.attention_maps import AttentionMap, AttentionRecorder, group_names
 from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
 from utils.config import load_config
 from utils.errors import UserError
-from utils.video import part_path
+from utils.files import written
 
 PRINTED_ROWS = 40  # up to here the numbers are written into their cells
 
@@ -116,8 +116,8 @@ def draw(maps: Sequence[AttentionMap], out: Path, prompt: str) -> None:
             own.sort(key=lambda entry: (entry.layer, entry.level))
             draw_table(pair[0], own, f"block {block}: share of attention", per_frame=False)
             draw_table(pair[1], own, f"block {block}: per frame, even = 1", per_frame=True)
-        figure.savefig(part_path(out), format="png", dpi=130)
-    part_path(out).replace(out)
+        with written(out) as part:
+            figure.savefig(part, format="png", dpi=130)
 
 
 def draw_table(axis: Any, maps: Sequence[AttentionMap], title: str, *, per_frame: bool) -> None:

@@ -4,9 +4,9 @@
         --data_path shapes:train --count 10000 --output_folder data/shapes_latents
     torchrun --nproc_per_node=8 scripts/encode_videos.py --config_path C --data_path FOLDER …
 
-FOLDER holds `name.mp4` and `name.txt`; of each video the first frames are taken, resized and
-cropped to the config's size. The VAE is that of `generator_name`. The same command again takes up
-a stopped run; each rank writes shards of its own.
+FOLDER (with its sub-folders) holds videos, `name.mp4` and `name.txt`; of each the first frames are
+taken at the config's rate, resized and cropped to its size. The VAE is that of `generator_name`.
+The same command again takes up a stopped run; each rank writes shards of its own.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         "vae": weights_hash(files.vae),
         "dtype": str(dtype),
         "storage_dtype": args.storage_dtype,
-        "clip": [num_frames, config.height, config.width],
+        "clip": [num_frames, config.height, config.width, config.fps],
         "shard_size": args.shard_size,
     }
     run = ShardRun(config, fingerprint(settings), ranks)
@@ -111,7 +111,9 @@ def open_videos(
             f"--num_frames {num_frames} is not possible: the VAE encodes 1, 5, 9, … "
             f"(1 + {shape.temporal_stride} n) frames"
         )
-    data = open_dataset(path, num_frames=num_frames, height=config.height, width=config.width)
+    data = open_dataset(
+        path, num_frames=num_frames, height=config.height, width=config.width, fps=config.fps
+    )
     if isinstance(data, PromptDataset | LatentDataset | OdePairDataset):
         raise UserError(f"{path} holds no videos: give a folder of .mp4 and .txt, or shapes:train")
     return data, num_frames

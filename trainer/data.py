@@ -137,6 +137,7 @@ def open_training_data(config: Config) -> Dataset:
         num_frames=1 + 4 * (shape[1] - 1),
         height=config.height,
         width=config.width,
+        fps=config.fps,
         extended_path=config.extended_data_path,
     )
 

@@ -144,7 +144,7 @@ def test_independent_first_frame_takes_one_frame_of_an_image(tiny_world: TinyWor
     assert [len(b) for b in pipe.stream("a ball", num_latent_frames=7)] == [1, 12, 12]
     blocks = list(pipe.stream("a ball", num_latent_frames=7, image=moving_clip(1)[0]))
     assert [len(b) for b in blocks] == [1, 12, 12]
-    clip = video_clip(moving_clip(30), pipe.layout, pipe.shape)
+    clip = video_clip(moving_clip(30), pipe.layout, pipe.shape, 16)
     assert len(clip) == 25
 
 
