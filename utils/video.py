@@ -70,7 +70,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 SAME_RATE = 0.005  # relative: 29.97 and 30 frames per second are one rate
 PIXEL_ASPECTS = Fraction(1, 8), Fraction(8)  # a file that says more than this is mistaken
 HD_SIZE = 576, 1280  # untagged video higher or wider than this is BT.709, as players have it
-CUT_TOLERANCE = Fraction(1, 4)  # seconds that the container may promise beyond its last packet
+EBML_HEAD, EBML_SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # of Matroska and WebM
+UNKNOWN_RIFF = 2**32 - 1  # the size in an AVI file that is longer than it can say
 
 
 @dataclass(frozen=True)
@@ -403,8 +404,7 @@ def _measured(path: Path, mtime_ns: int, size: int) -> _Measured:
     count, last = 0, None
     for picture in _decoded(path):
         count, last = count + 1, picture
-    if last is None:
-        raise UserError(f"{path} holds no video frame: give another file.")
+    assert last is not None  # `_decoded` has seen to it
     end = last.start + last.length
     return _Measured(count, float(count / end), *last.size, last.start, end)
 
@@ -483,6 +483,8 @@ def _decoded(path: str | Path) -> Iterator[Picture]:
 
     require_file(path)
     try:
+        if _promised_bytes(Path(path)) > Path(path).stat().st_size:
+            raise _DamagedError("its end is missing")
         with av.open(str(Path(path).absolute()), metadata_errors="replace") as file:
             yield from _timed(_whole_frames(file, _video_stream(file)), _video_stream(file))
     except _NoVideoError as error:
@@ -505,6 +507,8 @@ class _DamagedError(Exception):
 def _video_stream(file: "InputContainer") -> "VideoStream":
     from av.stream import Disposition
 
+    if not len(file.streams):
+        raise _DamagedError("nothing is found in it")
     stream = file.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise _NoVideoError("holds no video" + (", only sound" if file.streams.audio else ""))
@@ -517,41 +521,45 @@ def _whole_frames(file: "InputContainer", stream: "VideoStream") -> Iterator["av
     """Decode a stream; what is missing, or was only guessed by the decoder, is an error.
 
     Sure signs: a packet that ends early, a decoder that complains, fewer packets than the index of
-    an mp4 or mov lists, packets of all streams that end before the time that the head of a
-    Matroska, WebM or AVI file promises.
+    an mp4 or mov lists.
     """
     stream.thread_type = "AUTO"
     stream.codec_context.options = {"err_detect": "explode"}
-    packets, end, gap = 0, Fraction(0), Fraction(0)
+    packets = 0
     size: tuple[int, int] | None = None
-    for packet in file.demux(*file.streams.video, *file.streams.audio):
-        if packet.pts is not None:
-            start = packet.pts * packet.time_base
-            gap = max(gap, start - end)
-            end = max(end, start + (packet.duration or 0) * packet.time_base)
-        if packet.stream is not stream:
-            continue
+    for packet in file.demux(stream):
         packets += packet.size > 0
         if packet.is_corrupt:
             raise _DamagedError("it ends in the middle of a frame")
-        for frame in cast("list[av.VideoFrame]", packet.decode()):
+        for frame in packet.decode():
             if frame.is_corrupt:
                 raise _DamagedError("a frame is damaged")
             if size not in (None, (frame.height, frame.width)):
                 raise _DamagedError("its frames change their size")
             size = frame.height, frame.width
             yield frame
-    name = file.format.name
-    if "mov" in name and packets < len(stream.index_entries):
+    if "mov" in file.format.name and packets < len(stream.index_entries):
         raise _DamagedError(f"{packets} of {len(stream.index_entries)} frames are there")
-    promised = Fraction(file.duration or 0, 1_000_000)
-    if ("matroska" in name or name == "avi") and promised > end + gap + CUT_TOLERANCE:
-        raise _DamagedError(f"it ends after {float(end):.1f} of {float(promised):.1f} seconds")
+
+
+def _promised_bytes(path: Path) -> int:
+    """How many bytes the head of a Matroska, WebM or AVI file promises; 0 if it does not say."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head[:4] == b"RIFF":
+        size = int.from_bytes(head[4:8], "little")
+        return 8 + size if size < UNKNOWN_RIFF else 0
+    place = head.find(EBML_SEGMENT) + 4
+    if head[:4] != EBML_HEAD or place < 4 or not head[place:]:
+        return 0
+    length = 9 - head[place].bit_length()  # the leading zeros of a number say how long it is
+    size = int.from_bytes(head[place : place + length], "big") & (2 ** (7 * length) - 1)
+    return place + length + size if size < 2 ** (7 * length) - 1 else 0
 
 
 def _timed(frames: Iterable["av.VideoFrame"], stream: "VideoStream") -> Iterator[Picture]:
     """Frames with their times; those without a time stamp of use follow at the stream's rate."""
-    rate = stream.average_rate or stream.guessed_rate
+    rate = stream.guessed_rate or stream.average_rate
     step = 1 / rate if rate else Fraction(1, 25)
     aspect = stream.sample_aspect_ratio or Fraction(1)
     if not PIXEL_ASPECTS[0] <= aspect <= PIXEL_ASPECTS[1]:
@@ -565,7 +573,9 @@ def _timed(frames: Iterable["av.VideoFrame"], stream: "VideoStream") -> Iterator
         elif start <= last:
             start = last + step
         length = frame.duration * tick
-        if length <= 0:
+        if length < step / 2:  # missing, or one tick of the clock
             length = step if last is None else start - last
         last = start
         yield Picture(start, length, frame, aspect)
+    if last is None:
+        raise _NoVideoError("holds no video frame")
