@@ -12,7 +12,7 @@ import numpy as np
 from evaluation.meters import Meter, Result
 from evaluation.statistics import mean, to_json
 from utils.errors import UserError
-from utils.video import part_path
+from utils.files import part_path
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline, load_generator
 from utils.config import Config, find_file
 from utils.devices import computed_dtype, device_name
+from utils.files import MAX_NAME_BYTES
 from utils.prompts import clip_utf8
-from utils.video import MAX_NAME_BYTES, VideoWriter
+from utils.video import VideoWriter
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,9 @@ class BatchRun:
             check_image(path)
             given[path] = 1
         for path in {job.video for job in jobs if job.video is not None}:
-            given[path] = whole_blocks(probe_video(path).frames, layout, self.shape)
+            given[path] = whole_blocks(
+                probe_video(path, self.config.fps).frames, layout, self.shape
+            )
         for path, blocks in given.items():
             frames = layout.start(blocks)
             latent_frames, _ = self._length_with(frames)

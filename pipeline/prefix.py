@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.schedule import BlockLayout
 from utils.errors import UserError
-from utils.video import fit_frames, read_image, read_video, to_float
+from utils.video import fit_frames, probe_video, read_image, read_video, say_rate, to_float
 from wan.geometry import VideoShape
 from wan.vae import WanVAE
 
@@ -46,16 +46,29 @@ def image_clip(image: Frames, layout: BlockLayout, shape: VideoShape) -> Tensor:
     return still.expand(prefix_frames(1, layout, shape), -1, -1, -1)
 
 
-def video_clip(video: Frames, layout: BlockLayout, shape: VideoShape) -> Tensor:
+def video_clip(video: Frames, layout: BlockLayout, shape: VideoShape, fps: float) -> Tensor:
     """The last frames of a video that fill whole blocks: uint8 `[n, H, W, 3]`.
 
-    What is cut off in front is said in one line; UserError if not even one block is filled.
+    A file is read at `fps` by its time stamps, and what is kept of it is held at the model's size
+    only; frames are taken to be of that rate. Another rate, and what is cut off in front, is said
+    in one line; UserError if not even one block is filled.
     """
-    frames = read_video(video) if isinstance(video, str | Path) else _pixels(video, 4)
-    kept = prefix_frames(whole_blocks(len(frames), layout, shape), layout, shape)
-    if kept < len(frames):
-        logger.info("continuing the last %d of %d frames (whole blocks)", kept, len(frames))
-    return fit_frames(frames[-kept:], shape.height, shape.width)
+    size = shape.height, shape.width
+    if not isinstance(video, str | Path):
+        kept = _whole_blocks_of(len(_pixels(video, 4)), layout, shape)
+        return fit_frames(video[-kept:], *size)
+    say_rate(video, fps)
+    count = probe_video(video, fps).frames
+    kept = _whole_blocks_of(count, layout, shape)
+    return read_video(video, count - kept, kept, fps=fps, size=size)
+
+
+def _whole_blocks_of(count: int, layout: BlockLayout, shape: VideoShape) -> int:
+    """How many of `count` frames fill whole blocks; said in one line if it is not all."""
+    kept = prefix_frames(whole_blocks(count, layout, shape), layout, shape)
+    if kept < count:
+        logger.info("continuing the last %d of %d frames (whole blocks)", kept, count)
+    return kept
 
 
 def whole_blocks(frames: int, layout: BlockLayout, shape: VideoShape) -> int:

@@ -277,7 +277,8 @@ class VideoPipeline:
         if image is not None:
             return encode_prefix(image_clip(image, self.layout, self.shape), self.vae)
         if video is not None:
-            return encode_prefix(video_clip(video, self.layout, self.shape), self.vae)
+            clip = video_clip(video, self.layout, self.shape, self.config.fps)
+            return encode_prefix(clip, self.vae)
         return None
 
     # --- the engine's parts ---------------------------------------------------------------------

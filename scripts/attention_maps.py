@@ -29,6 +29,7 @@ from utils.cli import (
     set_up_logging,
 )
 from utils.errors import UserError
+from utils.files import written
 
 if TYPE_CHECKING:
     from pipeline.attention_maps import AttentionMap
@@ -116,7 +117,6 @@ def draw(maps: Sequence[AttentionMap], out: Path, prompt: str) -> None:
     from matplotlib.figure import Figure
 
     from pipeline.attention_maps import group_names
-    from utils.video import part_path
 
     blocks = sorted({entry.block for entry in maps})
     rows = max(sum(entry.block == block for entry in maps) for block in blocks)
@@ -131,8 +131,8 @@ def draw(maps: Sequence[AttentionMap], out: Path, prompt: str) -> None:
             own.sort(key=lambda entry: (entry.layer, entry.level))
             draw_table(pair[0], own, f"block {block}: share of attention", per_frame=False)
             draw_table(pair[1], own, f"block {block}: per frame, even = 1", per_frame=True)
-        figure.savefig(part_path(out), format="png", dpi=130)
-    part_path(out).replace(out)
+        with written(out) as part:
+            figure.savefig(part, format="png", dpi=130)
 
 
 def draw_table(axis: Any, maps: Sequence[AttentionMap], title: str, *, per_frame: bool) -> None:

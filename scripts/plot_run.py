@@ -23,6 +23,7 @@ import numpy as np
 from trainer.health import Rules
 from utils.cli import require_matplotlib, run_main
 from utils.errors import UserError
+from utils.files import written
 
 COLOURS = ("#3366cc", "#e0662c", "#2a9d6f", "#a0448f", "#c9a227", "#5b5f66", "#8c564b", "#17a2b8")
 STYLES = ("-", "--", ":", "-.")
@@ -116,8 +117,6 @@ def draw(runs: list[Run], out: Path, smooth: int = 1) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from utils.video import part_path
-
     panels = [p for p in PANELS if any(run.matching(p.patterns) for run in runs)]
     if not panels:
         raise UserError("the runs hold none of the known metrics; see docs/training_health.md")
@@ -137,8 +136,8 @@ def draw(runs: list[Run], out: Path, smooth: int = 1) -> None:
             axis.set_visible(False)
         title_or_legend(figure, runs)
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part_path(out), format="png", dpi=130)
-    part_path(out).replace(out)
+        with written(out) as part:
+            figure.savefig(part, format="png", dpi=130)
 
 
 def title_or_legend(figure: Any, runs: list[Run]) -> None:

@@ -193,6 +193,7 @@ def latents(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks
         "dtype": str(dtype),
         "storage_dtype": args.storage_dtype,
         "clip": [num_frames, config.height, config.width],
+        "fps": config.fps,
         "shard_size": args.shard_size,
     }
     run = ShardRun(config, fingerprint(settings), ranks)
@@ -228,7 +229,9 @@ def open_videos(
             f"--num_frames {num_frames} is not possible: the VAE encodes {some}, … "
             f"(1 + {shape.strides.time} n) frames"
         )
-    data = open_dataset(path, num_frames=num_frames, height=config.height, width=config.width)
+    data = open_dataset(
+        path, num_frames=num_frames, height=config.height, width=config.width, fps=config.fps
+    )
     if "video" not in data.holds:
         raise UserError(f"{path} holds no videos: give a folder of them, with .txt captions")
     return data, num_frames

@@ -127,6 +127,7 @@ def open_training_data(config: Config, setup: Setup) -> Dataset:
         num_frames=setup.shape.video_frames(config.image_or_video_shape[1]),
         height=config.height,
         width=config.width,
+        fps=config.fps,
         extended_path=config.extended_data_path,
     )
 

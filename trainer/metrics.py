@@ -25,13 +25,15 @@ from tqdm import tqdm
 
 from utils.config import Config, to_dict
 from utils.errors import UserError
-from utils.video import part_path, probe_video, read_video
+from utils.files import part_path
+from utils.video import frame_rate, read_video_chunks
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 RUN_ID_FILE = "wandb_run_id.txt"
 GIF_WIDTH = 320  # pixels; TensorBoard keeps videos as GIF, which grows fast with the width
+GIF_STEP = 2  # every second frame
 
 
 @dataclass(frozen=True)
@@ -461,10 +463,11 @@ def _as_gif(path: Path) -> tuple[bytes, int, int]:
     """A video file as an animated GIF of every second frame; its height and width."""
     from PIL import Image
 
-    frames = [Image.fromarray(frame) for frame in read_video(path)[::2].numpy()]
-    for frame in frames:
-        frame.thumbnail((GIF_WIDTH, GIF_WIDTH))
+    frames = []
+    for chunk in read_video_chunks(path, GIF_STEP):
+        frames.append(Image.fromarray(chunk[0].numpy()))
+        frames[-1].thumbnail((GIF_WIDTH, GIF_WIDTH))
     first, *others = frames
-    data, milliseconds = io.BytesIO(), round(2000 / probe_video(path).fps)
+    data, milliseconds = io.BytesIO(), round(1000 * GIF_STEP / frame_rate(path))
     first.save(data, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
     return data.getvalue(), first.height, first.width

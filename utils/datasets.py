@@ -14,6 +14,7 @@ Only the rows asked for are read, and they come as float32.
 """
 
 import json
+import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,17 +31,21 @@ from torch import Tensor
 from utils.config import ROOT
 from utils.draws import Purpose
 from utils.errors import UserError
+from utils.files import is_temporary
 from utils.noise import philox
 from utils.packages import offered, split_name
 from utils.prompts import read_extended_prompts, read_prompts
 from utils.tensor_files import write_tensors
-from utils.video import fit_frames, probe_video, read_video
+from utils.video import VIDEO_SUFFIXES, probe_video, read_video
+
+logger = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 
 UNLIMITED = 2**40
 """`len` of a data set without end: more items than any training reads."""
 
+FAULTS_NAMED = 5
 TENSOR_OF = {"latents": "latents", "ode_pairs": "trajectories"}
 
 
@@ -67,14 +72,15 @@ def open_dataset(
     num_frames: int,
     height: int,
     width: int,
+    fps: float | None = None,
     extended_path: str | Path | None = None,
 ) -> Dataset:
     """The data set at a path: what it is follows from what is there.
 
     A .txt file holds prompts, a folder of .safetensors latents or ODE pairs (its shards say which),
-    a folder of .mp4 and .txt captioned videos; `package:split`, such as `shapes:train`, is what
-    that package offers (see utils/packages.py). Videos give clips of `num_frames` x `height` x
-    `width`; `extended_path` is for prompts.
+    a folder of videos captioned ones; `package:split`, such as `shapes:train`, is what that package
+    offers (see utils/packages.py). Videos give clips of `num_frames` x `height` x `width`, at `fps`
+    frames per second (None: the files' own frames); `extended_path` is for prompts.
 
     Raises:
         UserError: there is nothing of the kind, or it is not whole.
@@ -96,10 +102,10 @@ def open_dataset(
         kind = LatentDataset if ShardInfo.read(shards[0]).format == "latents" else OdePairDataset
         return kind(place)
     if _videos(place):
-        return VideoDataset(place, num_frames, height, width)
+        return VideoDataset(place, num_frames, height, width, fps)
     raise UserError(
         f"{path} {'holds no data' if place.exists() else 'does not exist'}: give a .txt file of "
-        "prompts, a folder of .safetensors shards, a folder of .mp4 videos with .txt captions, or "
+        "prompts, a folder of .safetensors shards, a folder of videos with .txt captions, or "
         "package:split, as in shapes:train."
     )
 
@@ -175,28 +181,46 @@ class PromptDataset:
 
 
 class VideoDataset:
-    """Captioned videos, `name.mp4` with `name.txt`, sorted by name.
+    """Captioned videos, `name.mp4` with `name.txt`, of a folder and its sub-folders, by path.
 
     Item: `video` uint8 [num_frames, height, width, 3] (resized and cropped to cover the size) and
-    `prompt`. Opening decodes each file once, to count its frames.
+    `prompt`. The frames are those seen at `fps`, by the time stamps of the file; None takes its own
+    frames as they come. Opening decodes each file once, to count them.
     """
 
     holds = frozenset({"video", "prompt"})
 
-    def __init__(self, folder: str | Path, num_frames: int, height: int, width: int) -> None:
-        """Raises UserError naming the first file that is unreadable, too short or not captioned."""
-        self.num_frames, self.height, self.width = num_frames, height, width
+    def __init__(
+        self,
+        folder: str | Path,
+        num_frames: int,
+        height: int,
+        width: int,
+        fps: float | None = None,
+    ) -> None:
+        """Raises UserError naming the files that are unreadable, too short or not captioned."""
+        self.num_frames, self.height, self.width, self.fps = num_frames, height, width, fps
         self._paths = _videos(Path(folder))
         if not self._paths:
-            raise UserError(f"{folder} holds no .mp4 video: put videos and captions there.")
-        self._prompts = [_read_caption(path) for path in self._paths]
-        self._lengths = [probe_video(path).frames for path in self._paths]
-        for path, frames in zip(self._paths, self._lengths, strict=True):
-            if frames < num_frames:
-                raise UserError(
-                    f"{path} has {frames} frames and {num_frames} are needed: take it away, "
-                    "or ask for fewer frames."
-                )
+            kinds = ", ".join(VIDEO_SUFFIXES)
+            raise UserError(f"{folder} holds no video ({kinds}): put videos and captions there.")
+        _say_passed_over(Path(folder))
+        self._prompts: list[str] = []
+        self._lengths: list[int] = []
+        faults = []
+        for path in self._paths:
+            try:
+                self._prompts.append(_read_caption(path))
+                self._lengths.append(self._length(path))
+            except UserError as error:
+                faults.append(str(error))
+        if faults:
+            listed = "\n".join(faults[:FAULTS_NAMED])
+            more = len(faults) - FAULTS_NAMED
+            rest = f"\n... and {more} more" if more > 0 else ""
+            raise UserError(
+                f"{len(faults)} of {len(self._paths)} videos cannot be used:\n{listed}{rest}"
+            )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -214,14 +238,55 @@ class VideoDataset:
         0 is the file's beginning; every start is met by an equal share of the fractions.
         """
         starts = self._lengths[index] - self.num_frames + 1
-        frames = read_video(self._paths[index], int(fraction * starts), self.num_frames)
-        video = fit_frames(frames, self.height, self.width)
+        video = read_video(
+            self._paths[index],
+            int(fraction * starts),
+            self.num_frames,
+            fps=self.fps,
+            size=(self.height, self.width),
+        )
         return {"video": video, "prompt": self.prompt(index)}
+
+    def _length(self, path: Path) -> int:
+        frames = probe_video(path, self.fps).frames
+        if frames < self.num_frames:
+            rate = "" if self.fps is None else f" at {self.fps:g} FPS"
+            raise UserError(
+                f"{path} has {frames} frames{rate} and {self.num_frames} are needed: take it away, "
+                "or ask for fewer frames."
+            )
+        return frames
 
 
 def _videos(folder: Path) -> list[Path]:
-    """The .mp4 files of a folder by name, without those that are still being written."""
-    return sorted(path for path in folder.glob("*.mp4") if not path.stem.endswith(".part"))
+    """The videos under a folder by path, without those that are still being written."""
+    return [path for path in _files(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files under a folder by path, without hidden and unfinished ones."""
+    found = sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix())
+    return [
+        path
+        for path in found
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not is_temporary(path)
+    ]
+
+
+def _say_passed_over(folder: Path) -> None:
+    """Say in one line how many files are neither videos nor captions of one."""
+    captions = {path.with_suffix(".txt") for path in _videos(folder)}
+    known = set(_videos(folder)) | captions
+    others = [path.relative_to(folder) for path in _files(folder) if path not in known]
+    if others:
+        logger.info(
+            "%s: %d files that are no videos are passed over (%s, …)",
+            folder,
+            len(others),
+            others[0],
+        )
 
 
 def _read_caption(video: Path) -> str:

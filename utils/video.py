@@ -1,39 +1,82 @@
-"""Video and images where they enter and leave the program.
+"""Video files where they enter and leave the program; images and frames are in `utils/images.py`.
 
-At the edges a video is uint8 `[frames, height, width, 3]` (RGB), inside it is float
-`[frames, 3, height, width]` in [-1, 1]. What is returned is a torch tensor on the CPU; what is
-taken may also be a numpy array.
+One library (PyAV) reads and writes. A *frame* of a file is what its decoder gives out: all that is
+counted, shown or cut here is counted in these. At a requested rate frames are chosen by their time
+stamps.
 """
 
-import hashlib
-import os
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from itertools import islice
+from math import ceil, isfinite
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
 
 from utils.errors import UserError
-from utils.prompts import clip_utf8
+from utils.files import cannot_write, written
+from utils.images import (
+    Frames,
+    as_numpy,
+    check_image,
+    contact_sheet,
+    fit_frames,
+    read_image,
+    require_file,
+    thumbnails,
+    to_float,
+    to_uint8,
+    write_png,
+)
 
-Frames = torch.Tensor | np.ndarray
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer, OutputContainer
+    from av.video.stream import VideoStream
 
-MAX_NAME_BYTES = 255  # of one file name, on every common file system
-THUMBNAIL_WIDTHS = (128, 256)  # pixels: frames narrower than the first are doubled
+__all__ = [
+    "VIDEO_SUFFIXES",
+    "Frames",
+    "VideoInfo",
+    "VideoWriter",
+    "check_image",
+    "contact_sheet",
+    "fit_frames",
+    "frame_rate",
+    "probe_video",
+    "read_image",
+    "read_video",
+    "read_video_chunks",
+    "say_rate",
+    "spread_frames",
+    "thumbnails",
+    "to_float",
+    "to_uint8",
+    "write_png",
+]
+
+logger = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
+"""Of files that are taken for videos in a folder, in lower case."""
+
+SAME_RATE = 0.005  # relative: 29.97 and 30 frames per second are one rate
+PIXEL_ASPECTS = Fraction(1, 8), Fraction(8)  # a file that says more than this is mistaken
+HD_SIZE = 576, 1280  # untagged video higher or wider than this is BT.709, as players have it
+EBML_HEAD, EBML_SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # of Matroska and WebM
+UNKNOWN_RIFF = 2**32 - 1  # the size in an AVI file that is longer than it can say
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds: number of frames, frames per second, size in pixels."""
+    """What a video file holds: number of frames, its own frames per second, size in pixels."""
 
     frames: int
     fps: float
@@ -41,12 +84,15 @@ class VideoInfo:
     width: int
 
 
+# --- writing ------------------------------------------------------------------------------------
+
+
 class VideoWriter:
     """Write an H.264 mp4 (yuv420p, BT.709) block by block, in constant memory.
 
-    Use as a context manager. The file grows under a temporary name (`<stem>.part.mp4`, same
-    folder) and takes its own name when the block is left normally; after an exception, or if no
-    frame was written, nothing is left behind. An existing file is replaced at the end only.
+    Use as a context manager. The file grows under a temporary name in the same folder and takes its
+    own name when the block is left normally; after an exception, or if no frame was written,
+    nothing is left behind. An existing file is replaced at the end only.
 
     An odd height or width is padded by one row or column (the edge is repeated), since yuv420p
     needs even sizes: the file is then one pixel larger than the frames.
@@ -57,20 +103,19 @@ class VideoWriter:
         crf: quality, 0 (lossless luma and chroma, large) to 51 (worst).
 
     Raises:
-        UserError: another file type, or the file cannot be written.
+        UserError: another file type, an impossible rate, or the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, fps: float = 16, crf: int = 18) -> None:
+    def __init__(self, path: str | Path, fps: float | Fraction = 16, crf: int = 18) -> None:
         self.path = Path(path).absolute()
-        self.fps = fps
-        self.crf = crf
-        self.frames_written = 0
-        self._part = part_path(self.path)
-        self._size: tuple[int, int] | None = None
-        self._ffmpeg: subprocess.Popen[bytes] | None = None
-        self._log: IO[bytes] | None = None
         if self.path.suffix.lower() != ".mp4":
             raise UserError(f"Videos are written as .mp4: rename the output {self.path}.")
+        self.fps = _rate(fps)
+        self.crf = crf
+        self.frames_written = 0
+        self._size: tuple[int, int] | None = None
+        self._open = ExitStack()
+        self._encoder: _Encoder | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -81,10 +126,7 @@ class VideoWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
+        self._open.__exit__(kind, error, trace)
 
     def write(self, frames: Frames) -> None:
         """Append frames: uint8 `[frames, height, width, 3]`, all blocks of one size.
@@ -93,7 +135,7 @@ class VideoWriter:
             ValueError: another type, shape, or size than the first block.
             UserError: the file cannot be written (no space, no permission).
         """
-        pixels = _as_numpy(frames)
+        pixels = as_numpy(frames)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ValueError(f"need uint8 [F, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
         size = pixels.shape[1], pixels.shape[2]
@@ -102,126 +144,145 @@ class VideoWriter:
         if len(pixels) == 0:
             return
         height, width = size
-        pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if self._ffmpeg is None:
-            self._start(*pixels.shape[1:3])
+        if height % 2 or width % 2:
+            pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._encoder is None:
+            opened = _opened_encoder(self.path, pixels.shape[1:3], self.fps, self.crf)
+            self._encoder = self._open.enter_context(opened)
         self._size = size
-        assert self._ffmpeg is not None
-        assert self._ffmpeg.stdin is not None
-        try:
-            self._ffmpeg.stdin.write(np.ascontiguousarray(pixels).data)
-        except OSError as error:
-            raise self._failure() from error
+        with _write_errors(self.path):
+            for frame in pixels:
+                self._encoder.add(np.ascontiguousarray(frame))
         self.frames_written += len(pixels)
 
-    def close(self) -> None:
-        """Finish the file and give it its name; raises UserError if that fails."""
-        if self._ffmpeg is None:
-            return
-        with suppress(BrokenPipeError):
-            assert self._ffmpeg.stdin is not None
-            self._ffmpeg.stdin.close()
-        if self._ffmpeg.wait() != 0:
-            raise self._failure()
-        self._release()
-        self._part.replace(self.path)
 
-    def discard(self) -> None:
-        """Stop and remove what was written."""
-        if self._ffmpeg is not None:
-            self._ffmpeg.kill()
-            self._ffmpeg.wait()
-            with suppress(BrokenPipeError):
-                assert self._ffmpeg.stdin is not None
-                self._ffmpeg.stdin.close()
-        self._release()
-        with suppress(OSError):  # no such file, or no such folder
-            self._part.unlink()
+class _Encoder:
+    """RGB frames into the one stream of an open mp4 file."""
 
-    def _start(self, height: int, width: int) -> None:
-        from imageio_ffmpeg import get_ffmpeg_exe
+    def __init__(
+        self, file: "OutputContainer", size: Sequence[int], fps: Fraction, crf: int
+    ) -> None:
+        from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, VideoReformatter
 
-        source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {self.fps} -i -"
-        colour = (
-            "-vf scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,"
-            "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+        stream = file.add_stream("libx264", rate=fps, options={"crf": str(crf)})
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.thread_count = 0  # as many as there are cores
+        context.color_range, context.colorspace = ColorRange.MPEG, 1  # limited, matrix of BT.709
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        self._file, self._stream, self._fps, self._frames = file, stream, fps, 0
+        self._reformatter = VideoReformatter()
+
+    def add(self, pixels: np.ndarray) -> None:
+        """Append one frame uint8 `[H, W, 3]`."""
+        import av
+        from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+        rgb = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame = self._reformatter.reformat(
+            rgb,
+            format="yuv420p",
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            dst_colorspace=Colorspace.ITU709,
+            interpolation=Interpolation.BICUBIC
+            | Interpolation.ACCURATE_RND
+            | Interpolation.FULL_CHR_H_INT,
         )
-        codec = f"-an -c:v libx264 -crf {self.crf} -pix_fmt yuv420p -movflags +faststart -f mp4"
-        options = f"-y -loglevel error {source} {colour} {codec}".split()
+        frame.pts, frame.time_base = self._frames, 1 / self._fps
+        self._frames += 1
+        self._file.mux(self._stream.encode(frame))
+
+    def finish(self) -> None:
+        """Write what the encoder still holds, and the index."""
+        self._file.mux(self._stream.encode(None))
+        self._file.close()
+
+
+@contextmanager
+def _opened_encoder(path: Path, size: Sequence[int], fps: Fraction, crf: int) -> Iterator[_Encoder]:
+    """An encoder whose file is whole, or not there, when the block is left."""
+    import av
+
+    with written(path) as part, _write_errors(path):
+        file = av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"})
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._part.touch()
-        except OSError as error:
-            raise UserError(f"Cannot write {self.path}: {error.strerror}.") from error
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _release)
-        self._ffmpeg = subprocess.Popen(
-            [get_ffmpeg_exe(), *options, str(self._part)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._log,
-            start_new_session=True,  # Ctrl-C is ours to handle
-        )
-
-    def _failure(self) -> UserError:
-        """Remove what was written and say why ffmpeg gave up."""
-        assert self._log is not None
-        assert self._ffmpeg is not None
-        self._ffmpeg.wait()
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        self.discard()
-        reason = lines[-1] if lines else "ffmpeg stopped"
-        return UserError(f"Cannot write {self.path}: {reason}.")
-
-    def _release(self) -> None:
-        self._ffmpeg = None
-        if self._log is not None:
-            self._log.close()
+            encoder = _Encoder(file, size, fps, crf)
+            yield encoder
+            encoder.finish()
+        finally:
+            with suppress(av.FFmpegError, OSError):
+                file.close()
 
 
-def part_path(path: Path) -> Path:
-    """The temporary name of a file being written: `<stem>.part<suffix>` in the same folder.
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """What the library says of a file that it cannot write, as one UserError."""
+    import av
 
-    A stem too long for the file system is cut (at a character) and told apart by a hash.
-    """
-    tail = f".part{path.suffix}"
-    stem = path.stem
-    room = MAX_NAME_BYTES - len(os.fsencode(tail))
-    if len(os.fsencode(stem)) > room:
-        digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
-        stem = f"{clip_utf8(stem, room - 9)}-{digest}"
-    return path.with_name(stem + tail)
+    try:
+        yield
+    except (av.FFmpegError, OSError) as error:
+        raise cannot_write(path, OSError(error.errno, error.strerror)) from error
 
 
-def read_video(path: str | Path, first: int = 0, count: int | None = None) -> torch.Tensor:
-    """Frames of a video file, uint8 `[frames, height, width, 3]`, at its own frame rate.
+def _rate(fps: float | Fraction) -> Fraction:
+    """Frames per second as a fraction that time stamps can hold; UserError if it is no rate."""
+    rate = Fraction(fps).limit_denominator(10_000) if isfinite(fps) else Fraction(0)
+    if rate <= 0:
+        raise UserError(f"{fps} frames per second are not possible: give a positive number.")
+    return rate
 
-    All of them, or `count` from frame `first` on (fewer if the file ends before).
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_video(
+    path: str | Path,
+    first: int = 0,
+    count: int | None = None,
+    *,
+    fps: float | Fraction | None = None,
+    size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Frames of a video file, uint8 `[frames, height, width, 3]`.
+
+    Turned and scaled to square pixels as the file says, transparency laid on white.
+
+    Args:
+        path: any file that holds a video.
+        first: the first frame to return.
+        count: how many at most (fewer if the file ends before); None for all.
+        fps: the rate that frames are wanted at, by their time stamps (`at_rate`), and that `first`
+            and `count` count in; None for the file's own frames.
+        size: (height, width) that each frame is fitted to (`fit_frames`) as it is decoded.
 
     Raises:
-        UserError: the file is missing or holds no readable video there.
+        UserError: the file is missing, damaged, or holds no video frame there.
     """
     pixels = bytearray()
-    with _open_video(path) as (meta, frames):
-        for frame in islice(frames, first, None if count is None else first + count):
-            pixels += frame
-    width, height = meta["size"]
+    shape: Sequence[int] = ()
+    to_rgb = _ToRgb(size)
+    for picture in islice(_pictures(path, fps), first, None if count is None else first + count):
+        rgb = to_rgb(picture)
+        shape = rgb.shape
+        pixels += rgb.numpy().data
     if not pixels:
         raise UserError(f"{path} holds no video frame: give another file.")
-    return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, height, width, 3)
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *shape)
 
 
 def read_video_chunks(path: str | Path, frames: int = 64) -> Iterator[torch.Tensor]:
     """A video file in pieces uint8 `[<= frames, height, width, 3]`, one in memory at a time.
 
     Raises:
-        UserError: the file is missing or holds no readable video.
+        UserError: the file is missing, damaged, or holds no video.
     """
-    with _open_video(path) as (meta, source):
-        width, height = meta["size"]
-        while chunk := list(islice(source, frames)):
-            pixels = bytearray(b"".join(chunk))
-            yield torch.frombuffer(pixels, dtype=torch.uint8).view(-1, height, width, 3)
+    to_rgb = _ToRgb()
+    pictures = _pictures(path)
+    while chunk := [to_rgb(picture) for picture in islice(pictures, frames)]:
+        yield torch.stack(chunk)
 
 
 def spread_frames(path: str | Path, count: int) -> torch.Tensor:
@@ -231,182 +292,290 @@ def spread_frames(path: str | Path, count: int) -> torch.Tensor:
     some. Memory does not depend on the length of the video.
 
     Raises:
-        UserError: the file is missing or holds no readable video.
+        UserError: the file is missing, damaged, or holds no video.
     """
-    chosen = np.linspace(0, probe_video(path).frames - 1, count).round().astype(int)
-    kept: list[torch.Tensor] = []
-    start = 0
-    for chunk in read_video_chunks(path):
-        inside = chosen[(chosen >= start) & (chosen < start + len(chunk))]
-        kept.append(chunk[torch.from_numpy(inside - start)])
-        start += len(chunk)
-    return torch.cat(kept)
+    chosen = np.linspace(0, probe_video(path).frames - 1, count).round().astype(int).tolist()
+    to_rgb = _ToRgb()
+    kept = {n: to_rgb(p) for n, p in enumerate(_pictures(path)) if n in chosen}
+    return torch.stack([kept[n] for n in chosen])
 
 
 def frame_rate(path: str | Path) -> float:
-    """Frames per second of a video file; UserError if it is missing or not readable."""
-    with _open_video(path) as (meta, _):
-        return float(meta["fps"])
+    """Mean frames per second of a video file; UserError as `probe_video`."""
+    return probe_video(path).fps
 
 
-def probe_video(path: str | Path) -> VideoInfo:
-    """Number of frames, frame rate and size of a video file (decoded once, without keeping it).
+def probe_video(path: str | Path, fps: float | Fraction | None = None) -> VideoInfo:
+    """Number of frames (of its own, or at the rate `fps`), own frame rate and size of a video.
 
-    Raises:
-        UserError: the file is missing or holds no readable video.
-    """
-    from imageio_ffmpeg import count_frames_and_secs
-
-    with _open_video(path) as (meta, _):
-        width, height = meta["size"]
-        frames, _seconds = count_frames_and_secs(Path(path).absolute())
-    return VideoInfo(frames=frames, fps=float(meta["fps"]), height=height, width=width)
-
-
-@contextmanager
-def _open_video(path: str | Path) -> Iterator[tuple[dict, Iterator[bytes]]]:
-    from imageio_ffmpeg import read_frames
-
-    _require_file(path)
-    frames = read_frames(Path(path).absolute())
-    try:
-        yield next(frames), frames
-    except (OSError, RuntimeError, KeyError, IndexError, ValueError, StopIteration) as error:
-        raise UserError(f"Cannot read {path} as a video: is it complete?") from error
-    finally:
-        frames.close()
-
-
-def read_image(path: str | Path) -> torch.Tensor:
-    """An image file as uint8 `[height, width, 3]`.
-
-    Turned as its EXIF tag says, transparency laid on white, any colour mode made RGB.
+    The file is decoded once to its end, without keeping it, and remembered until it changes.
 
     Raises:
-        UserError: the file is missing or not a readable image.
+        UserError: the file is missing, damaged, or holds no video.
     """
-    _require_file(path)
+    require_file(path)
+    about = Path(path).absolute()
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"Cannot read {path} as an image: give a PNG, JPEG or WebP.") from error
-
-
-def check_image(path: str | Path) -> None:
-    """Raise UserError unless the file is an image, as far as can be told without decoding it."""
-    _require_file(path)
-    try:
-        with Image.open(path) as file:
-            file.verify()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"Cannot read {path} as an image: give a PNG, JPEG or WebP.") from error
-
-
-def fit_frames(frames: Frames, height: int, width: int) -> torch.Tensor:
-    """Resize (antialiased, aspect kept) until the frame is covered, then crop the centre.
-
-    uint8 `[frames, H, W, 3]` -> uint8 `[frames, height, width, 3]`.
-    """
-    video = torch.as_tensor(frames)
-    old_height, old_width = video.shape[1:3]
-    if (old_height, old_width) == (height, width):
-        return video
-    scale = max(height / old_height, width / old_width)
-    size = max(height, round(old_height * scale)), max(width, round(old_width * scale))
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    fitted = torch.empty(len(video), height, width, 3, dtype=torch.uint8)
-    for out, frame in zip(fitted, video, strict=True):  # one at a time: floats are large
-        planes = frame.permute(2, 0, 1)[None].float()  # [1, 3, H, W]
-        planes = F.interpolate(planes, size, mode="bicubic", antialias=True)
-        crop = planes[0, :, top : top + height, left : left + width]
-        out.copy_(crop.round().clamp(0, 255).permute(1, 2, 0))
-    return fitted
-
-
-def thumbnails(frames: Frames) -> torch.Tensor:
-    """uint8 `[frames, H, W, 3]` at a size to look at: small frames doubled, large ones reduced.
-
-    Doubling repeats pixels; frames wider than 256 pixels become 256 wide, with their aspect.
-    """
-    video = torch.as_tensor(frames)
-    height, width = video.shape[1:3]
-    small, large = THUMBNAIL_WIDTHS
-    if width < small:
-        return video.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    if width > large:
-        return fit_frames(video, round(height * large / width), large)
-    return video
-
-
-def to_float(frames: Frames) -> torch.Tensor:
-    """uint8 `[frames, H, W, 3]` -> float32 `[frames, 3, H, W]` in [-1, 1]."""
-    return torch.as_tensor(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(video: torch.Tensor) -> torch.Tensor:
-    """Float `[..., frames, 3, H, W]` in [-1, 1] -> uint8 `[..., frames, H, W, 3]`, same device.
-
-    Rounded to the nearest level; values outside [-1, 1] are clamped.
-    """
-    levels = ((video.float() + 1) * 127.5).round().clamp(0, 255)
-    return levels.to(torch.uint8).movedim(-3, -1)
-
-
-def contact_sheet(videos: Frames | Sequence[Frames], columns: int = 8, gap: int = 2) -> np.ndarray:
-    """One image of several videos: a row for each, `columns` frames spread evenly over it.
-
-    The first and the last frame are always shown (one column: the first). A lone
-    `[frames, H, W, 3]` is one video. All are uint8 and of one size.
-
-    Returns:
-        uint8 `[rows * (H + gap) - gap, columns * (W + gap) - gap, 3]`, the gaps white.
-    """
-    if isinstance(videos, torch.Tensor | np.ndarray) and videos.ndim == 4:
-        videos = [videos]
-    rows = [_as_numpy(video) for video in videos]
-    height, width = rows[0].shape[1:3]
-    shape = len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3
-    sheet = np.full(shape, 255, dtype=np.uint8)
-    for row, video in enumerate(rows):
-        chosen = np.linspace(0, len(video) - 1, columns).round().astype(int)
-        for column, index in enumerate(chosen):
-            top, left = row * (height + gap), column * (width + gap)
-            sheet[top : top + height, left : left + width] = video[index]
-    return sheet
-
-
-def write_png(path: str | Path, image: Frames) -> None:
-    """Write uint8 `[H, W, 3]` as PNG, under a temporary name until it is complete.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    path = Path(path)
-    part = part_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(_as_numpy(image)).save(part, format="PNG")
-        part.replace(path)
+        state = about.stat()
     except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
-    finally:
-        with suppress(OSError):  # renamed, or never made
-            part.unlink()
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    found = _measured(about, state.st_mtime_ns, state.st_size)
+    frames = found.frames
+    if fps is not None:
+        period = 1 / _rate(fps)
+        frames = ceil(_shown_until(found.end, found.last, period) / period)
+    return VideoInfo(frames, found.fps, found.height, found.width)
 
 
-def _as_numpy(frames: Frames) -> np.ndarray:
-    return frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else frames
+def say_rate(path: str | Path, fps: float | Fraction) -> None:
+    """Say in one line if a file's own rate is another than the one that it is read at."""
+    own = probe_video(path).fps
+    if abs(own / float(fps) - 1) > SAME_RATE:
+        logger.info("%s is %.4g FPS: read at %.4g", Path(path).name, own, float(fps))
 
 
-def _require_file(path: str | Path) -> None:
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: give a file.")
+@dataclass(frozen=True)
+class Picture:
+    """A decoded frame, when it is shown (seconds from the file's first one), and how."""
+
+    start: Fraction
+    length: Fraction
+    frame: "av.VideoFrame"
+    aspect: Fraction = Fraction(1)  # of a pixel, width : height
+
+    @property
+    def square(self) -> tuple[int, int]:
+        """(height, width) with square pixels, before it is turned; enlarged, never reduced."""
+        height, width = self.frame.height, self.frame.width
+        if self.aspect > 1:
+            return height, round(width * self.aspect)
+        return round(height / self.aspect), width
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) as shown."""
+        height, width = self.square
+        return (width, height) if _turns(self.frame)[0] else (height, width)
+
+
+def at_rate(pictures: Iterable[Picture], fps: float | Fraction) -> Iterator[Picture]:
+    """What is seen at 0, 1/fps, 2/fps, … seconds; a picture may come several times, or never.
+
+    A picture takes over half its distance to the one before it early, but at most half of 1/fps, so
+    that time stamps which waver (milliseconds of webm, the clock of a phone) neither drop nor
+    double a frame, and frames of the rate itself come unchanged.
+    """
+    period = 1 / _rate(fps)
+    shown: Picture | None = None
+    count = 0
+    for picture in pictures:
+        if shown is not None:
+            until = _shown_until(picture.start, shown.start, period)
+            while count * period < until:
+                yield shown
+                count += 1
+        shown = picture
+    if shown is not None:
+        end = shown.start + shown.length
+        while count * period < _shown_until(end, shown.start, period):
+            yield shown
+            count += 1
+
+
+def _shown_until(following: Fraction, start: Fraction, period: Fraction) -> Fraction:
+    """When a picture that starts at `start` gives way to the one at `following` (or to the end)."""
+    return following - min(following - start, period) / 2
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one decoding of a file found: `last` and `end` of its last frame in seconds."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    last: Fraction
+    end: Fraction
+
+
+@lru_cache(maxsize=2**16)
+def _measured(path: Path, mtime_ns: int, size: int) -> _Measured:
+    count, last = 0, None
+    for picture in _decoded(path):
+        count, last = count + 1, picture
+    assert last is not None  # `_decoded` has seen to it
+    end = last.start + last.length
+    return _Measured(count, float(count / end), *last.size, last.start, end)
+
+
+class _ToRgb:
+    """Decoded frames to uint8 `[height, width, 3]`: what is shown, fitted to a size if wanted.
+
+    The same frame again is not converted again.
+    """
+
+    def __init__(self, size: tuple[int, int] | None = None) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self._size = size
+        self._reformatter = VideoReformatter()
+        self._last: tuple[av.VideoFrame, torch.Tensor] | None = None
+
+    def __call__(self, picture: Picture) -> torch.Tensor:
+        if self._last is None or self._last[0] is not picture.frame:
+            rgb = torch.from_numpy(self._convert(picture))
+            if self._size is not None:
+                rgb = fit_frames(rgb[None], *self._size)[0]
+            self._last = picture.frame, rgb
+        return self._last[1]
+
+    def _convert(self, picture: Picture) -> np.ndarray:
+        from av.video.reformatter import Colorspace, Interpolation
+
+        frame = picture.frame
+        has_alpha = any(part.is_alpha for part in frame.format.components)
+        untagged = frame.colorspace == 2 and not frame.format.is_rgb
+        is_hd = frame.height > HD_SIZE[0] or frame.width >= HD_SIZE[1]
+        height, width = picture.square
+        pixels = self._reformatter.reformat(
+            frame,
+            height=height,
+            width=width,
+            format="rgba" if has_alpha else "rgb24",
+            src_colorspace=Colorspace.ITU709 if untagged and is_hd else None,
+            interpolation=Interpolation.BICUBIC,
+        ).to_ndarray()
+        if has_alpha:
+            opacity = pixels[..., 3:].astype(np.float32) / 255
+            pixels = (255 + (pixels[..., :3] - 255.0) * opacity).round().astype(np.uint8)
+        transposed, flipped_down, flipped_across = _turns(frame)
+        pixels = pixels.swapaxes(0, 1) if transposed else pixels
+        pixels = pixels[::-1] if flipped_down else pixels
+        pixels = pixels[:, ::-1] if flipped_across else pixels
+        return np.ascontiguousarray(pixels)
+
+
+def _turns(frame: "av.VideoFrame") -> tuple[bool, bool, bool]:
+    """How a frame is turned to be shown: rows and columns exchanged, then upside down, mirrored."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    # x' = a x + c y, y' = b x + d y
+    # x' = a x + c y, y' = b x + d y
+    a, b, _, c, d = np.frombuffer(cast("bytes", matrix), np.int32)[:5].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, d < 0, a < 0
+    return True, b < 0, c < 0
+
+
+def _pictures(path: str | Path, fps: float | Fraction | None = None) -> Iterator[Picture]:
+    return _decoded(path) if fps is None else at_rate(_decoded(path), fps)
+
+
+def _decoded(path: str | Path) -> Iterator[Picture]:
+    """All frames of a file in the order that they are shown in.
+
+    Raises:
+        UserError: no readable video, or (at the place, or at the end) one that is not whole.
+    """
+    import av
+
+    require_file(path)
+    try:
+        if _promised_bytes(Path(path)) > Path(path).stat().st_size:
+            raise _DamagedError("its end is missing")
+        with av.open(str(Path(path).absolute()), metadata_errors="replace") as file:
+            yield from _timed(_whole_frames(file, _video_stream(file)), _video_stream(file))
+    except _NoVideoError as error:
+        raise UserError(f"{path} {error}: give another file.") from error
+    except _DamagedError as error:
+        raise UserError(f"Cannot read {path} as a video: {error}. Is it complete?") from error
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = str(getattr(error, "strerror", None) or error).lower()
+        raise UserError(f"Cannot read {path} as a video: {reason}. Is it complete?") from error
+
+
+class _NoVideoError(Exception):
+    """What a file holds instead of a video."""
+
+
+class _DamagedError(Exception):
+    """What is missing of a video."""
+
+
+def _video_stream(file: "InputContainer") -> "VideoStream":
+    from av.stream import Disposition
+
+    if not len(file.streams):
+        raise _DamagedError("nothing is found in it")
+    stream = file.streams.best("video")
+    if stream is None or stream.disposition & Disposition.attached_pic:
+        raise _NoVideoError("holds no video" + (", only sound" if file.streams.audio else ""))
+    if stream.codec_context is None:
+        raise _NoVideoError("holds a video in a form that cannot be decoded")
+    return cast("VideoStream", stream)
+
+
+def _whole_frames(file: "InputContainer", stream: "VideoStream") -> Iterator["av.VideoFrame"]:
+    """Decode a stream; what is missing, or was only guessed by the decoder, is an error.
+
+    Sure signs: a packet that ends early, a decoder that complains, fewer packets than the index of
+    an mp4 or mov lists.
+    """
+    stream.thread_type = "AUTO"
+    stream.codec_context.options = {"err_detect": "explode"}
+    packets = 0
+    size: tuple[int, int] | None = None
+    for packet in file.demux(stream):
+        packets += packet.size > 0
+        if packet.is_corrupt:
+            raise _DamagedError("it ends in the middle of a frame")
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise _DamagedError("a frame is damaged")
+            if size not in (None, (frame.height, frame.width)):
+                raise _DamagedError("its frames change their size")
+            size = frame.height, frame.width
+            yield frame
+    if "mov" in file.format.name and packets < len(stream.index_entries):
+        raise _DamagedError(f"{packets} of {len(stream.index_entries)} frames are there")
+
+
+def _promised_bytes(path: Path) -> int:
+    """How many bytes the head of a Matroska, WebM or AVI file promises; 0 if it does not say."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head[:4] == b"RIFF":
+        size = int.from_bytes(head[4:8], "little")
+        return 8 + size if size < UNKNOWN_RIFF else 0
+    place = head.find(EBML_SEGMENT) + 4
+    if head[:4] != EBML_HEAD or place < 4 or not head[place:]:
+        return 0
+    length = 9 - head[place].bit_length()  # the leading zeros of a number say how long it is
+    size = int.from_bytes(head[place : place + length], "big") & (2 ** (7 * length) - 1)
+    return place + length + size if size < 2 ** (7 * length) - 1 else 0
+
+
+def _timed(frames: Iterable["av.VideoFrame"], stream: "VideoStream") -> Iterator[Picture]:
+    """Frames with their times; those without a time stamp of use follow at the stream's rate."""
+    rate = stream.guessed_rate or stream.average_rate
+    step = 1 / rate if rate else Fraction(1, 25)
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    if not PIXEL_ASPECTS[0] <= aspect <= PIXEL_ASPECTS[1]:
+        aspect = Fraction(1)
+    origin, last = Fraction(0), None
+    for frame in frames:
+        tick = frame.time_base or Fraction(0)
+        start = Fraction(-1) if frame.pts is None else frame.pts * tick - origin
+        if last is None:
+            origin, start = max(start, Fraction(0)), Fraction(0)
+        elif start <= last:
+            start = last + step
+        length = frame.duration * tick
+        if length < step / 2:  # missing, or one tick of the clock
+            length = step if last is None else start - last
+        last = start
+        yield Picture(start, length, frame, aspect)
+    if last is None:
+        raise _NoVideoError("holds no video frame")

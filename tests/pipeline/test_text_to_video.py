@@ -12,7 +12,7 @@ from pipeline import VideoPipeline, load_pipeline
 from pipeline.prefix import image_clip, video_clip
 from tests.conftest import TinyWorld
 from utils.errors import UserError
-from utils.video import to_float, to_uint8
+from utils.video import VideoWriter, fit_frames, read_video, to_float, to_uint8
 from wan.context import CachedContext
 from wan.flow import flow_from_x0
 from wan.text_encoder import WanTextEncoder
@@ -134,6 +134,24 @@ def test_video_prefix_keeps_whole_blocks(pipe: VideoPipeline, frames: int, kept:
     assert torch.equal(torch.cat(blocks)[:kept], to_uint8(rebuilt)[0])
 
 
+def test_video_files_are_continued_at_the_models_rate(
+    pipe: VideoPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A clip of 48 frames per second was continued in slow motion; its length did not matter."""
+    clip = moving_clip(99)
+    for fps in (16, 48):
+        with VideoWriter(tmp_path / f"{fps}.mp4", fps=fps) as writer:
+            writer.write(clip)
+    size = pipe.shape.height, pipe.shape.width
+    with caplog.at_level("INFO"):
+        same = video_clip(tmp_path / "16.mp4", pipe.layout, pipe.shape, 16)
+        assert "FPS" not in caplog.text
+        thinned = video_clip(tmp_path / "48.mp4", pipe.layout, pipe.shape, 16)
+    assert "48.mp4 is 48 FPS: read at 16" in caplog.text
+    assert torch.equal(same, fit_frames(read_video(tmp_path / "16.mp4")[-93:], *size))
+    assert torch.equal(thinned, fit_frames(read_video(tmp_path / "48.mp4")[::3], *size))
+
+
 def test_independent_first_frame_takes_one_frame_of_an_image(tiny_world: TinyWorld) -> None:
     pipe = load_pipeline(
         tiny_world.config,
@@ -144,7 +162,7 @@ def test_independent_first_frame_takes_one_frame_of_an_image(tiny_world: TinyWor
     assert [len(b) for b in pipe.stream("a ball", num_latent_frames=7)] == [1, 12, 12]
     blocks = list(pipe.stream("a ball", num_latent_frames=7, image=moving_clip(1)[0]))
     assert [len(b) for b in blocks] == [1, 12, 12]
-    clip = video_clip(moving_clip(30), pipe.layout, pipe.shape)
+    clip = video_clip(moving_clip(30), pipe.layout, pipe.shape, 16)
     assert len(clip) == 25
 
 

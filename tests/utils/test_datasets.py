@@ -101,7 +101,7 @@ def test_ode_pairs_carry_their_timesteps(tmp_path: Path) -> None:
 def test_videos_are_fitted_and_sorted_by_name(tmp_path: Path) -> None:
     write_video(tmp_path / "b.mp4", 5, "second")
     write_video(tmp_path / "a.mp4", 7, "first\nline")
-    write_video(tmp_path / "c.part.mp4", 2, None)
+    write_video(tmp_path / "c.01234567.part.mp4", 2, None)
     dataset = open_dataset(tmp_path, num_frames=5, height=32, width=32)
     assert isinstance(dataset, VideoDataset)
     assert [dataset.prompt(i) for i in range(len(dataset))] == ["first line", "second"]
@@ -154,6 +154,43 @@ def test_short_and_uncaptioned_videos_are_named_when_the_folder_is_opened(tmp_pa
         VideoDataset(tmp_path, **CLIP)
     (tmp_path / "short.txt").unlink()
     with pytest.raises(UserError, match=r"short\.txt"):
+        VideoDataset(tmp_path, **CLIP)
+
+
+def test_videos_of_any_kind_are_found_and_others_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Upper-case suffixes, other containers and sub-folders were passed over in silence."""
+    (tmp_path / "sub").mkdir()
+    write_video(tmp_path / "b.mp4", 5, "second")
+    write_video(tmp_path / "sub" / "a.mp4", 5, "third")
+    (tmp_path / "b.mp4").rename(tmp_path / "B.MP4")
+    (tmp_path / "b.txt").rename(tmp_path / "B.txt")
+    (tmp_path / "notes.doc").write_text("no video")
+    with caplog.at_level("INFO"):
+        dataset = open_dataset(tmp_path, **CLIP)
+    assert [dataset.prompt(i) for i in range(len(dataset))] == ["second", "third"]
+    assert "1 files that are no videos" in caplog.text
+    assert "notes.doc" in caplog.text
+
+
+def test_videos_are_read_at_the_rate_asked_for(tmp_path: Path) -> None:
+    """Raw videos were taken frame by frame: one of 16 FPS ran at half speed where 8 were meant."""
+    write_video(tmp_path / "a.mp4", 10)
+    dataset = open_dataset(tmp_path, **CLIP, fps=8)
+    assert frame_numbers(dataset[0]["video"]) == [0, 2, 4, 6, 8]
+    with pytest.raises(UserError, match=r"has 3 frames at 4 FPS"):
+        open_dataset(tmp_path, **CLIP, fps=4)
+
+
+def test_all_faulty_videos_are_told_together(tmp_path: Path) -> None:
+    """Only the first one was named."""
+    write_video(tmp_path / "a.mp4", 4)
+    write_video(tmp_path / "b.mp4", 5, None)
+    (tmp_path / "c.mp4").write_bytes(b"nonsense")
+    (tmp_path / "c.txt").write_text("a caption")
+    write_video(tmp_path / "d.mp4", 5)
+    with pytest.raises(UserError, match=r"(?s)3 of 4 .*a\.mp4 has 4.*b\.mp4 has no.*read .*c\.mp4"):
         VideoDataset(tmp_path, **CLIP)
 
 
