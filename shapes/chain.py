@@ -28,6 +28,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.results import write_json
@@ -54,7 +56,7 @@ from utils.launch import (
     training_command,
 )
 from wan.checkpoints import publish_model, publish_student, read_state_dict
-from wan.weights import read_weights, replaced, save_weights
+from wan.weights import converted, read_weights, replaced, save_weights
 
 MODEL = "Shapes"
 ACCURACIES = ("background", "colour", "kind", "direction")
@@ -285,8 +287,8 @@ def install_text_encoder(chain: Chain, exported: Path) -> None:
 
 def install_vae(chain: Chain, exported: Path) -> None:
     """The VAE, in half precision."""
-    weights = read_weights(exported / VAE_FILE)
-    halved = {name: value.half() for name, value in weights.items()}
+    source = exported / VAE_FILE
+    halved = converted(read_weights(source, "a VAE"), source, dtype=torch.float16)
     save_weights(halved, chain.own_models / MODEL / VAE_FILE)
 
 

@@ -16,10 +16,11 @@ from shapes.captions import CaptionReader
 from trainer.ema import EMA
 from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard_module, strategy_of
 from utils.config import Config, find_file
-from wan.checkpoints import check_keys, empty_dit, load_dit_config, read_state_dict
+from wan.checkpoints import empty_dit, load_dit_config, read_state_dict
 from wan.dit import DiTConfig, WanDiT
 from wan.text_encoder import WanTextEncoder
 from wan.vae import WanVAE
+from wan.weights import check_keys
 
 logger = logging.getLogger(__name__)
 

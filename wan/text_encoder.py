@@ -134,13 +134,13 @@ class WanTextEncoder:
             UserError: a file does not exist, or is not a umt5 encoder or tokenizer.
         """
         tokenizer = WanTokenizer.from_folder(tokenizer_folder)
-        weights = official_umt5_weights(read_weights(weights_path))
+        weights = official_umt5_weights(read_weights(weights_path, "a text encoder"))
         shapes = {key: value.shape for key, value in weights.items()}
         config = umt5_config_from_shapes(shapes, weights_path)
         with torch.device("meta"):
             model = UMT5EncoderModel(config)
         names = {key: official_umt5_key(key) for key in model.state_dict()}
-        assign_weights(model, names, weights, weights_path, device=device, dtype=dtype)
+        assign_weights(model, weights, weights_path, names=names, device=device, dtype=dtype)
         model.encoder.embed_tokens = model.shared
         return cls(model, tokenizer, text_len)
 
@@ -269,12 +269,17 @@ def umt5_config_from_shapes(shapes: Shapes, source: str | Path = "the file") -> 
         num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
         dim_attn = shapes["blocks.0.attn.q.weight"][0]
         dim_ffn = shapes["blocks.0.ffn.fc1.weight"][0]
+        dim_head = dim_attn // num_heads
     except KeyError as error:
         raise UserError(f"{source} is not a umt5 text encoder: it has no key {error}.") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise UserError(
+            f"{source} is not a umt5 text encoder: its tensors have other shapes."
+        ) from None
     return UMT5Config(
         vocab_size=vocab_size,
         d_model=dim,
-        d_kv=dim_attn // num_heads,
+        d_kv=dim_head,
         d_ff=dim_ffn,
         num_heads=num_heads,
         num_layers=max(blocks) + 1,
