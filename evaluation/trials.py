@@ -20,12 +20,13 @@ from pipeline.components import (
     choose_device,
     choose_dtype,
     device_name,
+    find_checkpoint,
     video_shape,
 )
 from pipeline.schedule import BlockLayout
 from pipeline.text_to_video import VideoPipeline, load_pipeline
 from shapes.world import sample_scene
-from utils.config import Config, find_file
+from utils.config import Config
 from utils.prompts import clip_utf8
 from utils.video import MAX_NAME_BYTES, VideoWriter
 from wan.checkpoints import load_dit_config
@@ -79,7 +80,7 @@ class Evaluation:
     ) -> None:
         """`export`: a folder that gets the videos too, as `{prompt}-{index}.mp4`."""
         self.config = config
-        self.checkpoint = None if checkpoint is None else find_file(checkpoint, "checkpoint")
+        self.checkpoint = None if checkpoint is None else find_checkpoint(checkpoint)
         self.use_ema = use_ema
         self.export = export
         self.files = ModelFiles.find(config, config.generator_name)

@@ -15,7 +15,13 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.components import ModelFiles, block_layout, device_name, video_shape
+from pipeline.components import (
+    ModelFiles,
+    block_layout,
+    device_name,
+    find_checkpoint,
+    video_shape,
+)
 from pipeline.prefix import whole_blocks
 from pipeline.progress import Progress
 from pipeline.stream import PrefixFrames
@@ -134,7 +140,7 @@ class BatchRun:
         ranks: Ranks,
     ) -> None:
         self.config = config
-        self.checkpoint = None if checkpoint is None else find_file(checkpoint, "checkpoint")
+        self.checkpoint = None if checkpoint is None else find_checkpoint(checkpoint)
         self.outputs = outputs
         self.use_ema = use_ema
         self.ranks = ranks
@@ -310,7 +316,11 @@ def model_settings(config: Config, checkpoint: Path | None, *, use_ema: bool) ->
     text = [*weight_files(files.text_encoder), *sorted(files.tokenizer.glob("*.*"))]
     parts = {
         "sizes": sorted(files.folder.glob("**/config.json")),
-        "checkpoint": [checkpoint] if checkpoint else network_files(files.folder),
+        "checkpoint": (
+            [checkpoint]
+            if checkpoint and checkpoint.is_file()
+            else network_files(checkpoint or files.folder)
+        ),
         "vae": weight_files(files.vae),
         "text_encoder": [] if config.text_embeddings else text,
     }

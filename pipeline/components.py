@@ -10,7 +10,7 @@ import torch
 
 from pipeline.sampling import BlockNoise, OdeStep, Renoise, StepRule
 from pipeline.schedule import BlockLayout, Schedule
-from utils.config import ROOT, Config
+from utils.config import ROOT, Config, find_file
 from utils.errors import UserError
 from wan.checkpoints import load_dit_config, memory_estimate
 from wan.dit import DiTConfig
@@ -56,6 +56,14 @@ class ModelFiles:
                 raise UserError(
                     f"{path} is missing; fetch the model again with `python scripts/download.py`"
                 )
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A weights file, or a folder of safetensors (from here or from the project's root)."""
+    for place in (Path(path), ROOT / path):
+        if place.is_dir() and any(place.glob("**/*.safetensors")):
+            return place
+    return find_file(path, "checkpoint")
 
 
 def choose_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from pipeline.components import (
     choose_device,
     choose_dtype,
     context_policy,
+    find_checkpoint,
     memory_report,
     new_cache,
     new_schedule,
@@ -22,11 +23,12 @@ from pipeline.components import (
 from pipeline.prefix import Frames, Prefix, encode_prefix, image_clip, video_clip
 from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise
-from pipeline.stream import LatentStream, PrefixFrames, Stream
+from pipeline.stream import NOT_FINITE, LatentStream, PrefixFrames, Stream
 from pipeline.text import TextSource
-from utils.config import Config, find_file, load_config
+from utils.config import Config, load_config
 from utils.embeddings import pad_batch
 from utils.errors import UserError
+from utils.families import warn_of_other_settings
 from utils.noise import CounterNoise, NoiseSource, RecordedNoise
 from wan.attention import check_backend
 from wan.checkpoints import Network, load_dit, load_dit_config
@@ -60,7 +62,10 @@ def load_pipeline(
     dtype = choose_dtype(config.dtype, on)
     backend = check_backend(config.attention_backend, on, dtype)
     files = ModelFiles.find(config, config.generator_name)
-    source = files.folder if checkpoint is None else find_file(checkpoint, "checkpoint")
+    source = files.folder
+    if checkpoint is not None:
+        source = find_checkpoint(checkpoint)
+        warn_of_other_settings(config, source)
     sizes = load_dit_config(files.folder)
     video_shape(config, sizes)
     logger.info(memory_report(config, files, dtype))
@@ -177,7 +182,10 @@ class VideoPipeline:
             prefix=prefix,
             negative_embeddings=negative_embeddings,
         )
-        return torch.cat([latents for _, latents in stream], dim=1)
+        latents = torch.cat([latents for _, latents in stream], dim=1)
+        if not latents.isfinite().all():
+            raise UserError(f"the model made latents that are not numbers {NOT_FINITE}")
+        return latents
 
     # --- streams --------------------------------------------------------------------------------
 

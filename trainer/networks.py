@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from model.lora import add_lora, with_adapters
 from model.vae import Autoencoder, init_autoencoder
-from pipeline.components import ModelFiles, computes_in_bf16
+from pipeline.components import ModelFiles, computes_in_bf16, find_checkpoint
 from pipeline.text import TextSource
 from shapes.captions import CaptionReader
 from trainer.ema import EMA
 from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard_module, strategy_of
-from utils.config import Config, find_file
+from utils.config import Config
 from wan.checkpoints import empty_dit, load_dit_config, read_state_dict
 from wan.dit import DiTConfig, WanDiT
 from wan.text_encoder import WanTextEncoder
@@ -110,11 +110,7 @@ def random_state(sizes: DiTConfig, seed: int) -> dict[str, Tensor]:
 def build_generator(config: Config, world: World) -> WanDiT:
     """The student: from `generator_ckpt`, or from its model folder."""
     files = ModelFiles.find(config, config.generator_name)
-    source = (
-        find_file(config.generator_ckpt, "generator_ckpt")
-        if config.generator_ckpt
-        else files.folder
-    )
+    source = find_checkpoint(config.generator_ckpt) if config.generator_ckpt else files.folder
     return build_dit(config, world, "generator", files.folder, source, trained=True)
 
 

@@ -198,9 +198,22 @@ class WanTextEncoder:
         return self
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Clean, tokenize and encode prompts to [B, text_len, dim], zero after each last token."""
+        """Clean, tokenize and encode prompts to [B, text_len, dim], zero after each last token.
+
+        Raises:
+            UserError: an embedding has NaN or Inf; the first such prompt is named.
+        """
         tokens = self.tokenizer([clean_prompt(p) for p in prompts], self.text_len)
-        return self.encode_ids(tokens.ids, tokens.mask)
+        embeddings = self.encode_ids(tokens.ids, tokens.mask)
+        finite = embeddings.isfinite().all(dim=2).all(dim=1)  # [B]
+        for prompt, right in zip(prompts, finite.tolist(), strict=True):
+            if not right:
+                kind = str(self.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"the text encoder gives NaN or Inf in {kind} for the prompt '{prompt[:60]}': "
+                    "use another dtype, or fetch its weights again"
+                )
+        return embeddings
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:

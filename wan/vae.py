@@ -465,7 +465,9 @@ def _recorded_statistics(path: Path, channels: int) -> dict[str, list[float]]:
     if not config_file.is_file():
         return {}
     config = read_json(config_file)
-    stated = {key: config[key] for key in ("latents_mean", "latents_std") if key in config}
+    stated: dict[str, Any] = {
+        key: config[key] for key in ("latents_mean", "latents_std") if key in config
+    }
     for key, values in stated.items():
         numbers = values if isinstance(values, list) else []
         right = len(numbers) == channels and all(
