@@ -37,6 +37,10 @@ ANCHORS: dict[Kind, tuple[str, ...]] = {
 WRAPPERS = frozenset(
     {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module", "_module"}
 )
+# What usually stands in front of all names of a network.
+USUAL = frozenset(
+    {*NETWORKS, "model", "diffusion_model", "pipe", "dit", "transformer", "student", "net", "vae"}
+)
 ADAPTER = re.compile(
     r"(?<![a-z])(lora|dora|loha|lokr|hada)(?![a-z])|(^|\.)diff(_b|_m)?$", re.IGNORECASE
 )
@@ -109,7 +113,7 @@ def choose_network(
     if len(roots) > 1:
         some = ", ".join(root.rstrip(".") or "one without a prefix" for root in roots)
         raise UserError(f"{source} holds several networks ({some}): save the one to use on its own")
-    root = roots[0] if roots else ""
+    root = roots[0] if roots else _usual_prefix(own)
     return {n.removeprefix(root): t for n, t in own.items() if n.startswith(root)}
 
 
@@ -335,6 +339,17 @@ def _roots(names: Iterable[str], kind: Kind) -> list[str]:
         if ends:
             return sorted(name.removesuffix(anchor) for name in ends)
     return []
+
+
+def _usual_prefix(names: Iterable[str]) -> str:
+    """What stands in front of all names and is usual there, for files without an anchor."""
+    parts = [name.split(".")[:-1] for name in names]
+    common: list[str] = []
+    for words in zip(*parts, strict=False):
+        if len(set(words)) > 1 or words[0] not in USUAL:
+            break
+        common.append(words[0])
+    return "".join(f"{word}." for word in common)
 
 
 def _size(tensor: Tensor) -> str:

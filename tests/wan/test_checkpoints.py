@@ -242,7 +242,7 @@ def test_missing_keys(tmp_path: Path) -> None:
     state = weights()
     del state["head.head.weight"], state["blocks.1.ffn.0.bias"]
     refused(
-        state,
+        {f"model.{key}": value for key, value in state.items()},
         tmp_path,
         r"it looks like an incomplete.*; 2 keys missing \(blocks\.1\.ffn\.0\.bias, head\.head\.",
     )
