@@ -47,6 +47,7 @@ from utils.config import (
     to_dict,
 )
 from utils.errors import UserError
+from utils.files import written
 from utils.launch import (
     default_processes,
     final_export,
@@ -56,7 +57,7 @@ from utils.launch import (
     training_command,
 )
 from wan.checkpoints import publish_model, publish_student, read_state_dict
-from wan.weights import converted, read_weights, replaced, save_weights
+from wan.weights import converted, read_weights, save_weights
 
 MODEL = "Shapes"
 ACCURACIES = ("background", "colour", "kind", "direction")
@@ -281,7 +282,7 @@ def start_models(chain: Chain) -> str:
 
 def install_text_encoder(chain: Chain, exported: Path) -> None:
     """The text encoder, as it was exported."""
-    with replaced(chain.own_models / MODEL / TEXT_ENCODER_FILE) as part:
+    with written(chain.own_models / MODEL / TEXT_ENCODER_FILE) as part:
         shutil.copyfile(exported / TEXT_ENCODER_FILE, part)
 
 

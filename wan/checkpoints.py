@@ -4,7 +4,6 @@ The network is built on the meta device and takes the (memory-mapped) tensors ov
 at the size of the one network that is read.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from utils.errors import UserError
-from utils.tensor_files import write_tensors
+from utils.files import write_json, write_tensors, write_torch
 from wan.dit import DiTConfig, WanDiT
 from wan.weights import (
     Network,
@@ -24,7 +23,6 @@ from wan.weights import (
     read_json,
     read_tensors,
     read_weights,
-    replaced,
 )
 
 logger = logging.getLogger(__name__)
@@ -93,15 +91,14 @@ def publish_student(source: Path, target: Path, dtype: torch.dtype = torch.float
     """
     weights = converted(read_best(source), source, dtype=dtype)
     state = {f"model.{name}": value for name, value in weights.items()}
-    with replaced(target) as part:
-        torch.save({"generator": state, "generator_ema": state}, part)
+    write_torch(target, {"generator": state, "generator_ema": state})
 
 
 def publish_model(source: Path, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write a run's best weights into a model folder, as the official release has them."""
     weights = converted(read_best(source), source, dtype=dtype)
-    with replaced(folder / f"{STEM}.safetensors") as part:
-        write_tensors(part, {name: value.contiguous() for name, value in weights.items()})
+    tensors = {name: value.contiguous() for name, value in weights.items()}
+    write_tensors(folder / f"{STEM}.safetensors", tensors)
 
 
 def write_diffusers(
@@ -123,11 +120,9 @@ def write_diffusers(
     state = dit.state_dict()
     names = official_to_diffusers_names(state)
     target = folder / "transformer"
-    with replaced(target / f"{STEM}.safetensors") as part:
-        tensors = {names[key]: value.contiguous() for key, value in state.items()}
-        write_tensors(part, tensors, {"format": "pt"})
-    with replaced(target / "config.json") as part:
-        part.write_text(json.dumps(_diffusers_config(config), indent=2) + "\n", encoding="utf-8")
+    tensors = {names[key]: value.contiguous() for key, value in state.items()}
+    write_tensors(target / f"{STEM}.safetensors", tensors, {"format": "pt"})
+    write_json(target / "config.json", _diffusers_config(config))
     return target
 
 

@@ -11,7 +11,6 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.files import write_torch
 
 StateDict = dict[str, Tensor]
 Shapes = Mapping[str, Sequence[int]]
@@ -275,21 +275,8 @@ def converted(
 
 
 def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a `.pth` under a temporary name, then rename it."""
-    with replaced(Path(path)) as part:
-        torch.save({key: value.detach().cpu() for key, value in weights.items()}, part)
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; renamed to `path` once the file is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a `.pth`, whole or not at all."""
+    write_torch(path, {key: value.detach().cpu() for key, value in weights.items()})
 
 
 # --- what a file is -----------------------------------------------------------------------------
