@@ -18,6 +18,7 @@ from utils.cli import check_picture, parse_command, run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
+from utils.families import FAMILIES, family, fetched_checkpoint
 from utils.packages import offered, offers
 
 DEFAULT_FOLDER = "videos"
@@ -35,8 +36,17 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--config_path", help="experiment file (default: the model that ships)")
-    model.add_argument("--checkpoint_path", help="distilled weights, .pt or .safetensors")
+    which = model.add_mutually_exclusive_group()
+    which.add_argument("--config_path", help="experiment file (default: the model that ships)")
+    which.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a published checkpoint with its settings, instead of --config_path: "
+        f"{', '.join(FAMILIES)}; scripts/download.py fetches it by the same name",
+    )
+    model.add_argument(
+        "--checkpoint_path", help="distilled weights: .pt, .safetensors or a diffusers folder"
+    )
     model.add_argument("--use_ema", action="store_true", help="use its generator_ema weights")
     source = parser.add_argument_group("what to generate")
     source.add_argument("--data_path", help="prompt file, one per line; with --i2v a folder")
@@ -75,6 +85,14 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
     return parser
+
+
+def fill_in_model(args: argparse.Namespace) -> None:
+    """Give config, overrides and checkpoint what `--model` says; the flags come first."""
+    chosen = family(args.model)
+    args.config_path = chosen.config
+    args.overrides = [*chosen.overrides, *args.overrides]
+    args.checkpoint_path = args.checkpoint_path or fetched_checkpoint(args.model)
 
 
 def open_demo() -> Any:
@@ -126,6 +144,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse_command(build_parser(), argv)
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
+    if args.model is not None:
+        fill_in_model(args)
     demo = open_demo() if args.config_path is None else None
     if demo:
         fill_in_demo(args, demo)

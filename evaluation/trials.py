@@ -17,11 +17,12 @@ from evaluation.results import write_json
 from pipeline.batch import Outputs, model_settings
 from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline, load_generator
-from utils.config import Config, find_file
+from utils.config import Config
 from utils.devices import computed_dtype, device_name
 from utils.files import MAX_NAME_BYTES
 from utils.prompts import clip_utf8
 from utils.video import VideoWriter
+from wan.folders import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Evaluation:
         `Judge`.
         """
         self.config = config
-        self.checkpoint = None if checkpoint is None else find_file(checkpoint, "checkpoint")
+        self.checkpoint = None if checkpoint is None else find_checkpoint(checkpoint)
         self.use_ema = use_ema
         self.export, self.truth = export, truth
         self.setup = Setup.of(config)

@@ -34,7 +34,7 @@ from utils.video import (
     thumbnails,
     write_png,
 )
-from wan.folders import ModelFolder
+from wan.folders import ModelFolder, find_checkpoint
 from wan.geometry import VideoShape
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class BatchRun:
         ranks: Ranks,
     ) -> None:
         self.config = config
-        self.checkpoint = None if checkpoint is None else find_file(checkpoint, "checkpoint")
+        self.checkpoint = None if checkpoint is None else find_checkpoint(checkpoint)
         self.outputs = outputs
         self.use_ema = use_ema
         self.ranks = ranks
@@ -320,7 +320,11 @@ def model_settings(
     text = [*weight_files(files.text_encoder), *sorted(files.tokenizer.glob("*.*"))]
     parts = {
         "sizes": sorted(files.path.glob("**/config.json")),
-        "checkpoint": [checkpoint] if checkpoint else network_files(files.path),
+        "checkpoint": (
+            [checkpoint]
+            if checkpoint and checkpoint.is_file()
+            else network_files(checkpoint or files.path)
+        ),
         "vae": weight_files(files.vae),
         "text_encoder": [] if config.text_embeddings else text,
     }

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from pipeline.rollout import Rollout
+from utils.errors import UserError
 from utils.video import to_uint8
 from wan.vae import StreamingDecoder
 
 PrefixFrames = Literal["reconstructed", "none"]
+NOT_FINITE = (
+    "(NaN or Inf): the weights are damaged or do not fit these settings, or the values are too "
+    "large for this dtype; try dtype=float32"
+)
 
 
 class LatentStream:
@@ -116,7 +121,7 @@ class Stream:
                 return None
             block, latents = item
             self.next_index = block + 1
-            frames = self._decode(latents)
+            frames = self._decode(block, latents)
             if block >= self._first_emitted_block:
                 return frames
 
@@ -146,10 +151,24 @@ class Stream:
         self.next_index = state["next_index"]
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor) -> Tensor:
-        return to_uint8(self._decoder.decode(latents)).cpu()
+    def _decode(self, block: int, latents: Tensor) -> Tensor:
+        """Frames on the CPU; raises UserError where they are made of NaN or Inf."""
+        video = self._decoder.decode(latents)
+        finite = torch.stack([_extent(latents), _extent(video)])  # read once the copy has waited
+        frames = to_uint8(video).cpu()
+        numbers = finite.isfinite().tolist()
+        if not all(numbers):
+            what = "latents" if not numbers[0] else "frames"
+            raise UserError(f"block {block} has {what} that are not numbers {NOT_FINITE}")
+        return frames
 
     def _open(self) -> LatentStream:
         if self._latents is None:
             raise RuntimeError("this stream is closed")
         return self._latents
+
+
+def _extent(values: Tensor) -> Tensor:
+    """Largest less smallest value, float32, on its device: a number only if all of them are."""
+    low, high = torch.aminmax(values.float())
+    return high - low

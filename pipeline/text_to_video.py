@@ -13,16 +13,18 @@ from pipeline.prefix import Frames, Prefix, encode_prefix, image_clip, video_cli
 from pipeline.sampling import BlockNoise
 from pipeline.schedule import BlockLayout
 from pipeline.setup import Setup
-from pipeline.stream import LatentStream, PrefixFrames, Stream
+from pipeline.stream import NOT_FINITE, LatentStream, PrefixFrames, Stream
 from pipeline.text import TextSource
-from utils.config import Config, check_config, find_file, load_config
+from utils.config import Config, check_config, load_config
 from utils.devices import choose_device, choose_dtype
 from utils.embeddings import pad_batch
 from utils.errors import UserError
+from utils.families import warn_of_other_settings
 from utils.noise import NoiseSource, RecordedNoise
 from wan.attention import check_backend
 from wan.checkpoints import Network, load_dit
 from wan.dit import WanDiT
+from wan.folders import find_checkpoint
 from wan.geometry import VideoShape
 from wan.vae import WanVAE
 
@@ -53,6 +55,8 @@ def load_pipeline(
         check_config(config)  # it may have been changed since it was loaded
     if device is not None:
         config = replace(config, device=device)
+    if checkpoint is not None:
+        warn_of_other_settings(config, find_checkpoint(checkpoint))
     return load_generator(Setup.of(config), checkpoint, use_ema=use_ema)
 
 
@@ -64,7 +68,7 @@ def load_generator(
     device = choose_device(machine.device)
     dtype = choose_dtype(machine.dtype, device)
     backend = check_backend(machine.attention_backend, device, dtype)
-    source = folder.path if checkpoint is None else find_file(checkpoint, "checkpoint")
+    source = folder.path if checkpoint is None else find_checkpoint(checkpoint)
     logger.info(memory_report(setup, dtype))
     if checkpoint is None and setup.distilled:
         logger.warning("no checkpoint given: the weights in %s are not distilled", folder.path)
@@ -191,7 +195,10 @@ class VideoPipeline:
             prefix=prefix,
             negative_embeddings=negative_embeddings,
         )
-        return torch.cat([latents for _, latents in stream], dim=1)
+        latents = torch.cat([latents for _, latents in stream], dim=1)
+        if not latents.isfinite().all():
+            raise UserError(f"the model made latents that are not numbers {NOT_FINITE}")
+        return latents
 
     # --- streams --------------------------------------------------------------------------------
 

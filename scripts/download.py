@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from utils.cli import run_main
 from utils.downloads import DOWNLOADS, Download
@@ -69,25 +70,32 @@ def table() -> str:
 def fetch(download: Download, root: Path) -> list[Path]:
     """Fetch the files below `root`; returns their paths.
 
-    A complete file is kept; a file of another size than the hub's is fetched again.
+    huggingface_hub keeps and checks what is there, goes on with what broke off, and compares sizes.
 
     Raises:
         UserError: no network, no such repository or file, no space, or a wrong size at the end.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import DryRunFileInfo, HfApi, errors, snapshot_download
 
-    folder = root / download.folder
-    try:
-        commit, sizes = hub_files(download)
-        missing = discard_wrong_sizes(folder, sizes)
-        check_space(root, missing)
-        snapshot_download(
+    def snapshot(**how: Any) -> Any:
+        return snapshot_download(
             download.repo_id,
             repo_type=download.repo_type,
-            revision=commit,
-            allow_patterns=list(sizes),
-            local_dir=folder,
+            allow_patterns=list(download.files),
+            local_dir=root / download.folder,
+            **how,
         )
+
+    try:
+        commit = HfApi().repo_info(download.repo_id, repo_type=download.repo_type).sha
+        planned: list[DryRunFileInfo] = snapshot(revision=commit, dry_run=True)
+        for pattern in download.files:
+            if not any(fnmatchcase(file.filename, pattern) for file in planned):
+                raise UserError(
+                    f"{download.repo_id} holds no {pattern} (any more): look at its page for it."
+                )
+        check_space(root, sum(file.file_size or 0 for file in planned if file.will_download))
+        snapshot(revision=commit)
     except errors.GatedRepoError as error:
         raise UserError(
             f"{download.repo_id} asks you to accept its terms: do so on its page, "
@@ -103,48 +111,13 @@ def fetch(download: Download, root: Path) -> list[Path]:
             f"Cannot fetch {download.repo_id} ({reason}): check the network and HF_ENDPOINT, "
             "then run the same command again (complete files are kept)."
         ) from error
-    wrong = discard_wrong_sizes(folder, sizes)
-    if wrong:
-        raise UserError(f"{', '.join(wrong)} arrived incomplete: run the same command again.")
-    return [folder / name for name in sizes]
+    return [root / download.folder / file.filename for file in planned]
 
 
-def hub_files(download: Download) -> tuple[str, dict[str, int]]:
-    """The repository's newest commit, and name and size in bytes of each wanted file there."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    name, kind = download.repo_id, download.repo_type
-    commit = HfApi().repo_info(name, repo_type=kind).sha
-    assert commit is not None, "the hub names the commit of every repository"
-    tree = HfApi().list_repo_tree(name, repo_type=kind, revision=commit, recursive=True)
-    there = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
-    sizes = {}
-    for pattern in download.files:
-        found = {name: size for name, size in there.items() if fnmatchcase(name, pattern)}
-        if not found:
-            raise UserError(
-                f"{download.repo_id} holds no {pattern} (any more): look at its page for it."
-            )
-        sizes.update(found)
-    return commit, sizes
-
-
-def discard_wrong_sizes(folder: Path, sizes: dict[str, int]) -> dict[str, int]:
-    """Remove files of a wrong size; returns name and size of all that are not there."""
-    missing = {}
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            path.unlink(missing_ok=True)
-            missing[name] = size
-    return missing
-
-
-def check_space(root: Path, missing: dict[str, int]) -> None:
-    """Raise UserError if the disk of `root` has no room for the missing files."""
+def check_space(root: Path, needed: int) -> None:
+    """Raise UserError if the disk of `root` has no room for so many bytes."""
     root.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(missing.values()), shutil.disk_usage(root).free
+    free = shutil.disk_usage(root).free
     if needed > free:
         raise UserError(
             f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free in "

@@ -28,6 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from evaluation.results import write_json
 from pipeline.batch import file_hash, network_files, video_settings
 from shapes import init
@@ -44,6 +46,7 @@ from utils.config import (
     to_dict,
 )
 from utils.errors import UserError
+from utils.files import written
 from utils.launch import (
     default_processes,
     final_export,
@@ -54,7 +57,7 @@ from utils.launch import (
 )
 from wan.checkpoints import publish_model, publish_student, read_state_dict
 from wan.folders import TEXT_ENCODER_FILE, VAE_FILE, ModelFolder
-from wan.weights import read_weights, replaced, save_weights
+from wan.weights import converted, read_weights, save_weights
 
 MODEL = "Shapes"
 ACCURACIES = ("background", "colour", "kind", "direction")
@@ -282,14 +285,14 @@ def start_models(chain: Chain) -> str:
 
 def install_text_encoder(chain: Chain, exported: Path) -> None:
     """The text encoder, as it was exported."""
-    with replaced(chain.own_models / MODEL / TEXT_ENCODER_FILE) as part:
+    with written(chain.own_models / MODEL / TEXT_ENCODER_FILE) as part:
         shutil.copyfile(exported / TEXT_ENCODER_FILE, part)
 
 
 def install_vae(chain: Chain, exported: Path) -> None:
     """The VAE, in half precision."""
-    weights = read_weights(exported / VAE_FILE)
-    halved = {name: value.half() for name, value in weights.items()}
+    source = exported / VAE_FILE
+    halved = converted(read_weights(source, "a VAE"), source, dtype=torch.float16)
     save_weights(halved, chain.own_models / MODEL / VAE_FILE)
 
 

@@ -33,6 +33,13 @@ DIT = {
 }
 TEXT = {"dim": 128, "dim_ffn": 256, "num_heads": 4, "num_layers": 4}
 SPECIAL = ("<pad>", "</s>", "<unk>")
+TOKENIZER_SETTINGS = {  # for the published code, which asks transformers' AutoTokenizer
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "model_max_length": 512,
+}
 CAPTIONS_READ = 3000
 
 
@@ -69,6 +76,8 @@ def write_tokenizer(folder: Path) -> int:
     tokenizer.add_special_tokens(list(SPECIAL))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.dumps(TOKENIZER_SETTINGS, indent=1) + "\n"
+    (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
     return len(vocab)
 
 

@@ -14,13 +14,14 @@ from pipeline.setup import Setup
 from pipeline.text import TextSource
 from trainer.ema import EMA
 from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard_module, strategy_of
-from utils.config import Config, find_file
+from utils.config import Config
 from utils.devices import computes_in_bf16
 from wan.attention import check_backend
-from wan.checkpoints import check_keys, empty_dit, read_state_dict
+from wan.checkpoints import empty_dit, read_state_dict
 from wan.dit import DiTConfig, WanDiT
-from wan.folders import ModelFolder
+from wan.folders import ModelFolder, find_checkpoint
 from wan.vae import WanVAE
+from wan.weights import check_keys
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def build_generator(config: Config, setup: Setup, world: World) -> WanDiT:
     """The student: from `generator_ckpt`, or from its model folder."""
     source = setup.require_folder().path
     if config.generator_ckpt:
-        source = find_file(config.generator_ckpt, "generator_ckpt")
+        source = find_checkpoint(config.generator_ckpt)
     return build_dit(config, world, "generator", setup.sizes, source, trained=True)
 
 

@@ -22,8 +22,8 @@ from utils.config import Config
 from utils.devices import choose_device
 from utils.distributed import Ranks
 from utils.errors import UserError
-from wan.checkpoints import check_keys
 from wan.dit import WanDiT
+from wan.weights import check_finite, check_keys
 
 
 @dataclass(frozen=True)
@@ -137,20 +137,24 @@ def load_full_state(
     """Give a (sharded, possibly meta) module its weights from a full state dict.
 
     Every rank cuts its own shard out of the memory-mapped tensors, one at a time: nothing is
-    communicated, and no rank ever holds more than one full tensor. Raises UserError on a mismatch.
+    communicated, and no rank ever holds more than one full tensor. Raises UserError on a mismatch,
+    and for values that are not finite.
     """
     own = module.state_dict()
     check_keys(own, state, source)
-    loaded = {key: shard_like(ours, state[key], device) for key, ours in own.items()}
+    loaded = {}
+    for key, ours in own.items():
+        full = state[key].to(device, ours.dtype, copy=True)  # never memory-mapped
+        check_finite({key: full}, source, state)
+        loaded[key] = shard_like(ours, full)
     module.load_state_dict(loaded, assign=True)
 
 
-def shard_like(ours: Tensor, full: Tensor, device: torch.device) -> Tensor:
-    """`full` in the dtype and placement of `ours`; a copy, never memory-mapped."""
-    moved = full.to(device, ours.dtype, copy=True)
+def shard_like(ours: Tensor, full: Tensor) -> Tensor:
+    """`full` in the placement of `ours`."""
     if not isinstance(ours, DTensor):
-        return moved
-    placed = distribute_tensor(moved, ours.device_mesh, ours.placements, src_data_rank=None)
+        return full
+    placed = distribute_tensor(full, ours.device_mesh, ours.placements, src_data_rank=None)
     return placed.clone()  # the shard alone, so that the full tensor is freed
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.families import FAMILIES
+
 WAN_FILES = (
     "config.json",
     "diffusion_pytorch_model*",
@@ -46,27 +48,10 @@ DOWNLOADS = {
         "Apache-2.0",
         "teacher of DMD training",
     ),
-    "rolling-forcing": Download(
-        "TencentARC/RollingForcing",
-        ("checkpoints/rolling_forcing_dmd.pt",),
-        ".",
-        "MIT (model card)",
-        "released Rolling Forcing student",
-    ),
-    "self-forcing": Download(
-        "gdhe17/Self-Forcing",
-        ("checkpoints/self_forcing_dmd.pt",),
-        ".",
-        "Apache-2.0 (model card)",
-        "released Self Forcing student",
-    ),
-    "infinite-forcing": Download(
-        "SOTAMak1r/Infinite-Forcing",
-        ("*.pt",),
-        "checkpoints",
-        "see source",
-        "released Infinite-Forcing students (V-sink)",
-    ),
+    **{
+        name: Download(known.repo_id, (known.file,), known.folder, known.licence, known.purpose)
+        for name, known in FAMILIES.items()
+    },
     "ode-init": Download(
         "gdhe17/Self-Forcing",
         ("checkpoints/ode_init.pt",),

@@ -80,4 +80,15 @@ class EmbeddingStore:
         self.require([prompt])
         key = embedding_key(prompt)
         with safe_open(self._shard_of[key], framework="pt") as file:
-            return file.get_tensor(key).to(torch.float32)
+            embedding = file.get_tensor(key)
+        if embedding.ndim != 2 or not embedding.is_floating_point():
+            raise UserError(
+                f"{self._shard_of[key]} holds {list(embedding.shape)} of {embedding.dtype} and no "
+                "embedding [tokens, dim] of floating point; make it again"
+            )
+        if not embedding.isfinite().all():
+            raise UserError(
+                f"{self._shard_of[key]} holds NaN or Inf for the prompt '{prompt[:60]}'; make it "
+                "again"
+            )
+        return embedding.to(torch.float32)

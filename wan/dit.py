@@ -6,6 +6,7 @@ nothing of caches, masks or absolute time: an attention context decides what que
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from utils.errors import UserError
 from wan.attention import Backend, attention
 from wan.context import AttentionContext, FullContext
+
+MAX_SIZE = 2**20  # of anything in a config.json
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,61 @@ class DiTConfig:
         return self.dim // self.num_heads
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "DiTConfig":
-        """From the official `config.json`; keys that do not size the network are passed over."""
+    def from_dict(
+        cls, config: Mapping[str, Any], source: str | Path = "the model's config.json"
+    ) -> "DiTConfig":
+        """From the official `config.json`; keys that do not size the network are passed over.
+
+        Raises:
+            UserError: a size is missing, of a wrong type or impossible; `source` is named.
+        """
         names = {field.name for field in fields(cls)}
         known = {key: value for key, value in config.items() if key in names}
         missing = {"dim", "ffn_dim", "num_heads", "num_layers"} - known.keys()
         if missing:
-            raise UserError(f"the model's config.json lacks {', '.join(sorted(missing))}")
+            raise UserError(f"{source} lacks {', '.join(sorted(missing))}")
         if known.get("model_type", "t2v") != "t2v":
             raise UserError(
                 f"model_type {known['model_type']} is not supported: use a text-to-video model"
             )
+        for field in fields(cls):
+            if field.name in known and not _is_possible(field.name, known[field.name]):
+                raise UserError(f"{source} has an impossible {field.name}: {known[field.name]!r}")
         if "patch_size" in known:
             known["patch_size"] = tuple(known["patch_size"])
-        return cls(**known)
+        sizes = cls(**known)
+        if sizes.dim % (2 * sizes.num_heads):
+            raise UserError(
+                f"{source} has dim {sizes.dim}, which num_heads {sizes.num_heads} does not divide "
+                "into even parts"
+            )
+        if sizes.in_dim != sizes.out_dim:
+            raise UserError(
+                f"{source} has in_dim {sizes.in_dim} and out_dim {sizes.out_dim}, which a "
+                "text-to-video model has equal; use a text-to-video model"
+            )
+        return sizes
+
+
+def _is_possible(name: str, value: Any) -> bool:
+    """Whether a key of `config.json` can have this value."""
+    if name in ("qk_norm", "cross_attn_norm"):
+        return isinstance(value, bool)
+    if name == "patch_size":
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == 3
+            and all([value[0] == 1, *map(_is_size, value)])
+        )
+    if name == "eps":
+        return type(value) in (int, float) and 0 < value < 1
+    if name == "freq_dim":
+        return _is_size(value) and value % 2 == 0
+    return name == "model_type" or _is_size(value)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_SIZE
 
 
 class Modulation(NamedTuple):

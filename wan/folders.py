@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from utils.config import ROOT
+from utils.config import ROOT, find_file
 from utils.downloads import how_to_get
 from utils.errors import UserError
 from wan.checkpoints import load_dit_config
@@ -73,3 +73,11 @@ class ModelFolder:
     @property
     def _is_diffusers(self) -> bool:
         return (self.path / "transformer").is_dir()
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A weights file, or a folder of safetensors (from here or from the project's root)."""
+    for place in (Path(path), ROOT / path):
+        if place.is_dir() and any(place.glob("**/*.safetensors")):
+            return place
+    return find_file(path, "checkpoint")

@@ -134,13 +134,13 @@ class WanTextEncoder:
             UserError: a file does not exist, or is not a umt5 encoder or tokenizer.
         """
         tokenizer = WanTokenizer.from_folder(tokenizer_folder)
-        weights = official_umt5_weights(read_weights(weights_path))
+        weights = official_umt5_weights(read_weights(weights_path, "a text encoder"))
         shapes = {key: value.shape for key, value in weights.items()}
         config = umt5_config_from_shapes(shapes, weights_path)
         with torch.device("meta"):
             model = UMT5EncoderModel(config)
         names = {key: official_umt5_key(key) for key in model.state_dict()}
-        assign_weights(model, names, weights, weights_path, device=device, dtype=dtype)
+        assign_weights(model, weights, weights_path, names=names, device=device, dtype=dtype)
         model.encoder.embed_tokens = model.shared
         return cls(model, tokenizer, text_len)
 
@@ -198,9 +198,22 @@ class WanTextEncoder:
         return self
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Clean, tokenize and encode prompts to [B, text_len, dim], zero after each last token."""
+        """Clean, tokenize and encode prompts to [B, text_len, dim], zero after each last token.
+
+        Raises:
+            UserError: an embedding has NaN or Inf; the first such prompt is named.
+        """
         tokens = self.tokenizer([clean_prompt(p) for p in prompts], self.text_len)
-        return self.encode_ids(tokens.ids, tokens.mask)
+        embeddings = self.encode_ids(tokens.ids, tokens.mask)
+        finite = embeddings.isfinite().all(dim=2).all(dim=1)  # [B]
+        for prompt, right in zip(prompts, finite.tolist(), strict=True):
+            if not right:
+                kind = str(self.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"the text encoder gives NaN or Inf in {kind} for the prompt '{prompt[:60]}': "
+                    "use another dtype, or fetch its weights again"
+                )
+        return embeddings
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -269,12 +282,17 @@ def umt5_config_from_shapes(shapes: Shapes, source: str | Path = "the file") -> 
         num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
         dim_attn = shapes["blocks.0.attn.q.weight"][0]
         dim_ffn = shapes["blocks.0.ffn.fc1.weight"][0]
+        dim_head = dim_attn // num_heads
     except KeyError as error:
         raise UserError(f"{source} is not a umt5 text encoder: it has no key {error}.") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise UserError(
+            f"{source} is not a umt5 text encoder: its tensors have other shapes."
+        ) from None
     return UMT5Config(
         vocab_size=vocab_size,
         d_model=dim,
-        d_kv=dim_attn // num_heads,
+        d_kv=dim_head,
         d_ff=dim_ffn,
         num_heads=num_heads,
         num_layers=max(blocks) + 1,

@@ -14,7 +14,7 @@ speaks the official key names; diffusers' names are translated at the border (`o
 """
 
 import inspect
-import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from wan.geometry import Strides
-from wan.weights import Shapes, assign_weights, read_weights, save_weights
+from wan.weights import Shapes, assign_weights, read_json, read_weights, save_weights
 
 
 def encode_moments(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,13 +96,13 @@ class WanVAE:
         Raises:
             UserError: the file does not exist or does not hold a Wan2.1 VAE.
         """
-        weights = official_vae_weights(read_weights(path))
+        weights = official_vae_weights(read_weights(path, "a VAE"))
         config = vae_config_from_shapes({key: value.shape for key, value in weights.items()}, path)
-        config |= _recorded_statistics(Path(path))
+        config |= _recorded_statistics(Path(path), config["z_dim"])
         with torch.device("meta"):
             model = AutoencoderKLWan(**config)
         names = {key: official_vae_key(key, config["num_res_blocks"]) for key in model.state_dict()}
-        assign_weights(model, names, weights, path, device=device, dtype=dtype)
+        assign_weights(model, weights, path, names=names, device=device, dtype=dtype)
         return cls(model.eval().requires_grad_(False))
 
     @classmethod
@@ -447,6 +447,8 @@ def vae_config_from_shapes(shapes: Shapes, source: str | Path = "the file") -> d
         }
     except KeyError as error:
         raise UserError(f"{source} is not a Wan2.1 VAE: it has no key {error}.") from None
+    except (IndexError, ZeroDivisionError):
+        raise UserError(f"{source} is not a Wan2.1 VAE: its tensors have other shapes.") from None
     temporal = [f"{row}.{i}.time_conv.weight" in shapes for i in samplers]
     return config | {"temperal_downsample": temporal} | _derived_config(z_dim, temporal)
 
@@ -457,7 +459,7 @@ def read_strides(path: str | Path) -> Strides:
     Raises:
         UserError: it does not hold a Wan2.1 VAE.
     """
-    weights = official_vae_weights(read_weights(path))
+    weights = official_vae_weights(read_weights(path, "a VAE"))
     config = vae_config_from_shapes({key: value.shape for key, value in weights.items()}, path)
     return Strides(config["scale_factor_spatial"], config["scale_factor_temporal"])
 
@@ -474,10 +476,24 @@ def _derived_config(z_dim: int, temporal_downsample: Sequence[bool]) -> dict[str
     return config
 
 
-def _recorded_statistics(path: Path) -> dict[str, list[float]]:
+def _recorded_statistics(path: Path, channels: int) -> dict[str, list[float]]:
     """The latent statistics that a diffusers folder states; nothing for a file."""
     config_file = path / "config.json"
     if not config_file.is_file():
         return {}
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    return {key: config[key] for key in ("latents_mean", "latents_std") if key in config}
+    config = read_json(config_file)
+    stated: dict[str, Any] = {
+        key: config[key] for key in ("latents_mean", "latents_std") if key in config
+    }
+    for key, values in stated.items():
+        numbers = values if isinstance(values, list) else []
+        right = len(numbers) == channels and all(
+            type(n) in (int, float) and math.isfinite(n) and (n > 0 or key == "latents_mean")
+            for n in numbers
+        )
+        if not right:
+            raise UserError(
+                f"{config_file} must state {key} as {channels} numbers (latents_std above 0); "
+                "fetch it again"
+            )
+    return stated

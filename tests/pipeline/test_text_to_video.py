@@ -16,6 +16,7 @@ from utils.video import VideoWriter, fit_frames, read_video, to_float, to_uint8
 from wan.context import CachedContext
 from wan.flow import flow_from_x0
 from wan.text_encoder import WanTextEncoder
+from wan.vae import StreamingDecoder
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,23 @@ def test_unbounded_stream_equals_bounded_one_but_for_its_end(pipe: VideoPipeline
     for block in range(shared):
         assert torch.equal(bounded[block], unbounded[block])
     assert not torch.equal(bounded[-1], unbounded[-1])
+
+
+def test_what_is_not_a_number_is_no_video(
+    pipe: VideoPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It became black frames, exit code 0, recorded as done."""
+    text = pipe.encode_prompts(["a ball"]) * float("nan")
+    with pytest.raises(UserError, match=r"block 0 has latents that are not numbers \(NaN or Inf\)"):
+        pipe.open_stream(text, num_latent_frames=3).next_block()
+    with pytest.raises(UserError, match="latents that are not numbers"):
+        pipe.generate_latents(text, num_latent_frames=3)
+    stream = pipe.stream("a ball", num_latent_frames=6)
+    stream.next_block()
+    frames = torch.full((1, 12, 3, 32, 48), float("nan"))
+    monkeypatch.setattr(StreamingDecoder, "decode", lambda self, latents: frames)
+    with pytest.raises(UserError, match="block 1 has frames that are not numbers"):
+        stream.next_block()
 
 
 def test_streams_are_independent_and_closable(pipe: VideoPipeline) -> None:

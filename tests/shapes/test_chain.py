@@ -263,7 +263,7 @@ def test_a_changed_config_is_another_stage(
     vae = tmp_path / "models" / "Shapes" / VAE_FILE
     vae.write_text("of a later stage")
     assert run_main(main, [*command, "--redo", "vae_short", "--until", "vae_short"]) == 0
-    assert read_weights(vae)["conv1.weight"].dtype == torch.float16, "of the stage before"
+    assert read_weights(vae, "a VAE")["conv1.weight"].dtype == torch.float16, "of the stage before"
     assert [words[1] for _, words in rehearsal.said[-1:]] == [
         str(chain_script.ROOT / "configs" / "shapes" / "vae_short.yaml")
     ]

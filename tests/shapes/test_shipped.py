@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import scripts.evaluate
 from shapes.meter import measure, report
@@ -14,7 +15,7 @@ from utils.config import ROOT
 from utils.video import to_float
 from wan.checkpoints import load_dit, load_dit_config
 from wan.folders import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
-from wan.text_encoder import WanTextEncoder
+from wan.text_encoder import WanTextEncoder, WanTokenizer
 from wan.vae import WanVAE
 
 MODEL = ROOT / "wan_models" / "Shapes"
@@ -135,3 +136,15 @@ def test_the_student_still_does_so_after_a_quarter_of_a_minute(tmp_path: Path) -
     assert 0.7 < found["late.motion"] < 1.3
     assert abs(found["drift.background_error"]) < 2
     assert abs(found["drift.colour_error"]) < 8
+
+
+def test_shipped_tokenizer_is_the_same_for_the_published_code() -> None:
+    """The folder lacked tokenizer_config.json, without which AutoTokenizer does not read it."""
+    folder = MODEL / TOKENIZER_FOLDER
+    text = ["A red ball moves left,  then é，right"]
+    theirs = AutoTokenizer.from_pretrained(folder)(
+        text, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
+    )
+    ours = WanTokenizer.from_folder(folder)(text, 32)
+    assert torch.equal(theirs.input_ids, ours.ids)
+    assert torch.equal(theirs.attention_mask, ours.mask)

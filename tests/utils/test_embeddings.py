@@ -32,6 +32,20 @@ def test_stored_half_precision_comes_back_as_float32(tmp_path: Path) -> None:
     assert torch.equal(stored, value.bfloat16().float())
 
 
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (torch.full((2, 3), float("inf")), "holds NaN or Inf for the prompt 'x'"),
+        (torch.ones(2, 3, dtype=torch.int64), r"holds \[2, 3\] of torch.int64"),
+    ],
+)
+def test_stored_embeddings_are_numbers(value: torch.Tensor, sentence: str, tmp_path: Path) -> None:
+    """They made black videos."""
+    write_shard(tmp_path / "0.safetensors", {"x": value})
+    with pytest.raises(UserError, match=sentence):
+        EmbeddingStore(tmp_path)["x"]
+
+
 def test_trim_keeps_zero_rows_between_tokens_and_at_least_one_row() -> None:
     rows = torch.tensor([[1.0, 0], [0, 0], [0, -2], [0, 0]])
     assert torch.equal(trim(rows), rows[:3])

@@ -271,5 +271,13 @@ def test_wrong_files_are_user_errors(folder, tokenizer_folder, tmp_path):
     weights = torch.load(folder / WEIGHTS, weights_only=True)
     del weights["blocks.1.norm2.weight"]
     torch.save(weights, tmp_path / WEIGHTS)
-    with pytest.raises(UserError, match=r"has no blocks\.1\.norm2\.weight"):
+    with pytest.raises(UserError, match=r"1 keys missing \(blocks\.1\.norm2\.weight"):
         WanTextEncoder.from_official(tmp_path / WEIGHTS, tokenizer_folder)
+
+
+def test_embeddings_are_numbers(encoder, monkeypatch):
+    """Overflow in the encoder made black videos."""
+    overflow = torch.full((1, encoder.text_len, encoder.dim), float("inf"))
+    monkeypatch.setattr(encoder, "encode_ids", lambda ids, mask: overflow)
+    with pytest.raises(UserError, match=r"NaN or Inf in .* for the prompt 'a cat'"):
+        encoder.encode(["a cat"])

@@ -1,0 +1,164 @@
+"""Published distilled checkpoints by name: the file, and the settings that it was made for.
+
+Every entry names the public files that it was read from. What is published without its settings
+(Self Forcing's 10-second weights), or needs what this engine has not (other levels for the first
+block: Causal Forcing++ in 1 and 2 steps), is not listed.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from utils.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint on the hub, and what plays it.
+
+    `file` is a name or a pattern in the repository; it keeps its path below `folder`. `config` and
+    `overrides` give method, levels and geometry. `sources` are the public files that say so.
+    """
+
+    repo_id: str
+    file: str
+    folder: str
+    config: str
+    licence: str
+    purpose: str
+    sources: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def checkpoint(self) -> str | None:
+        """Where the download puts the weights; None if the file's name is not known."""
+        return None if "*" in self.file else str(PurePosixPath(self.folder, self.file))
+
+    def load_config(self) -> Config:
+        """The settings that the weights were made for."""
+        from utils.config import load_config  # late: it reads the table of downloads
+
+        return load_config(self.config, self.overrides)
+
+
+FAMILIES = {
+    "rolling-forcing": Family(
+        "TencentARC/RollingForcing",
+        "checkpoints/rolling_forcing_dmd.pt",
+        ".",
+        "configs/rolling_forcing_dmd.yaml",
+        "MIT (model card)",
+        "released Rolling Forcing student",
+        (
+            "github.com/TencentARC/RollingForcing app.py (config and checkpoint)",
+            "github.com/TencentARC/RollingForcing configs/rolling_forcing_dmd.yaml (as in "
+            "github.com/yahavb/rolling_forcing: five levels, blocks of 3)",
+        ),
+    ),
+    "self-forcing": Family(
+        "gdhe17/Self-Forcing",
+        "checkpoints/self_forcing_dmd.pt",
+        ".",
+        "configs/self_forcing_dmd.yaml",
+        "Apache-2.0 (model card)",
+        "released Self Forcing student (DMD)",
+        ("github.com/guandeh17/Self-Forcing README.md (config and checkpoint)",),
+    ),
+    "self-forcing-sid": Family(
+        "gdhe17/Self-Forcing",
+        "checkpoints/self_forcing_sid.pt",
+        ".",
+        "configs/self_forcing_dmd.yaml",
+        "Apache-2.0 (model card)",
+        "released Self Forcing student (SiD)",
+        (
+            "github.com/guandeh17/Self-Forcing configs/self_forcing_sid.yaml (as in "
+            "github.com/erenovic/Self-Forcing: levels and blocks of self_forcing_dmd.yaml)",
+        ),
+    ),
+    "infinite-forcing": Family(
+        "SOTAMak1r/Infinite-Forcing",
+        "*.pt",
+        "checkpoints",
+        "configs/self_forcing_dmd_vsink1.yaml",
+        "see source",
+        "released Infinite-Forcing students (V-sink)",
+        ("github.com/SOTAMak1r/Infinite-Forcing README.md (config and download)",),
+    ),
+    "causal-forcing": Family(
+        "zhuhz22/Causal-Forcing",
+        "chunkwise/causal_forcing.pt",
+        "checkpoints",
+        "configs/self_forcing_dmd.yaml",
+        "see source",
+        "released Causal Forcing student, blocks of 3, 4 steps",
+        (
+            "github.com/thu-ml/Causal-Forcing README.md (checkpoint)",
+            "github.com/thu-ml/Causal-Forcing configs/causal_forcing_dmd_chunkwise.yaml (as in "
+            "github.com/AshadowZ/PackForcing-Unofficial: levels and blocks of "
+            "self_forcing_dmd.yaml)",
+        ),
+    ),
+}
+
+
+def family(name: str) -> Family:
+    """The family of this name; raises UserError for an unknown one."""
+    if name not in FAMILIES:
+        raise UserError(f"there is no model {name!r}: known are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def fetched_checkpoint(name: str) -> str:
+    """Path of a family's weights; raises UserError if they are not there, or have no one name."""
+    path = family(name).checkpoint
+    if path is None:
+        raise UserError(
+            f"{name} has weights of several names: fetch them with `python scripts/download.py "
+            f"{name}` and give one as --checkpoint_path"
+        )
+    try:
+        return str(find_file(path, "checkpoint"))
+    except UserError as error:
+        raise UserError(
+            f"{path} is missing: fetch it with `python scripts/download.py {name}`, or give "
+            "--checkpoint_path"
+        ) from error
+
+
+def warn_of_other_settings(config: Config, checkpoint: Path) -> None:
+    """One line if a family's weights are to be played by settings that they were not made for."""
+    for name, known in FAMILIES.items():
+        if known.checkpoint is None or not _is_named_like(checkpoint, known.file):
+            continue
+        theirs, ours = _settings(known.load_config()), _settings(config)
+        other = [key for key in theirs if theirs[key] != ours[key]]
+        if other:
+            described = ", ".join(f"{key} {theirs[key]} (here {ours[key]})" for key in other)
+            logger.warning(
+                "%s looks like %s, made for %s; use --model %s", checkpoint, name, described, name
+            )
+        return
+
+
+def _is_named_like(checkpoint: Path, file: str) -> bool:
+    """Whether a path ends as a file of the hub, but for the folder `checkpoints`."""
+    words = tuple(word for word in PurePosixPath(file).parts if word != "checkpoints")
+    return checkpoint.parts[-len(words) :] == words
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """What a student cannot be played without, by the names of the keys."""
+    return {
+        "schedule": config.schedule,
+        "denoising_step_list": config.denoising_step_list,
+        "warp_denoising_step": config.warp_denoising_step,
+        "timestep_shift": config.generator_shift,
+        "num_frame_per_block": config.num_frame_per_block,
+    }
