@@ -123,6 +123,8 @@ def fetched_checkpoint(name: str) -> str:
             f"{name} has weights of several names: fetch them with `python scripts/download.py "
             f"{name}` and give one as --checkpoint_path"
         )
+    from utils.config import find_file  # late: it reads the table of downloads
+
     try:
         return str(find_file(path, "checkpoint"))
     except UserError as error:
