@@ -9,15 +9,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from pipeline.batch import BatchRun, Job, Outputs, plan_jobs
 from shapes import demo
 from utils.cli import check_picture, run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.batch import BatchRun, Job
 
 DEFAULT_FOLDER = "videos"
 
@@ -38,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--checkpoint_path", help="distilled weights, .pt or .safetensors")
     model.add_argument("--use_ema", action="store_true", help="use its generator_ema weights")
     source = parser.add_argument_group("what to generate")
-    source.add_argument("--data_path", help="prompt file, one per line; with --i2v a folder")
+    source.add_argument(
+        "--data_path", help="prompts: lines of text, JSON, CSV …; with --i2v a folder"
+    )
     source.add_argument(
         "--extended_prompt_path", help="longer prompts, line by line, for the model"
     )
@@ -115,6 +118,10 @@ def model_flags(args: argparse.Namespace) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, plan, generate, show."""
+    import torch
+
+    from pipeline.batch import BatchRun, Outputs, plan_jobs
+
     args = build_parser().parse_args([item for item in argv if item != "--"])
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
@@ -156,10 +163,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def show(run: BatchRun, jobs: Sequence[Job], args: argparse.Namespace, *, is_demo: bool) -> None:
+def show(
+    run: "BatchRun", jobs: "Sequence[Job]", args: argparse.Namespace, *, is_demo: bool
+) -> None:
     """Draw the contact sheet, close the demo; of several ranks the last to end does it."""
+    last = run.ranks.ends_last()
     videos = run.made(jobs)
-    if args.contact_sheet is None or len(videos) < len(jobs):
+    if not last or args.contact_sheet is None or len(videos) < len(jobs):
         return
     sheet = Path(args.contact_sheet)
     run.write_contact_sheet(list(videos), sheet)

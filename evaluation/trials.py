@@ -1,34 +1,22 @@
 """Videos made to be measured: prompts and seeds through the stream, judged block by block."""
 
-import json
 import re
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from evaluation.results import Judge, Result, write_json
-from pipeline.batch import Outputs, model_settings
-from pipeline.components import (
-    ModelFiles,
-    block_layout,
-    choose_device,
-    choose_dtype,
-    device_name,
-    video_shape,
-)
+from evaluation.results import Judge, Result
+from pipeline.batch import BatchRun, Job, Outputs, Record
+from pipeline.components import block_layout, choose_device, choose_dtype
 from pipeline.schedule import BlockLayout
-from pipeline.text_to_video import VideoPipeline, load_pipeline
 from shapes.world import sample_scene
-from utils.config import Config, find_file
+from utils.config import Config
+from utils.distributed import ALONE, Ranks
+from utils.files import MAX_NAME_BYTES
 from utils.prompts import clip_utf8
-from utils.video import MAX_NAME_BYTES, VideoWriter
-from wan.checkpoints import load_dit_config
 from wan.geometry import VideoShape
 
 
@@ -75,92 +63,71 @@ class Evaluation:
         *,
         use_ema: bool,
         seconds: float,
-        export: Path | None = None,
+        export: Outputs | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """`export`: a folder that gets the videos too, as `{prompt}-{index}.mp4`."""
+        """`export`: where the videos are kept, too, as `{prompt}-{index}.mp4`."""
+        outputs = replace(export or Outputs(None), duration=seconds, keep_config=False)
         self.config = config
-        self.checkpoint = None if checkpoint is None else find_file(checkpoint, "checkpoint")
-        self.use_ema = use_ema
-        self.export = export
-        self.files = ModelFiles.find(config, config.generator_name)
-        self.shape = video_shape(config, load_dit_config(self.files.folder))
-        length = Outputs(Path(), duration=seconds).length(self.shape, config.fps)
-        self.latent_frames, self.video_frames = length
+        self.run = BatchRun(config, checkpoint, outputs, use_ema=use_ema, ranks=ranks)
+        self.shape = self.run.shape
+        self.video_frames = self.run.video_frames
         self.first, self.block = frames_per_block(block_layout(config), self.shape)
-        self._pipe: VideoPipeline | None = None
-        self._texts: dict[str, Tensor] = {}
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
         """What the result of a trial depends on, besides the trial itself."""
-        model = model_settings(self.config, self.checkpoint, use_ema=self.use_ema)
         dtype = choose_dtype(self.config.dtype, choose_device(self.config.device))
-        return {**model, "video_frames": self.video_frames, "computed_in": str(dtype)}
+        counted = {"video_frames": self.video_frames, "computed_in": str(dtype)}
+        return {**self.run.model_settings, **counted}
 
-    def export_path(self, trial: Trial) -> Path | None:
-        """Where the video of a trial goes, if anywhere."""
-        if self.export is None:
-            return None
-        return self.export / vbench_name(trial.prompt, trial.index)
+    def job(self, trial: Trial) -> Job:
+        """The trial as a video to make."""
+        name = vbench_name(trial.prompt, trial.index)
+        return Job(trial.prompt, trial.seed, sample=0, number=trial.index, name=name)
 
     def is_there(self, trial: Trial) -> bool:
         """Whether the video that is to be kept of a trial is there, of these very settings."""
-        path = self.export_path(trial)
-        if path is None:
-            return True
-        try:
-            record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            return path.is_file() and bool(record == self._record(trial))
-        except (OSError, ValueError):
-            return False
+        return self.run.is_done(self.job(trial))
 
-    def _record(self, trial: Trial) -> dict[str, Any]:
-        """What stands in the JSON beside a video."""
-        made = {"prompt": trial.prompt, "sample": trial.index, "seed": trial.seed}
-        return {**made, "settings": self.settings}
+    def __call__(
+        self,
+        trials: Sequence[Trial],
+        keep: Callable[[Trial, Result], None],
+        wanted: Callable[[Trial], bool] = lambda trial: True,
+    ) -> None:
+        """Make and measure this rank's share of the trials that are `wanted`; `keep` each result.
 
-    def load(self, trials: Sequence[Trial]) -> None:
-        """Load all networks and encode the prompts; the text encoder is freed again."""
-        pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
-        pipe.load_vae()
-        self._texts = pipe.encode_once(dict.fromkeys(trial.prompt for trial in trials))
-        self._pipe = pipe
+        Raises:
+            UserError: as `BatchRun`.
+        """
+        of_job = {self.job(trial): trial for trial in trials}
 
-    def __call__(self, trial: Trial) -> Result:
-        """Make and measure one video; `load` comes first."""
-        assert self._pipe is not None
-        pipe, path = self._pipe, self.export_path(trial)
-        if path is not None:  # its record never tells of another video
-            path.with_suffix(".json").unlink(missing_ok=True)
-        judge = Judge(trial.prompt, fps=self.config.fps, first=self.first, block=self.block)
-        made, waited, first_frame = 0, 0.0, 0.0
-        text = self._texts[trial.prompt].to(pipe.device)
-        with ExitStack() as stack:
-            start = time.perf_counter()
-            stream = stack.enter_context(
-                pipe.open_stream(text, seed=trial.seed, num_latent_frames=self.latent_frames)
-            )
-            writer = stack.enter_context(VideoWriter(path, self.config.fps)) if path else None
-            while (frames := stream.next_block()) is not None:
-                waited += time.perf_counter() - start
-                first_frame = first_frame or waited
-                kept = frames[: self.video_frames - made]
-                made += len(kept)
-                judge.add(kept.numpy())
-                if writer is not None:
-                    writer.write(kept)
-                start = time.perf_counter()
-        if path is not None:
-            write_json(path.with_suffix(".json"), self._record(trial))
-        return {
-            "prompt": trial.prompt,
-            "seed": trial.seed,
-            "kind": judge.kind,
-            "frames": made,
-            "timings": {"fps": made / waited, "first_frame_s": first_frame},
-            "device": device_name(self.config.device),
-            "report": judge.report(),
-        }
+        def watch(job: Job) -> list[Measurement]:
+            judge = Judge(job.prompt, fps=self.config.fps, first=self.first, block=self.block)
+            return [Measurement(judge, lambda result: keep(of_job[job], result))]
+
+        self.run(list(of_job), wanted=lambda job: wanted(of_job[job]), watch=watch)
+
+
+class Measurement:
+    """Watches a video and makes its result."""
+
+    def __init__(self, judge: Judge, keep: Callable[[Result], None]) -> None:
+        """`keep` gets the result when the video is complete."""
+        self.judge = judge
+        self.keep = keep
+
+    def add(self, frames: Tensor) -> None:
+        """See `Watcher`."""
+        self.judge.add(frames.numpy())
+
+    def finish(self, record: Record) -> None:
+        """See `Watcher`."""
+        taken = {key: record[key] for key in ("prompt", "seed", "frames", "device")}
+        timings = {key: record["timings"][key] for key in ("fps", "first_frame_s")}
+        judged = {"kind": self.judge.kind, "report": self.judge.report()}
+        self.keep({**taken, **judged, "timings": timings})
 
 
 def vbench_name(prompt: str, index: int) -> str:

@@ -20,14 +20,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.results import write_text
 from pipeline import load_pipeline
 from pipeline.attention_maps import AttentionMap, AttentionRecorder, group_names, group_table
-from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
+from utils.cli import check_picture, require_matplotlib, run_main, set_up_logging
 from utils.config import load_config
 from utils.errors import UserError
-from utils.video import part_path
+from utils.files import check_file, write_text, written
 
+PICTURE = Path("outputs") / "attention_maps.png"
 PRINTED_ROWS = 40  # up to here the numbers are written into their cells
 
 
@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", default="all", help="layers, as 0,5, or all (default)")
     parser.add_argument("--levels", default="all", help="levels, as 0,4, or all (default)")
     parser.add_argument("--seed", type=int, help="of the video (default: the config's)")
-    parser.add_argument("--out", type=Path, default=Path("attention_maps.png"), help="the picture")
+    parser.add_argument(
+        "--out", type=Path, default=PICTURE, help="the picture (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="write the share of every frame to this file")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
@@ -54,7 +56,9 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     set_up_logging()
     require_matplotlib()
-    check_outputs(args.out, args.json)
+    for path in (args.out, args.json):
+        if path is not None:
+            check_file(path)
     check_picture("--out", args.out)
     if not args.prompt.strip():
         raise UserError("the prompt is empty; write what the video should show")
@@ -116,8 +120,8 @@ def draw(maps: Sequence[AttentionMap], out: Path, prompt: str) -> None:
             own.sort(key=lambda entry: (entry.layer, entry.level))
             draw_table(pair[0], own, f"block {block}: share of attention", per_frame=False)
             draw_table(pair[1], own, f"block {block}: per frame, even = 1", per_frame=True)
-        figure.savefig(part_path(out), format="png", dpi=130)
-    part_path(out).replace(out)
+        with written(out) as part:
+            figure.savefig(part, format="png", dpi=130)
 
 
 def draw_table(axis: Any, maps: Sequence[AttentionMap], title: str, *, per_frame: bool) -> None:

@@ -7,9 +7,10 @@
 
 Videos of held-out prompts of the shapes world (or of `--data_path`) are streamed and measured block
 by block. Where the prompt is a caption of that world they are held against the truth
-(`utils/shape_meter.py`), else by their own beginning (`utils/video_meter.py`); docs/shapes.md has
-the formulas. Results are kept one by one beside the JSON file, so the same command goes on where it
-was stopped. Under torchrun the ranks share the videos, also several ranks on one GPU:
+(`shapes/meter.py`), else by their own beginning (`evaluation/statistics.py`); docs/shapes.md has
+the formulas. Results are kept one by one beside the JSON file (below `outputs/evaluation` if none
+is given), so the same command goes on where it was stopped. Under torchrun the ranks share the
+videos, also several ranks on one GPU:
 
     torchrun --nproc_per_node 8 scripts/evaluate.py ...
 """
@@ -22,6 +23,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.results import Judge, Result, ResultLog, draw_curves, summarise, table, write_json
+from evaluation.results import Judge, Result, ResultLog, draw_curves, summarise, table
 from evaluation.trials import (
     Evaluation,
     frames_per_block,
@@ -38,18 +40,20 @@ from evaluation.trials import (
     plan_trials,
     vbench_name,
 )
-from pipeline.batch import file_hash
+from pipeline.batch import Outputs, file_hash
 from pipeline.components import ModelFiles, block_layout, choose_device, video_shape
 from shapes.meter import METER_VERSION
-from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
+from utils.cli import check_picture, require_matplotlib, run_main, set_up_logging
 from utils.config import fingerprint, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.prompts import read_prompts
+from utils.files import check_file, is_temporary, locked, write_json, written
+from utils.prompts import read_prompts, safe_stem
 from utils.video import frame_rate, read_video_chunks
 from wan.checkpoints import load_dit_config
 
 HELD_OUT_PROMPTS, SECONDS = 16, 60.0
+OUTPUTS = Path("outputs") / "evaluation"
 GENERATING_FLAGS = (
     *("data_path", "checkpoint_path", "prompts", "seeds", "seconds", "use_ema", "keep_videos"),
 )
@@ -79,10 +83,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, help="videos per prompt (default: 1)")
     parser.add_argument("--seconds", type=float, help=f"length (default: {SECONDS:g})")
-    parser.add_argument("--json", type=Path, default=Path("evaluation.json"), help="the figures")
+    parser.add_argument(
+        "--json", type=Path, help=f"the figures (default: a file of its own in {OUTPUTS})"
+    )
     parser.add_argument("--plot", type=Path, help="draw the per-second curves into this PNG")
     parser.add_argument("--vbench", type=Path, help="put the videos there, named as for VBench")
     parser.add_argument("--keep_videos", type=Path, help="keep the videos there, unjudged")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace videos there that were made otherwise"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     return parser
@@ -94,21 +103,27 @@ def main(argv: Sequence[str]) -> int:
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     check_flags(args)
-    run = videos_run(args) if args.videos is not None else generated_run(args, ranks)
-    log = ResultLog(args.json, fingerprint(run.identity), ranks.rank)
-    left = run.left(log.read())
-    missing = [key for key in ranks.share(run.keys) if key in left]
-    if missing:
-        run.prepare(missing)
-    for key in tqdm(missing, "videos", disable=not ranks.is_main):
-        log.append(key, run.measure(key))
-    kept = log.read()
-    still = run.left(kept)
-    if still:
-        print(f"{len(still)} of {len(run.keys)} videos are still being made by other ranks")
-    elif log.wrote_last() if left else ranks.is_main:  # the last to end, or nothing was to do
-        finish(args, run, [kept[key] for key in run.keys], ranks)
+    run = videos_run(args, ranks) if args.videos is not None else generated_run(args, ranks)
+    args.json = args.json or default_json(args, run)
+    with locked(args.json, "give another --json", is_file=True, is_main=ranks.is_main):
+        log = ResultLog(args.json, fingerprint(run.identity), ranks.rank)
+        left = run.left(log.read())
+        if left:
+            run.measure(left, log.append)
+        kept = log.read()
+        still = run.left(kept)
+        if still:
+            print(f"{len(still)} of {len(run.keys)} videos are still being made by other ranks")
+        elif log.wrote_last() if left else ranks.is_main:  # the last to end, or nothing was to do
+            finish(args, run, [kept[key] for key in run.keys], ranks)
     return 0
+
+
+def default_json(args: argparse.Namespace, run: "Run") -> Path:
+    """Where the figures go if nobody says: a file for each thing that is measured."""
+    what = args.videos or Path(args.checkpoint_path or args.config_path)
+    name = safe_stem(what.absolute().stem or "videos")
+    return OUTPUTS / f"{name}-{fingerprint({**run.identity, **run.settings})[:8]}.json"
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -127,7 +142,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--prompts and --seeds must be at least 1")
     if args.seconds is not None and not (math.isfinite(args.seconds) and args.seconds > 0):
         raise UserError(f"--seconds {args.seconds:g} must be a length above 0")
-    check_outputs(args.json, args.plot)
+    for path in (args.json, args.plot):
+        if path is not None:
+            check_file(path)
     check_picture("--plot", args.plot)
     if args.plot is not None:
         require_matplotlib()
@@ -136,22 +153,22 @@ def check_flags(args: argparse.Namespace) -> None:
 # --- what is measured ----------------------------------------------------------------------------
 
 
-class Run:
-    """Videos to measure, each by a key; `identity` is what their results depend on."""
+Keep = Callable[[str, Result], None]
 
-    def __init__(
-        self,
-        keys: Sequence[str],
-        measure: Callable[[str], Result],
-        *,
-        identity: dict[str, Any],
-        settings: dict[str, Any],
-        prepare: Callable[[Sequence[str]], None] = lambda missing: None,
-        is_there: Callable[[str], bool] = lambda key: True,
-    ) -> None:
-        """`settings` describe the run in the JSON file; `prepare` loads what `measure` needs."""
-        self.keys, self.measure, self.identity = list(keys), measure, identity
-        self.settings, self.prepare, self.is_there = settings, prepare, is_there
+
+@dataclass(frozen=True)
+class Run:
+    """Videos to measure, each by a key.
+
+    `measure` makes and measures this rank's share of the keys that it gets, and keeps the results.
+    `identity` is what the results depend on; `settings` describe the run in the JSON file.
+    """
+
+    keys: Sequence[str]
+    measure: Callable[[Sequence[str], Keep], None]
+    is_there: Callable[[str], bool]
+    identity: Mapping[str, Any]
+    settings: Mapping[str, Any]
 
     def left(self, kept: Mapping[str, Result]) -> list[str]:
         """Keys of what has still to be made or measured."""
@@ -167,12 +184,14 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     else:
         prompts = read_prompts(args.data_path)[: args.prompts]
     seconds = SECONDS if args.seconds is None else args.seconds
+    folder, flag = (args.vbench, "--vbench") if args.vbench else (args.keep_videos, "--keep_videos")
     evaluation = Evaluation(
         config,
         args.checkpoint_path,
         use_ema=bool(args.use_ema),
         seconds=seconds,
-        export=args.vbench or args.keep_videos,
+        export=None if folder is None else Outputs(folder, overwrite=args.overwrite, flag=flag),
+        ranks=ranks,
     )
     if args.data_path is None and evaluation.shape.height != evaluation.shape.width:
         raise UserError(
@@ -181,12 +200,21 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
         )
     trials = {t.key: t for t in plan_trials(prompts, args.seeds or 1, config.seed)}
     names = {key: vbench_name(t.prompt, t.index) for key, t in trials.items()}
-    check_exports(names, evaluation.export, judged=args.vbench is not None)
+    check_exports(names, folder, judged=args.vbench is not None)
     identity = {**evaluation.settings, "meter": METER_VERSION}
+
+    def measure(left: Sequence[str], keep: Keep) -> None:
+        wanted = set(left)
+        evaluation(
+            list(trials.values()),
+            lambda trial, result: keep(trial.key, result),
+            wanted=lambda trial: trial.key in wanted,
+        )
 
     return Run(
         list(trials),
-        lambda key: evaluation(trials[key]),
+        measure,
+        is_there=lambda key: evaluation.is_there(trials[key]),
         identity=identity,
         settings={
             **identity,
@@ -197,17 +225,15 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
             "seconds": seconds,
             "seeds": sorted({trial.seed for trial in trials.values()}),
         },
-        prepare=lambda missing: evaluation.load([trials[key] for key in missing]),
-        is_there=lambda key: evaluation.is_there(trials[key]),
     )
 
 
-def videos_run(args: argparse.Namespace) -> Run:
+def videos_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Files of a folder; with a config its blocks are used for the flicker."""
     if not args.videos.is_dir():
         raise UserError(f"--videos {args.videos} is not a folder")
     found = sorted(args.videos.glob("*.mp4"))
-    files = {video_key(f): f for f in found if not f.name.endswith(".part.mp4")}
+    files = {video_key(f): f for f in found if not is_temporary(f)}
     if not files:
         raise UserError(f"--videos {args.videos} holds no .mp4 file")
     exported = {key: vbench_name(*prompt_of(file)) for key, file in files.items()}
@@ -219,11 +245,14 @@ def videos_run(args: argparse.Namespace) -> Run:
         dit = load_dit_config(ModelFiles.find(config, config.generator_name).folder)
         first, block = frames_per_block(block_layout(config), video_shape(config, dit))
 
-    def measure(key: str) -> Result:
-        result = measure_file(files[key], first, block)
-        if args.vbench is not None:
-            export(files[key], args.vbench / exported[key])
-        return result
+    def measure(left: Sequence[str], keep: Keep) -> None:
+        missing = [key for key in ranks.share(list(files)) if key in set(left)]
+        with tqdm(missing, "videos", disable=not ranks.is_main) as bar:
+            for key in bar:
+                result = measure_file(files[key], first, block)
+                if args.vbench is not None:
+                    export(files[key], args.vbench / exported[key])
+                keep(key, result)
 
     def is_there(key: str) -> bool:
         if args.vbench is None:
@@ -235,9 +264,9 @@ def videos_run(args: argparse.Namespace) -> Run:
     return Run(
         list(files),
         measure,
+        is_there=is_there,
         identity=settings,
         settings={**settings, "videos": str(args.videos)},
-        is_there=is_there,
     )
 
 
@@ -277,9 +306,12 @@ def prompt_of(path: Path) -> tuple[str, int]:
         return prompt, sample
     try:
         record = json.loads(beside.read_text(encoding="utf-8"))
-        return str(record["prompt"]), int(record.get("sample", sample))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        prompt, sample = record["prompt"], record.get("sample", sample)
+        if not isinstance(prompt, str) or type(sample) is not int:
+            raise TypeError(prompt, sample)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{beside} does not say which prompt {path.name} shows") from error
+    return prompt, sample
 
 
 # --- what becomes of it --------------------------------------------------------------------------
@@ -300,7 +332,7 @@ def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks:
         "summary": summary,
         "videos": list(results),
     }
-    write_json(args.json, content, tag=f".{ranks.rank}")
+    write_json(args.json, content)
     for kind in kinds:
         print(table(kind, summary[kind]))
     if args.plot is not None:
@@ -311,18 +343,13 @@ def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks:
     print(args.json)
     if args.vbench is not None:
         content["vbench"] = run_vbench(args.vbench, results, args.device)
-        write_json(args.json, content, tag=f".{ranks.rank}")
+        write_json(args.json, content)
 
 
 def export(source: Path, target: Path) -> None:
     """Copy a video under VBench's name."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".part")
+    with written(target) as part:
         shutil.copyfile(source, part)
-        part.replace(target)
-    except OSError as error:
-        raise UserError(f"Cannot write {target}: {error.strerror}.") from error
 
 
 def check_exports(names: Mapping[str, str], folder: Path | None, *, judged: bool) -> None:

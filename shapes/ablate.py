@@ -514,6 +514,7 @@ def plan_measurement(
         "keep_videos": folder / "videos" / variant.key,
     }
     given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    given.append("--overwrite")
     suffix = f"_{seconds:g}s" if long else ""
     return Measurement(
         variant,
