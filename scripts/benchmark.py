@@ -242,7 +242,7 @@ class BlockBar(tqdm):
     """Blocks on stderr; and passes, of which one takes minutes where the network is large."""
 
     def __init__(self, watch: Stopwatch, blocks: int) -> None:
-        super().__init__(total=blocks, desc="blocks", mininterval=1.0)
+        super().__init__(total=blocks, desc="blocks", miniters=0, mininterval=1.0)
         self._passes = 0
         watch.on_start = self.show_pass
 
