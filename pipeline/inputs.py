@@ -114,7 +114,7 @@ def image_of(value: Any) -> Tensor | str | Path:
     if isinstance(value, str | Path):
         return value
     pixels = _pixels(value, "image")
-    if pixels.ndim == 4 and len(pixels) == 1:
+    if isinstance(pixels, Tensor) and pixels.ndim == 4 and len(pixels) == 1:
         pixels = pixels[0]
     return _checked(pixels, 3, "image")
 

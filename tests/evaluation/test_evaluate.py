@@ -431,6 +431,7 @@ def test_one_shape_and_two_are_told_apart():
 
 
 def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
+    (tmp_path / "file").touch()
     wide = model(tiny_world)[:-2]
     short = ["--prompts", 1, "--seconds", 0.5, "--json", tmp_path / "out.json"]
     broken = tmp_path / "broken"
@@ -456,7 +457,10 @@ def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
         ([*model(tiny_world), "--seeds", 0], "at least 1"),
         ([*model(tiny_world), "--seconds", "nan"], "--seconds nan"),
         ([*model(tiny_world), "--seconds", 0.001], "shorter than one frame"),
-        ([*model(tiny_world), "--json", tmp_path / "no" / "out.json"], "does not exist"),
+        (
+            [*model(tiny_world), "--json", tmp_path / "file" / "out.json"],
+            "is a file where a folder",
+        ),
         ([*model(tiny_world), "--data_path", "none.txt"], "none.txt does not exist"),
         ([*wide, *short], "give prompts with --data_path"),
     ]:
