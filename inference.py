@@ -9,17 +9,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from pipeline.batch import BatchRun, Job, Outputs, plan_jobs
 from utils.cli import check_picture, parse_command, run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.families import FAMILIES, family, fetched_checkpoint
 from utils.packages import offered, offers
+
+if TYPE_CHECKING:
+    from pipeline.batch import BatchRun, Job
 
 DEFAULT_FOLDER = "videos"
 DEMO_PACKAGE = "shapes"  # its `open_demo` is what runs without flags
@@ -49,7 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--use_ema", action="store_true", help="use its generator_ema weights")
     source = parser.add_argument_group("what to generate")
-    source.add_argument("--data_path", help="prompt file, one per line; with --i2v a folder")
+    source.add_argument(
+        "--data_path", help="prompts: lines of text, JSON, CSV …; with --i2v a folder"
+    )
     source.add_argument(
         "--extended_prompt_path", help="longer prompts, line by line, for the model"
     )
@@ -151,6 +153,10 @@ def main(argv: Sequence[str]) -> int:
         fill_in_demo(args, demo)
     check_picture("--contact_sheet", args.contact_sheet)
     config = read_config(args, ranks)
+    import torch
+
+    from pipeline.batch import BatchRun, Outputs, plan_jobs
+
     if demo:
         demo.require_model(config, args.checkpoint_path)
     jobs = plan_jobs(
@@ -184,10 +190,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def show(run: BatchRun, jobs: Sequence[Job], args: argparse.Namespace, demo: Any) -> None:
+def show(run: "BatchRun", jobs: "Sequence[Job]", args: argparse.Namespace, demo: Any) -> None:
     """Draw the contact sheet, close the demo; of several ranks the last to end does it."""
+    last = run.ranks.ends_last()
     videos = run.made(jobs)
-    if args.contact_sheet is None or len(videos) < len(jobs):
+    if not last or args.contact_sheet is None or len(videos) < len(jobs):
         return
     sheet = Path(args.contact_sheet)
     run.write_contact_sheet(list(videos), sheet)

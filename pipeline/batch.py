@@ -1,4 +1,9 @@
-"""Batch inference: prompts to files, resumable, spread over ranks."""
+"""Batch runs: videos of many prompts, resumable, spread over ranks, watched block by block.
+
+Beside a video stands a record, a JSON that says what made it. It is written when the video was
+closed and decoded to its last frame, and the video takes its name after it: a killed run leaves
+neither a video without its record nor one under a record of another.
+"""
 
 import hashlib
 import json
@@ -6,11 +11,13 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from tqdm import tqdm
@@ -19,12 +26,19 @@ from pipeline.prefix import whole_blocks
 from pipeline.progress import Progress
 from pipeline.setup import Setup
 from pipeline.stream import PrefixFrames
-from pipeline.text_to_video import VideoPipeline, load_generator
+from pipeline.text_to_video import VideoPipeline
 from utils.config import VIDEO_KEYS, Config, find_file, fingerprint, save_config, to_dict
 from utils.devices import computed_dtype, device_name
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.prompts import output_names, read_extended_prompts, read_image_prompts, read_prompts
+from utils.files import locked, remove_leftovers, written
+from utils.prompts import (
+    check_text,
+    output_names,
+    read_extended_prompts,
+    read_image_prompts,
+    read_prompts,
+)
 from utils.video import (
     VideoWriter,
     check_image,
@@ -43,28 +57,65 @@ DEFAULT_LATENT_FRAMES = 21
 SHEET_COLUMNS = 11  # of ten seconds: the first frame and one after each second
 SHEET_GAP = 4
 MIB = 2**20
+PROMPTS_AT_ONCE = 64
+"""So many are encoded before their videos are made: the first one need not wait for thousands."""
+SHOWN_SETTINGS = ("seed", "sample", "latent_frames", "video_frames", "prefix_frames", "network")
+SETTINGS_IN_WORDS = {
+    "config_hash": "config",
+    "sizes_hash": "size of the model",
+    "latent_frames": "number of latent frames",
+    "video_frames": "number of frames",
+    "vae_hash": "VAE",
+    "text": "prompt",
+}
+
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make. `prompt` is what the model reads, `name` the published file name."""
+    """One video to make: with the noise of `seed` and `sample`, under its published `name`.
+
+    `prompt` is what the model reads. `number`: which of its prompt's videos it is.
+    """
 
     prompt: str
+    seed: int
     sample: int
+    number: int
     name: str
     image: Path | None = None
     video: Path | None = None
 
 
+class Watcher(Protocol):
+    """Sees a video while it is made. Its time does not count as that of the making."""
+
+    def add(self, frames: Tensor) -> None:
+        """The next frames, uint8 `[n, H, W, 3]`."""
+        ...
+
+    def finish(self, record: Record) -> None:
+        """The video is complete, and checked where it is kept."""
+        ...
+
+
 @dataclass(frozen=True)
 class Outputs:
-    """Where videos go and how long they are; 21 latent frames unless said otherwise."""
+    """Where videos go (None: nowhere), and how long they are; 21 latent frames by default.
 
-    folder: Path
+    `flag` is that of the folder on the command line, `keep_config` whether the config is kept there
+    too.
+    """
+
+    folder: Path | None
     num_latent_frames: int | None = None
     duration: float | None = None
     prefix_frames: PrefixFrames = "reconstructed"
     overwrite: bool = False
+    flag: str = "--output_folder"
+    keep_config: bool = True
 
     def length(self, shape: VideoShape, fps: int) -> tuple[int, int]:
         """(latent frames to generate, video frames to keep)."""
@@ -108,11 +159,13 @@ def plan_jobs(
         images = [find_file(image, "image") if image else None] * len(titles)
     if any(not title.strip() for title in titles):
         raise UserError("a prompt is empty; write what the video should show")
+    for title in titles:
+        check_text(title)
     texts = read_extended_prompts(extended_prompt_path, titles) if extended_prompt_path else titles
     names = output_names(titles, config.num_samples, with_index=with_index, ema=ema)
     clip = find_file(video, "video") if video else None
     return [
-        Job(text, sample, name, picture, clip)
+        Job(text, config.seed, sample, sample, name, picture, clip)
         for text, picture, row in zip(texts, images, names, strict=True)
         for sample, name in enumerate(row)
     ]
@@ -124,7 +177,7 @@ class BatchRun:
     def __init__(
         self,
         config: Config,
-        checkpoint: str | None,
+        checkpoint: str | Path | None,
         outputs: Outputs,
         *,
         use_ema: bool,
@@ -139,51 +192,104 @@ class BatchRun:
         self.folder = self.setup.require_folder()
         self.shape = self.setup.shape
         self.latent_frames, self.video_frames = outputs.length(self.shape, config.fps)
-        self._settings = self._common_settings()
+        self._hashes: dict[Path, str] = {}
 
-    def __call__(self, jobs: Sequence[Job]) -> None:
-        """Generate what is missing; what is there with the same settings is skipped."""
-        share = self.ranks.share(jobs)
-        missing = [job for job in share if self.outputs.overwrite or not self._is_done(job)]
-        if len(missing) < len(share):
-            done = len(share) - len(missing)
-            logger.info("there already, --overwrite redoes: %d of %d videos", done, len(share))
-        if not missing:
-            return
-        self._check_prefixes(missing)
-        self.folder.require(self.folder.vae)
-        if not self.config.text_embeddings:
-            self.folder.require(self.folder.text_encoder, self.folder.tokenizer)
-        folder = self.outputs.folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the output folder {folder}: {error.strerror}") from error
-        pipe = load_generator(self.setup, self.checkpoint, use_ema=self.use_ema)
-        prompts = list(dict.fromkeys(job.prompt for job in missing))
-        shown = self.ranks.is_main and len(prompts) > 1
-        texts = pipe.encode_once(tqdm(prompts, "encoding prompts", disable=not shown))
-        pipe.load_vae()
-        for index, job in enumerate(missing):
-            title = f"{index + 1}/{len(missing)} {job.name}"
-            self._make(pipe, job, texts[job.prompt], title)
-            if index == 0 and self.ranks.is_main:
-                save_config(self.config, folder / "config.yaml")
+    def __call__(
+        self,
+        jobs: Sequence[Job],
+        *,
+        wanted: Callable[[Job], bool] | None = None,
+        watch: Callable[[Job], Sequence[Watcher]] = lambda job: (),
+    ) -> None:
+        """Make this rank's share of those jobs that are `wanted`, each under its own watchers.
 
-    def made(self, jobs: Sequence[Job]) -> dict[Path, dict[str, Any]]:
+        By default what is not there with the same settings is wanted, and with `overwrite` all.
+
+        Raises:
+            UserError: before anything is made, also where a video stands under a job's name that
+                was made otherwise, or nobody knows how, unless `overwrite` is set; or where another
+                run is writing to the folder.
+        """
+        with self._alone():
+            self._check_names(jobs)
+            share = self.ranks.share(jobs)
+            if wanted is None:
+                missing = [job for job in share if self.outputs.overwrite or not self.is_done(job)]
+                if len(missing) < len(share):
+                    done = len(share) - len(missing)
+                    logger.info("there already, --overwrite redoes: %d of %d", done, len(share))
+            else:
+                missing = [job for job in share if wanted(job)]
+            if missing:
+                self._make_all(missing, watch)
+
+    @cached_property
+    def model_settings(self) -> dict[str, str]:
+        """What all videos of this model depend on."""
+        return model_settings(self.config, self.folder, self.checkpoint, use_ema=self.use_ema)
+
+    def is_done(self, job: Job) -> bool:
+        """Whether the video of a job is there, with these settings; so without a folder, too."""
+        return self.outputs.folder is None or (
+            self._path(job).is_file() and self._differs(job) is None
+        )
+
+    def made(self, jobs: Sequence[Job]) -> dict[Path, Record]:
         """Path and record of those videos that are there, complete and with these settings.
 
         A record is what the JSON beside the video says: "prompt", "frames", "timings" and so on.
         """
-        records = {self.outputs.folder / job.name: self._record(job) for job in jobs}
-        return {path: record for path, record in records.items() if record is not None}
+        done = [self._path(job) for job in jobs if self.is_done(job)]
+        return {path: record for path in done if (record := read_record(path)) is not None}
 
     def write_contact_sheet(self, videos: Sequence[Path], path: Path) -> None:
         """Draw `videos` into the PNG `path`: a row for each, its frames at equal distances."""
         rows = [thumbnails(spread_frames(video, SHEET_COLUMNS)) for video in videos]
-        own = path.with_stem(f"{path.stem}.{self.ranks.rank}")  # ranks may end at the same time
-        write_png(own, contact_sheet(rows, SHEET_COLUMNS, SHEET_GAP))
-        own.replace(path)
+        write_png(path, contact_sheet(rows, SHEET_COLUMNS, SHEET_GAP))
+
+    # --- before anything is made ----------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other run writes to the folder meanwhile, and what killed ones left there is gone."""
+        folder = self.outputs.folder
+        if folder is None:
+            yield
+            return
+        otherwise = f"give another {self.outputs.flag}"
+        with locked(folder, otherwise, is_main=self.ranks.is_main):
+            if self.ranks.world == 1:  # else a rank may be writing already
+                remove_leftovers(folder)
+            yield
+
+    def _check_names(self, jobs: Sequence[Job]) -> None:
+        """UserError if a video that is not the job's would be replaced without being told to."""
+        if self.outputs.folder is None or self.outputs.overwrite:
+            return
+        others = {}
+        for job in jobs:
+            path = self._path(job)
+            if path.exists() and (difference := self._differs(job)) is not None:
+                others[path] = difference
+        if others:
+            path, difference = next(iter(others.items()))
+            more = f" (and {len(others) - 1} others)" if len(others) > 1 else ""
+            raise UserError(
+                f"{path} is there already{more}, {difference}: give another {self.outputs.flag}, "
+                "or --overwrite to replace it"
+            )
+
+    def _differs(self, job: Job) -> str | None:
+        """In what a video that is there differs from that of the job; None if it is that."""
+        path = self._path(job)
+        if not path.is_file():
+            return "and no file"
+        record = read_record(path)
+        if record is None:
+            return "without a readable record of how it was made"
+        if record.get("bytes", size := path.stat().st_size) != size:
+            return "but was changed after it was made"
+        return describe_difference(record["settings"], self._settings_of(job))
 
     def _check_prefixes(self, jobs: Sequence[Job]) -> None:
         """Images and videos to continue have to be readable and leave something to generate."""
@@ -205,32 +311,78 @@ class BatchRun:
                     f"{latent_frames} (--num_output_frames)"
                 )
 
-    def _make(self, pipe: VideoPipeline, job: Job, text: Tensor, title: str) -> None:
-        path = self.outputs.folder / job.name
-        self._record_path(job).unlink(missing_ok=True)  # it never tells of another video
+    # --- making ---------------------------------------------------------------------------------
+
+    def _make_all(self, jobs: Sequence[Job], watch: Callable[[Job], Sequence[Watcher]]) -> None:
+        """Load, then encode the prompts of a group of videos and make these, group by group."""
+        self._check_prefixes(jobs)
+        self.files.require(self.files.vae)
+        if not self.config.text_embeddings:
+            self.files.require(self.files.text_encoder, self.files.tokenizer)
+        pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
+        index = 0
+        for group in groups_of_prompts(jobs, PROMPTS_AT_ONCE):
+            texts = self._encode(pipe, group)
+            pipe.load_vae()  # not in the time of the first video
+            for job in group:
+                index += 1
+                self._make(pipe, job, texts[job.prompt], f"{index}/{len(jobs)} {job.name}", watch)
+                if index == 1 and self.ranks.is_main and self.outputs.keep_config:
+                    save_config(self.config, self._folder / "config.yaml")
+
+    def _encode(self, pipe: VideoPipeline, jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """The text embeddings of some jobs; the text encoder is freed again."""
+        prompts = list(dict.fromkeys(job.prompt for job in jobs))
+        shown = self.ranks.is_main and len(prompts) > 1
+        with tqdm(prompts, "encoding prompts", disable=not shown, leave=False) as bar:
+            return pipe.encode_once(bar)
+
+    def _make(
+        self,
+        pipe: VideoPipeline,
+        job: Job,
+        text: Tensor,
+        title: str,
+        watch: Callable[[Job], Sequence[Watcher]],
+    ) -> None:
+        """One video under its watchers, written and described if it is kept."""
         start = time.perf_counter()
         prefix = pipe.encode_prefix(image=job.image, video=job.video)
         given = 0 if prefix is None else prefix.latents.shape[1]
         latent_frames, video_frames = self._length_with(given)
-        progress = Progress(
-            title, video_frames, self.config.fps, start=start, shown=self.ranks.is_main
-        )
-        with (
-            progress,
-            pipe.open_stream(
-                text.to(pipe.device),
-                num_latent_frames=latent_frames,
-                samples=[job.sample],
-                prefix=prefix,
-                prefix_frames=self.outputs.prefix_frames,
-            ) as stream,
-            VideoWriter(path, self.config.fps) as writer,
-        ):
-            for frames in stream:
-                kept = frames[: video_frames - progress.frames]
-                progress.add(len(kept))
-                writer.write(kept)
-        self._describe(job, progress.frames, progress.timings())
+        watchers = watch(job)
+        with ExitStack() as stack:
+            part = None
+            if self.outputs.folder is not None:
+                part = stack.enter_context(written(self._path(job)))
+            with (
+                Progress(
+                    title, video_frames, self.config.fps, start=start, shown=self.ranks.is_main
+                ) as progress,
+                pipe.open_stream(
+                    text.to(pipe.device),
+                    seed=job.seed,
+                    num_latent_frames=latent_frames,
+                    samples=[job.sample],
+                    prefix=prefix,
+                    prefix_frames=self.outputs.prefix_frames,
+                ) as stream,
+                VideoWriter(part, self.config.fps) if part else nullcontext() as writer,
+            ):
+                for frames in stream:
+                    kept = frames[: video_frames - progress.frames]
+                    if writer is not None:
+                        writer.write(kept)
+                    progress.add(len(kept))
+                    with progress.paused():
+                        for watcher in watchers:
+                            watcher.add(kept)
+            record = self._describe(job, progress.frames, progress.timings())
+            if part is not None:
+                check_video(part, progress.frames, self._path(job))
+                self._write_record(job, record | {"bytes": part.stat().st_size})
+        for watcher in watchers:
+            watcher.finish(record)
 
     def _length_with(self, prefix_frames: int) -> tuple[int, int]:
         """(latent frames to generate, video frames to write); a duration is that of the file."""
@@ -241,11 +393,20 @@ class BatchRun:
             return self.latent_frames, self.video_frames - hidden
         return self.shape.latent_frames(hidden + self.video_frames), self.video_frames
 
-    def _describe(self, job: Job, frames: int, timings: dict[str, float]) -> None:
-        """Write the video's JSON: what made it, with what, how fast."""
-        record = {
+    def _write_record(self, job: Job, record: Record) -> None:
+        """Put the record in its place, where no video stands until the new one takes its name."""
+        path = self._path(job)
+        with written(path.with_suffix(".json")) as part:
+            text = json.dumps(record, indent=1, ensure_ascii=False)
+            part.write_text(text, encoding="utf-8")
+            path.unlink(missing_ok=True)  # a record never tells of another video
+
+    def _describe(self, job: Job, frames: int, timings: dict[str, float]) -> Record:
+        """What made the video, with what, how fast."""
+        return {
             "prompt": job.prompt,
-            "sample": job.sample,
+            "sample": job.number,
+            "seed": job.seed,
             "frames": frames,
             "settings": self._settings_of(job),
             "timings": {key: round(value, 4) for key, value in timings.items()},
@@ -255,42 +416,83 @@ class BatchRun:
                 **{name: version(name) for name in ("torch", "diffusers", "transformers")},
             },
         }
-        path = self._record_path(job)
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        partial.rename(path)
 
-    def _is_done(self, job: Job) -> bool:
-        return self._record(job) is not None
-
-    def _record(self, job: Job) -> dict[str, Any] | None:
-        """What the JSON beside a video says; None unless both are there, with these settings."""
-        path = self._record_path(job)
-        if not (self.outputs.folder / job.name).is_file() or not path.is_file():
-            return None
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            return record if record["settings"] == self._settings_of(job) else None
-        except (ValueError, KeyError):
-            return None
-
-    def _record_path(self, job: Job) -> Path:
-        return (self.outputs.folder / job.name).with_suffix(".json")
-
-    def _common_settings(self) -> dict[str, Any]:
+    def _settings_of(self, job: Job) -> dict[str, Any]:
+        """What the video of a job depends on."""
+        given = {"image": job.image, "video": job.video}
+        prefix = {kind: self._hash(path) for kind, path in given.items() if path is not None}
         return {
-            "seed": self.config.seed,
+            "seed": job.seed,
             "latent_frames": self.latent_frames,
             "video_frames": self.video_frames,
             "prefix_frames": self.outputs.prefix_frames,
-            **model_settings(self.config, self.folder, self.checkpoint, use_ema=self.use_ema),
+            **self.model_settings,
+            **prefix,
+            "text": hashlib.sha256(job.prompt.encode()).hexdigest()[:16],
+            "sample": job.sample,
         }
 
-    def _settings_of(self, job: Job) -> dict[str, Any]:
-        given = {"image": job.image, "video": job.video}
-        prefix = {kind: file_hash(path) for kind, path in given.items() if path is not None}
-        text = hashlib.sha256(job.prompt.encode()).hexdigest()[:16]
-        return {**self._settings, **prefix, "text": text, "sample": job.sample}
+    def _hash(self, path: Path) -> str:
+        if path not in self._hashes:
+            self._hashes[path] = file_hash(path)
+        return self._hashes[path]
+
+    @property
+    def _folder(self) -> Path:
+        assert self.outputs.folder is not None
+        return self.outputs.folder
+
+    def _path(self, job: Job) -> Path:
+        return self._folder / job.name
+
+
+def groups_of_prompts(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """The jobs in order, in groups of at most `size` different prompts."""
+    group: list[Job] = []
+    prompts: set[str] = set()
+    for job in jobs:
+        if job.prompt not in prompts and len(prompts) == size:
+            yield group
+            group, prompts = [], set()
+        group.append(job)
+        prompts.add(job.prompt)
+    if group:
+        yield group
+
+
+def check_video(part: Path, frames: int, path: Path) -> None:
+    """Decode a file to its end; UserError, naming `path`, unless it has so many frames."""
+    found = probe_video(part).frames
+    if found != frames:
+        raise UserError(
+            f"{path} was written with {frames} frames but {found} can be read; look for a full or "
+            "damaged disk, and repeat the command"
+        )
+
+
+def read_record(video: Path) -> Record | None:
+    """The record beside a video; None if there is none, or it is not of this form."""
+    try:
+        record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    forms = {"prompt": str, "frames": int, "settings": dict, "timings": dict, "device": str}
+    return record if all(isinstance(record.get(k), form) for k, form in forms.items()) else None
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """In what settings differ, in words; None if they are the same."""
+    names = [name for name in dict.fromkeys((*new, *old)) if old.get(name) != new.get(name)]
+    if not names:
+        return None
+    words = []
+    for name in names:
+        thing = SETTINGS_IN_WORDS.get(name, name.removesuffix("_hash").replace("_", " "))
+        told = name in SHOWN_SETTINGS
+        words.append(f"{thing} ({old.get(name)}, now {new.get(name)})" if told else thing)
+    return f"made with another {', '.join(words)}"
 
 
 def network_files(folder: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +19,7 @@ class Progress:
     """Times one video and shows, on stderr, how much of it is there and how fast it comes.
 
     Use as a context manager around the making. Speeds are end to end: all the time since `start`,
-    with the VAE and the writing of the file.
+    with the VAE and the writing of the file, but for what is `paused`.
     """
 
     def __init__(self, title: str, frames: int, fps: float, *, start: float, shown: bool) -> None:
@@ -26,6 +28,7 @@ class Progress:
         self.fps = fps
         self._start = start
         self._first_frame_s: float | None = None
+        self._end: float | None = None
         self._bar = tqdm(
             total=frames / fps,
             desc=title[:TITLE_LENGTH].rstrip(),
@@ -44,6 +47,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end = self._elapsed()
         self._bar.close()
 
     def add(self, frames: int) -> None:
@@ -55,9 +59,16 @@ class Progress:
         self._bar.set_postfix_str(speed(self.frames / elapsed, self.fps), refresh=False)
         self._bar.update(frames / self.fps)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count, around what looks at the video."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
+
     def timings(self) -> dict[str, float]:
-        """Seconds to the first frame and until now, and the frames per second until now."""
-        elapsed = self._elapsed()
+        """Seconds to the first frame and until the end, and the frames per second until then."""
+        elapsed = self._elapsed() if self._end is None else self._end
         first = {} if self._first_frame_s is None else {"first_frame_s": self._first_frame_s}
         return {**first, "total_s": elapsed, "fps": self.frames / elapsed}
 

@@ -84,6 +84,7 @@ class Stream:
         self.next_index = 0
 
     def __enter__(self) -> "Stream":
+        self._open()
         return self
 
     def __exit__(
@@ -144,6 +145,8 @@ class Stream:
 
         This stream must have been opened with the same seed and sizes; raises ValueError if not.
         """
+        if not isinstance(state, Mapping) or not state.keys() >= {"seed", "latents", "decoder"}:
+            raise ValueError("this is no state of a stream: give what state_dict returned")
         if state["seed"] != self.seed:
             raise ValueError(f"this state has seed {state['seed']}, the stream {self.seed}")
         self._open().load_state_dict(state["latents"])
@@ -164,7 +167,7 @@ class Stream:
 
     def _open(self) -> LatentStream:
         if self._latents is None:
-            raise RuntimeError("this stream is closed")
+            raise RuntimeError("this stream is closed: open another one")
         return self._latents
 
 

@@ -4,10 +4,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline import inputs
 from pipeline.memory import memory_report
 from pipeline.prefix import Frames, Prefix, encode_prefix, image_clip, video_clip
 from pipeline.sampling import BlockNoise
@@ -36,7 +38,7 @@ Noise = NoiseSource | tuple[Tensor, Tensor]
 def load_pipeline(
     config: str | Path | Config,
     checkpoint: str | Path | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     overrides: Sequence[str] = (),
     *,
     use_ema: bool = False,
@@ -47,6 +49,12 @@ def load_pipeline(
     Without one the model folder's own weights are used. Text encoder and VAE are loaded when they
     are first needed. Raises UserError for anything wrong with the input.
     """
+    if not isinstance(config, Config | str | Path):
+        raise UserError("config must be the path of an experiment file, or a Config")
+    if isinstance(overrides, str):
+        raise UserError(f"overrides must be a list: write ['{overrides}']")
+    if isinstance(device, torch.device):
+        device = str(device)
     if not isinstance(config, Config):
         config = load_config(config, overrides)
     elif overrides:
@@ -156,6 +164,9 @@ class VideoPipeline:
         n is the number of video frames of `num_latent_frames` latent frames. Each video equals the
         one its prompt would give alone.
         """
+        num_latent_frames = inputs.whole_number(num_latent_frames, "num_latent_frames", least=1)
+        seed = inputs.seed_of(seed, self.config.seed)
+        prompts = inputs.texts(prompts)
         prefix = self.encode_prefix(image=image, video=video)
         text = self.encode_prompts(prompts)
         out: Tensor | None = None
@@ -219,6 +230,8 @@ class VideoPipeline:
         (a path, or uint8 frames) the video continues it; `prefix_frames="none"` leaves those
         frames out of what is handed out. `num_latent_frames` counts them.
         """
+        self._check(seed, num_latent_frames, [sample], 1)
+        inputs.check_prefix(image, video, prefix_frames)
         return self.open_stream(
             self.encode_prompts([prompt]),
             seed=seed,
@@ -239,7 +252,8 @@ class VideoPipeline:
         prefix_frames: PrefixFrames = "reconstructed",
     ) -> Stream:
         """A stream of a batch, from text embeddings `[B, L, text_dim]`; see `stream`."""
-        seed = self.setup.seed if seed is None else seed
+        inputs.check_prefix(None, None, prefix_frames)
+        seed = inputs.seed_of(seed, self.setup.seed)
         skipped = 0
         if prefix is not None and prefix_frames == "none":
             skipped = len(prefix.blocks(self.layout))
@@ -256,9 +270,7 @@ class VideoPipeline:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings `[B, L, text_dim]`, zeros behind each prompt's tokens, L <= text_len."""
-        if isinstance(prompts, str):
-            raise UserError(f"prompts must be a list of texts: write ['{prompts[:20]}…']")
-        return self._text(prompts)
+        return self._text(inputs.texts(prompts))
 
     def encode_once(self, prompts: Iterable[str]) -> dict[str, Tensor]:
         """Text embeddings `[1, L, text_dim]` by prompt, on the CPU; the text encoder is then freed.
@@ -278,13 +290,14 @@ class VideoPipeline:
     def encode_prefix(
         self, *, image: Frames | None = None, video: Frames | None = None
     ) -> Prefix | None:
-        """Latents of an image or a video to continue: a path, or uint8 `[n, H, W, 3]`."""
-        if image is not None and video is not None:
-            raise UserError("give an image or a video to continue, not both")
+        """Latents of an image or a video to continue: a path, PIL, or uint8 `[(n,) H, W, 3]`."""
+        inputs.check_prefix(image, video)
         if image is not None:
+            image = inputs.image_of(image)
             return encode_prefix(image_clip(image, self.layout, self.shape), self.vae)
         if video is not None:
-            clip = video_clip(video, self.layout, self.shape, self.config.fps)
+            video = inputs.video_of(video)
+            clip = video_clip(video, self.layout, self.shape, self.setup.fps)
             return encode_prefix(clip, self.vae)
         return None
 
@@ -302,15 +315,23 @@ class VideoPipeline:
         prefix: Prefix | None = None,
         negative_embeddings: Tensor | None = None,
     ) -> LatentStream:
+        text_embeddings = self._checked_text(text_embeddings)
         setup, batch = self.setup, len(text_embeddings)
-        if num_latent_frames is not None and num_latent_frames < 1:
-            raise UserError(f"num_latent_frames={num_latent_frames} must be at least 1")
+        seed, num_latent_frames, samples = self._check(seed, num_latent_frames, samples, batch)
+        if prefix is not None and not isinstance(prefix, Prefix):
+            raise UserError("prefix must be what encode_prefix gave")
         blocks = prefix.blocks(self.layout) if prefix is not None else []
         blocks = [block.expand(batch, -1, -1, -1, -1) for block in blocks]
         schedule = setup.schedule(self._num_blocks(num_latent_frames, blocks), len(blocks))
         guidance = setup.guidance_scale
         if guidance is not None:
-            negative = self._negative(batch) if negative_embeddings is None else negative_embeddings
+            negative = (
+                self._negative(batch)
+                if negative_embeddings is None
+                else self._checked_text(negative_embeddings, "negative_embeddings")
+            )
+            if len(negative) != batch:
+                raise UserError(f"negative_embeddings must be {batch} rows, not {len(negative)}")
             text_embeddings = pad_batch([*text_embeddings, *negative.to(text_embeddings)])
         self._say_what_is_dropped(num_latent_frames)
         rollout = setup.rollout(
@@ -322,6 +343,19 @@ class VideoPipeline:
             prefix=blocks,
         )
         return LatentStream(rollout, prefix=blocks, num_latent_frames=num_latent_frames)
+
+    def _check(
+        self, seed: int | None, num_latent_frames: int | None, samples: Any, batch: int
+    ) -> tuple[int, int | None, list[int]]:
+        """Seed, length and samples as plain numbers; UserError where they are none."""
+        if num_latent_frames is not None:
+            num_latent_frames = inputs.whole_number(num_latent_frames, "num_latent_frames", least=1)
+        numbers = inputs.sample_numbers(samples, batch)
+        return inputs.seed_of(seed, self.config.seed), num_latent_frames, numbers
+
+    def _checked_text(self, value: Any, name: str = "text_embeddings") -> Tensor:
+        sizes = self.dit.config
+        return inputs.embeddings(value, sizes.text_dim, sizes.text_len, name)
 
     def _num_blocks(self, num_latent_frames: int | None, prefix: Sequence[Tensor]) -> int | None:
         if num_latent_frames is None:
@@ -342,7 +376,9 @@ class VideoPipeline:
         batch: int,
     ) -> BlockNoise:
         if isinstance(noise, tuple | list):
-            initial, renoise = noise
+            initial, renoise = inputs.recorded_noise(
+                noise, batch=batch, latent=self.shape.latent, levels=self.config.num_levels
+            )
             count = self.layout.blocks_for(initial.shape[1])
             starts = [self.layout.start(block) for block in range(count + 1)]
             if initial.shape[1] != starts[-1]:

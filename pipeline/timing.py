@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pipeline.passes import Pass, Plan
 from pipeline.setup import Setup
@@ -49,9 +50,11 @@ class Stopwatch:
         self._device = device
         self._open: tuple[str, Any] | None = None
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self.on_start: Callable[[], object] = lambda: None
 
     def start(self, name: str) -> None:
         """A part begins; parts do not overlap."""
+        self.on_start()
         self._open = name, self._now()
 
     def stop(self) -> None:
@@ -200,21 +203,40 @@ class Measured:
     peak_memory: int
 
 
+class BlockBar(tqdm):
+    """Blocks on stderr; and passes, of which one takes minutes where the network is large."""
+
+    def __init__(self, watch: Stopwatch, blocks: int) -> None:
+        super().__init__(total=blocks, desc="blocks", miniters=0, mininterval=1.0)
+        self._passes = 0
+        watch.on_start = self.show_pass
+
+    def show_pass(self) -> None:
+        """A pass begins."""
+        self._passes += 1
+        self.set_postfix_str(f"pass {self._passes}", refresh=False)
+        self.update(0)
+
+
 def run(pipe: VideoPipeline, watch: Stopwatch, *, skipped: int, blocks: int) -> Measured:
     """Stream `skipped` blocks, then `blocks` measured ones; then start a second stream."""
     dit = pipe.dit.config
     text = torch.randn(1, dit.text_len, dit.text_dim, generator=torch.Generator().manual_seed(0))
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pipe.device)
-    stream, cold = open_and_show(pipe, text)
-    for _ in range(skipped - 1):
-        next(stream)
-    watch.reset()
     intervals, frames = [], 0
-    for _ in range(blocks):
-        begin = time.perf_counter()
-        frames += len(next(stream))
-        intervals.append(time.perf_counter() - begin)
+    with BlockBar(watch, skipped + blocks) as bar:
+        stream, cold = open_and_show(pipe, text)
+        bar.update()
+        for _ in range(skipped - 1):
+            next(stream)
+            bar.update()
+        watch.reset()
+        for _ in range(blocks):
+            begin = time.perf_counter()
+            frames += len(next(stream))
+            intervals.append(time.perf_counter() - begin)
+            bar.update()
     parts = {name: watch.seconds(name) for name in ("window", "clean", "decode")}
     stream.close()
     memory = peak_memory(pipe.device)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import (
-    check_outputs,
     check_picture,
     parse_command,
     require_matplotlib,
@@ -29,11 +28,13 @@ from utils.cli import (
     set_up_logging,
 )
 from utils.errors import UserError
-from utils.files import written
+from utils.files import check_file, written
 
 if TYPE_CHECKING:
     from pipeline.attention_maps import AttentionMap
 
+
+PICTURE = Path("outputs") / "attention_maps.png"
 PRINTED_ROWS = 40  # up to here the numbers are written into their cells
 
 
@@ -48,7 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", default="all", help="layers, as 0,5, or all (default)")
     parser.add_argument("--levels", default="all", help="levels, as 0,4, or all (default)")
     parser.add_argument("--seed", type=int, help="of the video (default: the config's)")
-    parser.add_argument("--out", type=Path, default=Path("attention_maps.png"), help="the picture")
+    parser.add_argument(
+        "--out", type=Path, default=PICTURE, help="the picture (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="write the share of every frame to this file")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
@@ -60,7 +63,9 @@ def main(argv: Sequence[str]) -> int:
     args = parse_command(build_parser(), argv)
     set_up_logging()
     require_matplotlib()
-    check_outputs(args.out, args.json)
+    for path in (args.out, args.json):
+        if path is not None:
+            check_file(path)
     check_picture("--out", args.out)
     if not args.prompt.strip():
         raise UserError("the prompt is empty; write what the video should show")

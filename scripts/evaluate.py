@@ -9,8 +9,9 @@ Videos of the prompts in `--data_path` are streamed and measured block by block:
 where `--meter` names a package that knows it of these prompts, else against their own beginning
 (`evaluation/statistics.py`); docs/shapes.md has the formulas. By default the package is that of the
 config's `data_path`, if it is one such as shapes:train, and its held-out prompts are those without
-`--data_path`. Results are kept one by one beside the JSON file, so the same command goes on where
-it was stopped. Under torchrun the ranks share the videos, also several ranks on one GPU:
+`--data_path`. Results are kept one by one beside the JSON file (below `outputs/evaluation` if none
+is given), so the same command goes on where it was stopped. Under torchrun the ranks share the
+videos, also several ranks on one GPU:
 
     torchrun --nproc_per_node 8 scripts/evaluate.py ...
 """
@@ -23,6 +24,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,27 +33,22 @@ from tqdm import tqdm
 
 from evaluation.curves import draw_curves
 from evaluation.meters import Judge, Meter, Result, meter_settings, meters_by_kind
-from evaluation.results import ResultLog, summarise, summary_text, write_json
+from evaluation.results import ResultLog, summarise, summary_text
 from evaluation.trials import Evaluation, plan_trials, vbench_name
-from pipeline.batch import file_hash
+from pipeline.batch import Outputs, file_hash
 from pipeline.setup import Setup
-from utils.cli import (
-    check_outputs,
-    check_picture,
-    parse_command,
-    require_matplotlib,
-    run_main,
-    set_up_logging,
-)
+from utils.cli import check_picture, parse_command, require_matplotlib, run_main, set_up_logging
 from utils.config import Config, fingerprint, load_config
 from utils.devices import choose_device
 from utils.distributed import Ranks
 from utils.errors import UserError
+from utils.files import check_file, is_temporary, locked, write_json, written
 from utils.packages import offered, offers, split_name
-from utils.prompts import read_prompts
+from utils.prompts import read_prompts, safe_stem
 from utils.video import frame_rate, read_video_chunks
 
 HELD_OUT_PROMPTS, SECONDS = 16, 60.0
+OUTPUTS = Path("outputs") / "evaluation"
 GENERATING_FLAGS = (
     *("data_path", "checkpoint_path", "prompts", "seeds", "seconds", "use_ema", "keep_videos"),
 )
@@ -82,10 +79,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, help="videos per prompt (default: 1)")
     parser.add_argument("--seconds", type=float, help=f"length (default: {SECONDS:g})")
-    parser.add_argument("--json", type=Path, default=Path("evaluation.json"), help="the figures")
+    parser.add_argument(
+        "--json", type=Path, help=f"the figures (default: a file of its own in {OUTPUTS})"
+    )
     parser.add_argument("--plot", type=Path, help="draw the per-second curves into this PNG")
     parser.add_argument("--vbench", type=Path, help="put the videos there, named as for VBench")
     parser.add_argument("--keep_videos", type=Path, help="keep the videos there, unjudged")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace videos there that were made otherwise"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     return parser
@@ -97,21 +99,27 @@ def main(argv: Sequence[str]) -> int:
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     check_flags(args)
-    run = videos_run(args) if args.videos is not None else generated_run(args, ranks)
-    log = ResultLog(args.json, fingerprint(run.identity), ranks.rank)
-    left = run.left(log.read())
-    missing = [key for key in ranks.share(run.keys) if key in left]
-    if missing:
-        run.prepare(missing)
-    for key in tqdm(missing, "videos", disable=not ranks.is_main):
-        log.append(key, run.measure(key))
-    kept = log.read()
-    still = run.left(kept)
-    if still:
-        print(f"{len(still)} of {len(run.keys)} videos are still being made by other ranks")
-    elif log.wrote_last() if left else ranks.is_main:  # the last to end, or nothing was to do
-        finish(args, run, [kept[key] for key in run.keys], ranks)
+    run = videos_run(args, ranks) if args.videos is not None else generated_run(args, ranks)
+    args.json = args.json or default_json(args, run)
+    with locked(args.json, "give another --json", is_file=True, is_main=ranks.is_main):
+        log = ResultLog(args.json, fingerprint(run.identity), ranks.rank)
+        left = run.left(log.read())
+        if left:
+            run.measure(left, log.append)
+        kept = log.read()
+        still = run.left(kept)
+        if still:
+            print(f"{len(still)} of {len(run.keys)} videos are still being made by other ranks")
+        elif log.wrote_last() if left else ranks.is_main:  # the last to end, or nothing was to do
+            finish(args, run, [kept[key] for key in run.keys], ranks)
     return 0
+
+
+def default_json(args: argparse.Namespace, run: "Run") -> Path:
+    """Where the figures go if nobody says: a file for each thing that is measured."""
+    what = args.videos or Path(args.checkpoint_path or args.config_path)
+    name = safe_stem(what.absolute().stem or "videos")
+    return OUTPUTS / f"{name}-{fingerprint({**run.identity, **run.settings})[:8]}.json"
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -130,7 +138,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--prompts and --seeds must be at least 1")
     if args.seconds is not None and not (math.isfinite(args.seconds) and args.seconds > 0):
         raise UserError(f"--seconds {args.seconds:g} must be a length above 0")
-    check_outputs(args.json, args.plot)
+    for path in (args.json, args.plot):
+        if path is not None:
+            check_file(path)
     check_picture("--plot", args.plot)
     if args.plot is not None:
         require_matplotlib()
@@ -139,27 +149,34 @@ def check_flags(args: argparse.Namespace) -> None:
 # --- what is measured ----------------------------------------------------------------------------
 
 
-class Run:
-    """Videos to measure, each by a key; `identity` is what their results depend on."""
+Keep = Callable[[str, Result], None]
 
-    def __init__(
-        self,
-        keys: Sequence[str],
-        measure: Callable[[str], Result],
-        *,
-        truth: Meter | None,
-        identity: dict[str, Any],
-        settings: dict[str, Any],
-        prepare: Callable[[Sequence[str]], None] = lambda missing: None,
-        is_there: Callable[[str], bool] = lambda key: True,
-    ) -> None:
-        """`settings` describe the run in the JSON file, beside `identity` and the meter that is
-        part of it; `prepare` loads what `measure` needs.
-        """
-        self.keys, self.measure, self.truth = list(keys), measure, truth
-        self.identity = {**identity, **meter_settings(truth)}
-        self.settings = {**self.identity, **settings}
-        self.prepare, self.is_there = prepare, is_there
+
+@dataclass(frozen=True)
+class Run:
+    """Videos to measure, each by a key.
+
+    `measure` makes and measures this rank's share of the keys that it gets, and keeps the results.
+    `truth`: the meter of those whose truth is known. `own_identity` is what the results depend on
+    beside the meter; `own_settings` describe the run in the JSON file beside that.
+    """
+
+    keys: Sequence[str]
+    measure: Callable[[Sequence[str], Keep], None]
+    is_there: Callable[[str], bool]
+    truth: Meter | None
+    own_identity: Mapping[str, Any]
+    own_settings: Mapping[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that the results depend on."""
+        return {**self.own_identity, **meter_settings(self.truth)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The run in the JSON file."""
+        return {**self.identity, **self.own_settings}
 
     def left(self, kept: Mapping[str, Result]) -> list[str]:
         """Keys of what has still to be made or measured."""
@@ -192,12 +209,14 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     else:
         prompts = read_prompts(args.data_path)[: args.prompts]
     seconds = SECONDS if args.seconds is None else args.seconds
+    folder, flag = (args.vbench, "--vbench") if args.vbench else (args.keep_videos, "--keep_videos")
     evaluation = Evaluation(
         config,
         args.checkpoint_path,
         use_ema=bool(args.use_ema),
         seconds=seconds,
-        export=args.vbench or args.keep_videos,
+        export=None if folder is None else Outputs(folder, overwrite=args.overwrite, flag=flag),
+        ranks=ranks,
         truth=truth,
     )
     if args.data_path is None and truth is not None:
@@ -209,14 +228,23 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
             )
     trials = {t.key: t for t in plan_trials(prompts, args.seeds or 1, config.seed)}
     names = {key: vbench_name(t.prompt, t.index) for key, t in trials.items()}
-    check_exports(names, evaluation.export, judged=args.vbench is not None)
+    check_exports(names, folder, judged=args.vbench is not None)
+
+    def measure(left: Sequence[str], keep: Keep) -> None:
+        wanted = set(left)
+        evaluation(
+            list(trials.values()),
+            lambda trial, result: keep(trial.key, result),
+            wanted=lambda trial: trial.key in wanted,
+        )
 
     return Run(
         list(trials),
-        lambda key: evaluation(trials[key]),
+        measure,
+        is_there=lambda key: evaluation.is_there(trials[key]),
         truth=truth,
-        identity=evaluation.settings,
-        settings={
+        own_identity=evaluation.settings,
+        own_settings={
             "config": args.config_path,
             "overrides": args.overrides,
             "checkpoint": args.checkpoint_path,
@@ -224,17 +252,15 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
             "seconds": seconds,
             "seeds": sorted({trial.seed for trial in trials.values()}),
         },
-        prepare=lambda missing: evaluation.load([trials[key] for key in missing]),
-        is_there=lambda key: evaluation.is_there(trials[key]),
     )
 
 
-def videos_run(args: argparse.Namespace) -> Run:
+def videos_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """Files of a folder; with a config its blocks are used for the flicker."""
     if not args.videos.is_dir():
         raise UserError(f"--videos {args.videos} is not a folder")
     found = sorted(args.videos.glob("*.mp4"))
-    files = {video_key(f): f for f in found if not f.name.endswith(".part.mp4")}
+    files = {video_key(f): f for f in found if not is_temporary(f)}
     if not files:
         raise UserError(f"--videos {args.videos} holds no .mp4 file")
     exported = {key: vbench_name(*prompt_of(file)) for key, file in files.items()}
@@ -246,11 +272,14 @@ def videos_run(args: argparse.Namespace) -> Run:
     if config is not None:
         first, block = map(Setup.of(config).block_video_frames, (0, 1))
 
-    def measure(key: str) -> Result:
-        result = measure_file(files[key], first, block, truth)
-        if args.vbench is not None:
-            export(files[key], args.vbench / exported[key])
-        return result
+    def measure(left: Sequence[str], keep: Keep) -> None:
+        missing = [key for key in ranks.share(list(files)) if key in set(left)]
+        with tqdm(missing, "videos", disable=not ranks.is_main) as bar:
+            for key in bar:
+                result = measure_file(files[key], first, block, truth)
+                if args.vbench is not None:
+                    export(files[key], args.vbench / exported[key])
+                keep(key, result)
 
     def is_there(key: str) -> bool:
         if args.vbench is None:
@@ -261,10 +290,10 @@ def videos_run(args: argparse.Namespace) -> Run:
     return Run(
         list(files),
         measure,
-        truth=truth,
-        identity={"frames_in_first_block": first, "frames_per_block": block},
-        settings={"videos": str(args.videos)},
         is_there=is_there,
+        truth=truth,
+        own_identity={"frames_in_first_block": first, "frames_per_block": block},
+        own_settings={"videos": str(args.videos)},
     )
 
 
@@ -304,9 +333,12 @@ def prompt_of(path: Path) -> tuple[str, int]:
         return prompt, sample
     try:
         record = json.loads(beside.read_text(encoding="utf-8"))
-        return str(record["prompt"]), int(record.get("sample", sample))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        prompt, sample = record["prompt"], record.get("sample", sample)
+        if not isinstance(prompt, str) or type(sample) is not int:
+            raise TypeError(prompt, sample)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{beside} does not say which prompt {path.name} shows") from error
+    return prompt, sample
 
 
 # --- what becomes of it --------------------------------------------------------------------------
@@ -330,7 +362,7 @@ def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks:
         "summary": summary,
         "videos": list(results),
     }
-    write_json(args.json, content, tag=f".{ranks.rank}")
+    write_json(args.json, content)
     for kind in kinds:
         print(summary_text(summary[kind], meters[kind]))
     if args.plot is not None:
@@ -342,18 +374,13 @@ def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks:
     print(args.json)
     if args.vbench is not None:
         content["vbench"] = run_vbench(args.vbench, results, args.device)
-        write_json(args.json, content, tag=f".{ranks.rank}")
+        write_json(args.json, content)
 
 
 def export(source: Path, target: Path) -> None:
     """Copy a video under VBench's name."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".part")
+    with written(target) as part:
         shutil.copyfile(source, part)
-        part.replace(target)
-    except OSError as error:
-        raise UserError(f"Cannot write {target}: {error.strerror}.") from error
 
 
 def check_exports(names: Mapping[str, str], folder: Path | None, *, judged: bool) -> None:

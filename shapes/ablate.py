@@ -509,6 +509,7 @@ def plan_measurement(
         "meter": TRUTH.name,
     }
     given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    given.append("--overwrite")
     suffix = f"_{seconds:g}s" if long else ""
     return Measurement(
         variant,

@@ -1,21 +1,28 @@
 """The command line, on a synthetic model folder in the official layout."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import inference
 from inference import main
+from pipeline import VideoPipeline, batch
 from tests.conftest import TinyWorld
 from utils.cli import run_main
-from utils.video import probe_video, read_video, write_png
+from utils.distributed import Ranks
+from utils.errors import UserError
+from utils.files import locked
+from utils.video import VideoWriter, probe_video, read_video, write_png
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,9 +86,131 @@ def test_killed_batch_goes_on_and_keeps_what_is_done(tiny_world: TinyWorld, tmp_
     assert run_main(main, [*flags, "300", "--output_folder", str(tmp_path)]) == 0
     assert first.stat().st_mtime_ns == done
     assert probe_video(second).frames == 1 + 4 * 299
+    assert not list(tmp_path.glob("*.part*")), "what the killed run left is gone"
 
-    assert run_main(main, [*flags, "5", "--output_folder", str(tmp_path)]) == 0
-    assert probe_video(first).frames == 17, "other settings make the video anew"
+
+def make(world: TinyWorld, folder: Path, *flags: str) -> int:
+    """One frame of the prompt `a`."""
+    given = ["--prompt", "a", "--num_output_frames", "1", "--output_folder", str(folder)]
+    return run_main(main, [*model_flags(world), *given, *flags])
+
+
+def without_its_record(record: Path) -> None:
+    record.unlink()
+
+
+def cut_record(record: Path) -> None:
+    record.write_bytes(record.read_bytes()[:-40])
+
+
+def other_record(record: Path) -> None:
+    record.write_text("[null]")
+
+
+def other_video(record: Path) -> None:
+    with record.with_suffix(".mp4").open("ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "words"),
+    [
+        (None, ["--seed", "7"], "made with another seed (0, now 7)"),
+        (None, ["context_noise=9"], "made with another config"),
+        (without_its_record, [], "without a readable record"),
+        (cut_record, [], "without a readable record"),
+        (other_record, [], "without a readable record"),
+        (other_video, [], "changed after it was made"),
+    ],
+)
+def test_videos_made_otherwise_are_not_replaced_unasked(
+    tiny_world: TinyWorld,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], None] | None,
+    flags: list[str],
+    words: str,
+) -> None:
+    """They were, in silence; and a record that holds a list ended in a traceback."""
+    video = tmp_path / "a-0.mp4"
+    assert make(tiny_world, tmp_path) == 0
+    if change is not None:
+        change(video.with_suffix(".json"))
+    before = video.stat().st_mtime_ns
+    more = ["--prompt", "b"]
+    assert make(tiny_world, tmp_path, *flags, *more) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{video} is there already" in said
+    assert words in said
+    assert "--overwrite" in said
+    assert video.stat().st_mtime_ns == before
+    assert not (tmp_path / "b-0.mp4").exists(), "before anything is made"
+    assert make(tiny_world, tmp_path, *flags, *more, "--overwrite") == 0
+    assert make(tiny_world, tmp_path, *flags, *more) == 0
+
+
+def test_a_second_run_into_the_folder_is_refused(
+    tiny_world: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first video ended corrupt, and its record said done."""
+    with locked(tmp_path, "wait"):
+        assert make(tiny_world, tmp_path) == 2
+    assert "another run is writing" in capsys.readouterr().err
+
+
+def test_a_record_tells_only_of_a_file_that_can_be_read_to_its_end(
+    tiny_world: TinyWorld,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = VideoWriter.write
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: write(self, frames[1:]))
+    assert make(tiny_world, tmp_path, "--num_output_frames", "3") == 2
+    assert "was written with 9 frames but 8 can be read" in capsys.readouterr().err
+    assert list(tmp_path.glob("*")) == []
+
+
+def test_the_first_video_does_not_wait_for_all_prompts(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand prompts were all encoded, and kept, before the first video."""
+    events: list[str] = []
+    once, write = VideoPipeline.encode_once, batch.BatchRun._write_record
+    monkeypatch.setattr(batch, "PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr(
+        VideoPipeline, "encode_once", lambda self, p: events.append("encode") or once(self, p)
+    )
+    monkeypatch.setattr(
+        batch.BatchRun,
+        "_write_record",
+        lambda self, job, record: events.append(job.prompt) or write(self, job, record),
+    )
+    flags = [word for prompt in ("b", "c") for word in ("--prompt", prompt)]
+    assert make(tiny_world, tmp_path, *flags, "--num_samples", "2") == 0
+    assert events == ["encode", "a", "a", "b", "b", "encode", "c", "c"]
+
+
+def test_what_a_console_cannot_show_does_not_end_in_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = io.BytesIO()
+    console = io.TextIOWrapper(shown, encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", console)
+    assert run_main(lambda argv: min(0, sys.stdout.write("café \udcff\n")), []) == 0
+    assert shown.getvalue() == b"caf? ?\n"
+
+
+def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was printed at the end of the line of progress."""
+
+    def fails(argv: object) -> int:
+        for _ in tqdm(range(3)):
+            raise UserError("no")
+        return 0
+
+    assert run_main(fails, []) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no"
 
 
 @pytest.mark.slow
@@ -171,6 +300,7 @@ BAD_INPUT = {
         "fills 3 latent frames",
     ),
     "missing_image": (["--prompt", "x", "--image", "nowhere.png"], "nowhere.png"),
+    "half_a_character": (["--prompt", "half \udcff"], "holds half a character"),
     "image_and_video": (["--prompt", "x", "--image", "a", "--video", "b"], "not both"),
     "missing_model": (["--prompt", "x", "generator_name=Nothing"], "download.py"),
     "no_ema": (["--prompt", "x", "--checkpoint_path", "{tmp}/plain.pt", "--use_ema"], "ema"),
@@ -215,3 +345,13 @@ def test_without_flags_it_says_what_is_missing(
     monkeypatch.setattr(inference, "DEMO_PACKAGE", "nowhere")
     assert run_main(main, []) == 2
     assert "this copy has no demo: say with --config_path" in capsys.readouterr().err
+
+
+def test_of_the_ranks_of_one_run_exactly_one_ends_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that ended together each printed the closing text."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(
+        torch.distributed, "rendezvous", lambda url, rank, world: iter([(store, rank, world)])
+    )
+    assert [Ranks(rank, 3, rank).ends_last() for rank in (2, 0, 1)] == [False, False, True]

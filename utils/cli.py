@@ -1,6 +1,7 @@
 """What all entry points share: one sentence and exit code 2 for a person's mistake."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -13,13 +14,22 @@ BAD_INPUT = 2
 
 
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Run `main(argv)`; turn UserError into one sentence on stderr and exit code 2."""
+    """Run `main(argv)`; turn UserError into one sentence on stderr and exit code 2.
+
+    `main` imports what is heavy itself, so that an interruption meanwhile is met here, too. What a
+    console cannot show (an accent where it is not UTF-8) becomes a question mark.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
+        close_progress_bars()
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return BAD_INPUT
     except KeyboardInterrupt:
+        close_progress_bars()
         sys.stderr.write("interrupted\n")
         return 130
 
@@ -41,6 +51,29 @@ def parse_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpa
         flags = [word for word in unknown if word.startswith("-")]
         parser.error(f"unrecognized arguments: {' '.join(flags or unknown)}")
     return args
+
+
+def close_progress_bars() -> None:
+    """End the lines of progress that an error left open, so that its text has one of its own."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(tqdm._instances):
+            bar.close()
+
+
+class LinesAboveBars(logging.StreamHandler):
+    """Messages on stderr, each on a line of its own above the line of progress, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        if "tqdm" not in sys.modules:
+            super().emit(record)
+            return
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 def check_outputs(*paths: Path | None) -> None:
@@ -76,8 +109,7 @@ def require_matplotlib() -> None:
 
 def set_up_logging(*, quiet: bool = False) -> None:
     """Messages of the library go to stderr, one plain line each; only warnings if `quiet`."""
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr
-    )
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", handlers=[LinesAboveBars(sys.stderr)])
     for chatty in ("httpx", "urllib3", "diffusers", "transformers", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

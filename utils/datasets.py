@@ -34,7 +34,7 @@ from utils.errors import UserError
 from utils.files import is_temporary
 from utils.noise import philox
 from utils.packages import offered, split_name
-from utils.prompts import read_extended_prompts, read_prompts
+from utils.prompts import read_caption, read_extended_prompts, read_prompts
 from utils.tensor_files import write_tensors
 from utils.video import VIDEO_SUFFIXES, probe_video, read_video
 
@@ -293,7 +293,7 @@ def _read_caption(video: Path) -> str:
     caption = video.with_suffix(".txt")
     if not caption.is_file():
         raise UserError(f"{video} has no caption: write it into {caption}.")
-    return " ".join(read_prompts(caption))
+    return read_caption(caption)
 
 
 # --- shards -------------------------------------------------------------------------------------

@@ -53,3 +53,18 @@ class Ranks:
         if name in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return name
+
+    def ends_last(self) -> bool:
+        """Whether all other ranks have called this: true for exactly one of those of torchrun.
+
+        Without torchrun nobody can be asked: then it is true for every rank.
+        """
+        if self.world == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+            return True
+        from torch.distributed import rendezvous
+
+        store, _, _ = next(rendezvous("env://", self.rank, self.world))
+        return bool(store.add("ended", 1) == self.world)
+
+
+ALONE = Ranks(rank=0, world=1, local_rank=0)

@@ -7,9 +7,12 @@ names here; transformers' names are translated at the border (`official_umt5_key
 """
 
 import html
+import logging
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +23,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from utils.errors import UserError
 from wan.weights import Shapes, assign_weights, read_weights, save_weights
+
+logger = logging.getLogger(__name__)
 
 
 def clean_prompt(text: str) -> str:
@@ -75,6 +80,14 @@ class WanTokenizer:
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
         return TokenBatch(ids, mask)
+
+    def cut(self, text: str, length: int = 512) -> tuple[int, str] | None:
+        """How many tokens of a text are dropped, and the text from there on; None if none."""
+        tokens = len(self.split(text))
+        if tokens < length:
+            return None
+        kept = bisect_right(range(len(text)), length - 1, key=lambda n: len(self.split(text[:n])))
+        return tokens - (length - 1), text[max(kept - 1, 0) :]
 
 
 Splitter = tuple[Callable[[str], list[int]], int | None, int | None]
@@ -200,10 +213,16 @@ class WanTextEncoder:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Clean, tokenize and encode prompts to [B, text_len, dim], zero after each last token.
 
+        What does not fit into `text_len` tokens is dropped, which is said once for each prompt.
+
         Raises:
             UserError: an embedding has NaN or Inf; the first such prompt is named.
         """
-        tokens = self.tokenizer([clean_prompt(p) for p in prompts], self.text_len)
+        cleaned = [clean_prompt(prompt) for prompt in prompts]
+        for prompt in cleaned:
+            if (cut := self.tokenizer.cut(prompt, self.text_len)) is not None:
+                _say_cut(prompt, self.text_len, *cut)
+        tokens = self.tokenizer(cleaned, self.text_len)
         embeddings = self.encode_ids(tokens.ids, tokens.mask)
         finite = embeddings.isfinite().all(dim=2).all(dim=1)  # [B]
         for prompt, right in zip(prompts, finite.tolist(), strict=True):
@@ -233,6 +252,18 @@ class WanTextEncoder:
     def close(self) -> None:
         """Let go of the weights, so that their memory can be used for something else."""
         self._model = None
+
+
+@lru_cache(maxsize=4096)  # said once
+def _say_cut(prompt: str, text_len: int, dropped: int, rest: str) -> None:
+    logger.warning(
+        "the prompt '%s…' is longer than the %d tokens that the model reads: the last %d are "
+        "dropped, from '%s' on",
+        prompt[:40],
+        text_len,
+        dropped,
+        rest.strip()[:40],
+    )
 
 
 # --- key names and sizes -----------------------------------------------------------------------

@@ -10,12 +10,12 @@ import pytest
 import torch
 from endless import held_out_prompts, open_meter
 
-import evaluation.trials
+import pipeline.batch
 import scripts.evaluate
 from evaluation.meters import FRAMES, Judge
 from evaluation.results import ResultLog, mean_and_spread, numbers, summarise
 from evaluation.trials import Evaluation, plan_trials
-from pipeline import load_pipeline
+from pipeline import VideoPipeline, load_pipeline
 from scripts.evaluate import main
 from utils.cli import run_main
 from utils.config import load_config
@@ -165,7 +165,7 @@ def test_ranks_share_the_videos_and_the_last_one_sums_up(tiny_world, tmp_path, m
 
 
 def test_a_record_never_tells_of_another_video(tiny_world, tmp_path, monkeypatch):
-    """A run that is killed between a video and its record leaves it without one."""
+    """A run that is stopped between a video and its record leaves the older ones."""
     given = [*model(tiny_world), "--prompts", 1, "--seconds", 0.5, "--keep_videos", tmp_path / "v"]
     assert evaluate(*given, "--json", tmp_path / "a.json") == 0
     assert len(list((tmp_path / "v").glob("*.json"))) == 1
@@ -173,10 +173,12 @@ def test_a_record_never_tells_of_another_video(tiny_world, tmp_path, monkeypatch
     def dies(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation.trials, "write_json", dies)
-    assert evaluate(*given, "--use_ema", "--json", tmp_path / "b.json") == 130
-    assert len(list((tmp_path / "v").glob("*.mp4"))) == 1
-    assert not list((tmp_path / "v").glob("*.json"))
+    monkeypatch.setattr(pipeline.batch.BatchRun, "_write_record", dies)
+    before = {file: file.read_bytes() for file in (tmp_path / "v").iterdir()}
+    other = [*given, "--use_ema", "--json", tmp_path / "b.json"]
+    assert evaluate(*other) == 2, "it is not replaced unasked"
+    assert evaluate(*other, "--overwrite") == 130
+    assert {file: file.read_bytes() for file in (tmp_path / "v").iterdir()} == before
 
 
 def test_of_ranks_that_end_together_one_sums_up(tmp_path):
@@ -282,25 +284,47 @@ def test_kept_videos_are_not_judged(tiny_world, tmp_path, monkeypatch):
     video = videos / f"{prompt}-0.mp4"
     assert set(videos.iterdir()) == {video, video.with_suffix(".json")}
     assert "vbench" not in json.loads(out.read_text())
-    # a video of another model under the same name is made again, a finished one is not
+    # a video of another model under the same name is made again if told, a finished one is not
     first = video.stat().st_mtime_ns
     assert evaluate(*given, "--keep_videos", videos) == 0
     assert video.stat().st_mtime_ns == first
     changed = [*model(tiny_world), "context_noise=100", *given[len(model(tiny_world)) :]]
-    assert evaluate(*changed, "--keep_videos", videos) == 0
+    assert evaluate(*changed, "--keep_videos", videos, "--overwrite") == 0
     other = video.stat().st_mtime_ns
-    assert evaluate(*given, "--keep_videos", videos) == 0
+    assert evaluate(*given, "--keep_videos", videos, "--overwrite") == 0
     assert video.stat().st_mtime_ns > other > first
 
 
 def test_the_first_stream_does_not_pay_for_loading(tiny_world, tmp_path, monkeypatch):
-    loaded = []
-    real = WanVAE.from_official
-    monkeypatch.setattr(WanVAE, "from_official", lambda *a, **k: loaded.append(1) or real(*a, **k))
+    events = []
+    real, opened = WanVAE.from_official, VideoPipeline.open_stream
+    monkeypatch.setattr(
+        WanVAE, "from_official", lambda *a, **k: events.append("load") or real(*a, **k)
+    )
+    monkeypatch.setattr(
+        VideoPipeline, "open_stream", lambda *a, **k: events.append("open") or opened(*a, **k)
+    )
     config = load_config(tiny_world.config, [*SQUARE, "device=cpu"])
-    evaluation = Evaluation(config, tiny_world.checkpoint, use_ema=False, seconds=1)
-    evaluation.load(plan_trials(held_out_prompts(1), 1, 0))
-    assert loaded
+    evaluation = Evaluation(config, tiny_world.checkpoint, use_ema=False, seconds=0.5)
+    evaluation(plan_trials(held_out_prompts(1), 1, 0), lambda trial, result: None)
+    assert events == ["load", "open"]
+
+
+def test_without_a_place_for_figures_nothing_lands_here(clips, tmp_path, monkeypatch, capsys):
+    """evaluation.json did; now what keeps a run resumable lies below outputs/."""
+    monkeypatch.chdir(tmp_path)
+    assert evaluate("--videos", clips) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
+    out = next((tmp_path / "outputs" / "evaluation").glob("*.json"))
+    assert str(out.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("beside", [[], None, {"prompt": ["a"]}, {"prompt": "a", "sample": None}])
+def test_a_record_of_another_form_is_refused(tmp_path, capsys, beside):
+    write_clip(tmp_path / "a-0.mp4", 90, 5)
+    (tmp_path / "a-0.json").write_text(json.dumps(beside))
+    assert evaluate("--videos", tmp_path, "--json", tmp_path / "out.json") == 2
+    assert "does not say which prompt a-0.mp4 shows" in capsys.readouterr().err
 
 
 def test_spread_is_that_of_the_seeds_means():
@@ -324,6 +348,7 @@ def test_curves_of_unequal_length_count_while_they_last():
 
 
 def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
+    (tmp_path / "file").touch()
     wide = model(tiny_world)[: -len(SQUARE)]
     short = ["--prompts", 1, "--seconds", 0.5, "--json", tmp_path / "out.json"]
     broken = tmp_path / "broken"
@@ -349,7 +374,10 @@ def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
         ([*model(tiny_world), "--seeds", 0], "at least 1"),
         ([*model(tiny_world), "--seconds", "nan"], "--seconds nan"),
         ([*model(tiny_world), "--seconds", 0.001], "shorter than one frame"),
-        ([*model(tiny_world), "--json", tmp_path / "no" / "out.json"], "does not exist"),
+        (
+            [*model(tiny_world), "--json", tmp_path / "file" / "out.json"],
+            "is a file where a folder",
+        ),
         ([*model(tiny_world), "--data_path", "none.txt"], "none.txt does not exist"),
         ([*wide, *short], "give prompts with --data_path"),
     ]:

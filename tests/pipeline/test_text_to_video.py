@@ -2,10 +2,13 @@
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from pipeline import VideoPipeline, load_pipeline
@@ -320,3 +323,89 @@ def test_average_that_is_not_there_is_refused(tiny_world: TinyWorld) -> None:
     """It used to be ignored for bare weights, and the record said it was used."""
     with pytest.raises(UserError, match="no generator_ema"):
         load_pipeline(tiny_world.config, device="cpu", use_ema=True)
+
+
+def test_inputs_of_other_libraries_are_taken(pipe: VideoPipeline) -> None:
+    frame = moving_clip(1)[0]
+    expected = pipe.generate(["a ball"], 4, seed=3, image=frame)
+    for image in (frame.numpy(), Image.fromarray(frame.numpy()), frame[None]):
+        given = {"image": image, "seed": np.int64(3), "num_latent_frames": np.int64(4)}
+        assert torch.equal(pipe.generate(np.array(["a ball"]), **given), expected)
+    clip = moving_clip(9)
+    frames = [Image.fromarray(picture) for picture in clip.numpy()]
+    prefixes = [pipe.encode_prefix(video=video) for video in (clip, clip.numpy(), frames)]
+    assert all(torch.equal(prefix.latents, prefixes[0].latents) for prefix in prefixes[1:])
+    text = pipe.encode_prompts(("a ball",))
+    assert torch.equal(pipe.generate_latents(text.numpy(), 3), pipe.generate_latents(text, 3))
+
+
+TEXT = torch.zeros(1, 2, 32)
+REFUSED = {
+    "prompt_for_prompts": (lambda p: p.generate("a", 3), "must be a list of texts"),
+    "no_prompts": (lambda p: p.generate([], 3), "no prompt"),
+    "none_for_prompts": (lambda p: p.generate(None, 3), "list of texts, not None"),
+    "number_in_prompts": (lambda p: p.encode_prompts(["a", 3]), "a text, not 3"),
+    "half_a_character": (lambda p: p.encode_prompts(["\ud83d"]), "half a character"),
+    "prompts_for_prompt": (lambda p: p.stream(["a"]), "a text, not list"),
+    "no_frames": (lambda p: p.generate(["a"], 0), "num_latent_frames must be a whole number"),
+    "negative_frames": (lambda p: p.stream("a", num_latent_frames=-3), "from 1 on, not -3"),
+    "float_frames": (lambda p: p.generate_latents(TEXT, 3.0), "not 3.0"),
+    "endless_generate": (lambda p: p.generate(["a"], None), "not None"),
+    "negative_seed": (lambda p: p.stream("a", seed=-1), "seed must be a whole number"),
+    "huge_seed": (lambda p: p.stream("a", seed=2**64), "seed must be a whole number"),
+    "float_seed": (lambda p: p.generate(["a"], 3, seed=1.5), "not 1.5"),
+    "bool_seed": (lambda p: p.open_stream(TEXT, seed=True), "not True"),
+    "negative_sample": (lambda p: p.stream("a", sample=-1), "sample must be"),
+    "samples_of_another_batch": (lambda p: p.open_stream(TEXT, samples=[0, 1]), "1 whole numbers"),
+    "prefix_frames": (lambda p: p.stream("a", prefix_frames="all"), "'all'"),
+    "no_prefix_frames": (lambda p: p.open_stream(TEXT, prefix_frames=None), "not None"),
+    "tensor_for_prefix": (lambda p: p.generate_latents(TEXT, 6, prefix=TEXT), "encode_prefix"),
+    "text_without_batch": (lambda p: p.generate_latents(TEXT[0], 3), r"not \[2, 32\]"),
+    "empty_batch": (lambda p: p.generate_latents(TEXT[:0], 3), r"not \[0, 2, 32\]"),
+    "long_text": (lambda p: p.open_stream(torch.zeros(1, 25, 32)), "L up to 24"),
+    "integer_text": (lambda p: p.open_stream(TEXT.int()), "tensor of floats"),
+    "infinite_text": (lambda p: p.open_stream(TEXT + torch.inf), "no finite"),
+    "list_for_text": (lambda p: p.open_stream([[1.0]]), "not list"),
+    "noise_of_another_size": (lambda p: p.generate_latents(TEXT, 3, (TEXT, TEXT)), "initial noise"),
+    "lone_noise": (lambda p: p.generate_latents(TEXT, 3, (TEXT,)), "a pair"),
+    "two_images": (lambda p: p.encode_prefix(image=moving_clip(2)), "uint8"),
+    "grey_image": (lambda p: p.stream("a", image=np.zeros((9, 9), np.uint8)), "uint8"),
+    "float_image": (lambda p: p.encode_prefix(image=np.zeros((9, 9, 3))), "float64"),
+    "empty_image": (lambda p: p.encode_prefix(image=np.zeros((0, 9, 3), np.uint8)), "uint8"),
+    "number_for_image": (lambda p: p.encode_prefix(image=3), "not 3"),
+    "no_frames_of_video": (lambda p: p.encode_prefix(video=[]), "no frame"),
+    "frames_of_two_sizes": (
+        lambda p: p.encode_prefix(video=[*moving_clip(9), moving_clip(1, 16)[0]]),
+        "one size",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_inputs_are_refused_in_one_sentence(pipe: VideoPipeline, case: str) -> None:
+    """They ended in tracebacks of torch, or made another video than was asked for."""
+    call, words = REFUSED[case]
+    with pytest.raises(UserError, match=words):
+        call(pipe)
+
+
+def test_a_closed_stream_says_so(pipe: VideoPipeline) -> None:
+    stream = pipe.stream("a")
+    with pytest.raises(ValueError, match="no state of a stream"):
+        stream.load_state_dict({})
+    stream.close()
+    for use in (stream.next_batch, stream.state_dict, stream.__enter__, lambda: next(stream)):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
+
+
+def test_what_is_cut_off_a_long_prompt_is_said_once(
+    pipe: VideoPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = " ".join(f"ball{n}" for n in range(40))
+    for _ in range(2):
+        pipe._text._remembered.clear()
+        pipe.encode_prompts([words, "a ball"])
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "longer than the 24 tokens" in said
+    assert re.search(r"the last \d+ are dropped, from '.*ball\d+ ball\d+", said)

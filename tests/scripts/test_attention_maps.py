@@ -92,13 +92,23 @@ def test_script_draws_and_writes_the_numbers(tiny_world, tmp_path, capsys):
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_without_a_name_the_picture_goes_below_outputs(tiny_world, tmp_path, monkeypatch, capsys):
+    """attention_maps.png landed in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    given = ["--blocks", "0", "--layers", "1", "--levels", "0"]
+    assert run_main(main, arguments(tiny_world, *given)) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    assert capsys.readouterr().out.split() == ["outputs/attention_maps.png"]
+
+
 def test_bad_input_is_one_sentence(tiny_world, tmp_path, capsys):
+    (tmp_path / "file").touch()
     for more, message in [
         (["--layers", "2"], "--layers 2: they are numbered from 0 to 1"),
         (["--levels", "0,5"], "from 0 to 4"),
         (["--blocks", "all"], "--blocks all must be numbers such as 0,5"),
         (["--blocks", "-1"], "numbered from 0 on"),
-        (["--out", tmp_path / "no" / "maps.png"], "does not exist"),
+        (["--out", tmp_path / "file" / "maps.png"], "is a file where a folder"),
         (["--out", tmp_path / "maps.jpg"], "must be the name of a .png file"),
         (["--prompt", " "], "the prompt is empty"),
         (["schedule=full"], "cannot stream"),

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from scripts.benchmark import main
+from scripts.benchmark import BlockBar, Stopwatch, main
 from tests.golden_cases import load_json
 from tests.tiny_pipeline import TINY_DIT, write_config
 from utils.cli import run_main
@@ -128,3 +129,17 @@ def test_presets_are_the_published_sizes():
         assert DiTConfig.from_dict(preset) == DiTConfig.from_dict(recorded)
         weights = load_json("manifest_wan2.1_vae")["keys"]
         assert preset["vae"]["base_dim"] == weights["encoder.conv1.weight"][0][0]
+
+
+def test_blocks_and_passes_are_shown_while_it_runs(capsys):
+    """At 1.3B on a CPU it was silent for ten minutes."""
+    watch = Stopwatch(torch.device("cpu"))
+    with BlockBar(watch, 3) as bar:
+        bar.mininterval = 0
+        watch.start("window")
+        watch.stop()
+        bar.update()
+    said = capsys.readouterr().err
+    assert "0/3" in said
+    assert "1/3" in said
+    assert "pass 1" in said

@@ -174,7 +174,8 @@ def test_commands(tmp_path):
         *("--config_path", "configs/shapes/self_forcing.yaml", "--checkpoint_path", own),
         *("--prompts", "16", "--seeds", "3", "--seconds", "60"),
         *("--json", "out/60s/self_forcing.json"),
-        *("--keep_videos", "out/60s/videos/self_forcing", "--meter", "shapes", "device=cpu"),
+        *("--keep_videos", "out/60s/videos/self_forcing", "--overwrite"),
+        *("--meter", "shapes", "device=cpu"),
     )
     assert long.command[6:14] == (
         *("--prompts", "8", "--seeds", "2", "--seconds", "300"),

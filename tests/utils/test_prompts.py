@@ -37,11 +37,85 @@ def test_only_line_ends_separate_prompts(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "one prompt per line"), (b" \n\n", "one prompt per line"), (b"\xff\xfea\0", "UTF-8")],
+    [
+        (b"", "one prompt per line"),
+        (b" \n\n", "one prompt per line"),
+        (b"caf\xe9", "not UTF-8"),
+        (b"\xff\xfea", "not UTF-16"),
+        (b"a\0c\0", "zero bytes"),
+        (b"\x89PNG\r\n\x1a\n\0", "not UTF-8"),
+    ],
 )
 def test_bad_prompt_files_say_what_to_do(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read_prompts(write(tmp_path / "p.txt", content))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_how_to_read(tmp_path, encoding):
+    """Windows writes UTF-16, which was told to be no UTF-8."""
+    path = write(tmp_path / "p.txt", "a cat\r\n中文\r\n".encode(encoding))
+    assert read_prompts(path) == ["a cat", "中文"]
+
+
+TWO = ["a cat, walking", 'a "dog"']
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.json", json.dumps(TWO)),
+        ("p.JSON", json.dumps({"prompts": TWO, "author": "x"})),
+        ("p.json", json.dumps([{"prompt_en": t, "dimension": ["colour"]} for t in TWO], indent=1)),
+        ("p.txt", json.dumps([{"caption": t} for t in TWO], indent=1)),
+        ("p.jsonl", "\n\n".join(json.dumps({"text": t, "seed": 1}) for t in TWO)),
+        ("p.jsonl", "\n".join(map(json.dumps, TWO))),
+        ("p.txt", "\n".join(json.dumps({"prompt": t}) for t in TWO)),
+        ("p.csv", 'id,Prompt\n1,"a cat, walking"\n\n2,"a ""dog"""\n'),
+        ("p.csv", 'caption;id\na cat, walking;1\n"a ""dog""";2\n'),
+        ("p.csv", '\ufeff"prompt"\r\n"a cat, walking"\r\n"a ""dog"""\r\n'),
+        ("p.tsv", 'text\tid\na cat, walking\t1\na "dog"\t2\n'),
+    ],
+)
+def test_usual_forms_are_read(tmp_path, name, content):
+    """They were taken as lines of text: nineteen videos of `{`."""
+    assert read_prompts(write(tmp_path / name, content)) == TWO
+
+
+def test_lines_may_begin_with_a_bracket(tmp_path):
+    lines = ["[wide shot] a boat", "{slow} a cat"]
+    assert read_prompts(write(tmp_path / "p.txt", "\n".join(lines))) == lines
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.json", '{"boat": "a boat"}', "JSON of another form"),
+        ("p.json", '"a cat"', "JSON of another form"),
+        ("p.json", '{"prompt": "a cat"}', "JSON of another form"),
+        ("p.json", "a cat", r"not valid JSON \(line 1\)"),
+        ("p.json", "[" * 100_000, "not readable as JSON"),
+        ("p.json", "[" + "1" * 5000 + "]", "not readable as JSON"),
+        ("p.txt", '[\n "a cat",\n]', r"not valid JSON \(line 3\)"),
+        ("p.json", '["a", null]', "entry 2 has no prompt"),
+        ("p.json", '["a", " "]', "entry 2 has no prompt"),
+        ("p.json", '[{"prompt": 3}]', "entry 1 has no prompt"),
+        ("p.json", '[{"name": "a"}]', "entry 1 names no prompt"),
+        ("p.json", '[{"prompt": "a", "text": "b"}]', 'entry 1 has "prompt" and "text"'),
+        ("p.json", "[]", "holds no prompt"),
+        ("p.json", '["half \\ud83d"]', "prompt 1, 'half \\?', holds half a character"),
+        ("p.jsonl", '{"prompt": "a"}\n{', r"not valid JSON \(line 2\)"),
+        ("p.csv", "a cat\na dog\n", "the header names no prompt"),
+        ("p.csv", "prompt\na cat, walking\n", "line 2 has 2 cells for 1 columns"),
+        ("p.csv", "id,prompt\n1,a\n2\n", "line 3 has no prompt"),
+        ("p.csv", 'prompt\n"a cat\n', "no readable table"),
+        ("p.tsv", "text\tprompt\na\tb\n", 'has "text" and "prompt"'),
+        ("p.yaml", "- a cat\n", "no prompt file: give lines of text"),
+    ],
+)
+def test_other_forms_are_refused_in_a_sentence(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        read_prompts(write(tmp_path / name, content))
 
 
 def test_missing_file_and_folder_say_what_to_do(tmp_path):
@@ -135,8 +209,9 @@ def test_image_folder_errors(tmp_path):
         read_image_prompts(tmp_path)
     with pytest.raises(UserError, match="not a folder"):
         read_image_prompts(write(tmp_path / "p.txt", "a cat"))
-    write(tmp_path / "cat.png", b"image")
-    with pytest.raises(UserError, match=r"cat\.png has no prompt"):
+    for name in ("cat.png", "dog.png"):
+        write(tmp_path / name, b"image")
+    with pytest.raises(UserError, match=r"cat\.png has no prompt, nor have 1 others"):
         read_image_prompts(tmp_path)
 
 
