@@ -316,10 +316,10 @@ class BatchRun:
     def _make_all(self, jobs: Sequence[Job], watch: Callable[[Job], Sequence[Watcher]]) -> None:
         """Load, then encode the prompts of a group of videos and make these, group by group."""
         self._check_prefixes(jobs)
-        self.files.require(self.files.vae)
+        self.folder.require(self.folder.vae)
         if not self.config.text_embeddings:
-            self.files.require(self.files.text_encoder, self.files.tokenizer)
-        pipe = load_pipeline(self.config, self.checkpoint, use_ema=self.use_ema)
+            self.folder.require(self.folder.text_encoder, self.folder.tokenizer)
+        pipe = load_generator(self.setup, self.checkpoint, use_ema=self.use_ema)
         index = 0
         for group in groups_of_prompts(jobs, PROMPTS_AT_ONCE):
             texts = self._encode(pipe, group)

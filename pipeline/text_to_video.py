@@ -165,7 +165,7 @@ class VideoPipeline:
         one its prompt would give alone.
         """
         num_latent_frames = inputs.whole_number(num_latent_frames, "num_latent_frames", least=1)
-        seed = inputs.seed_of(seed, self.config.seed)
+        seed = inputs.seed_of(seed, self.setup.seed)
         prompts = inputs.texts(prompts)
         prefix = self.encode_prefix(image=image, video=video)
         text = self.encode_prompts(prompts)
@@ -351,7 +351,7 @@ class VideoPipeline:
         if num_latent_frames is not None:
             num_latent_frames = inputs.whole_number(num_latent_frames, "num_latent_frames", least=1)
         numbers = inputs.sample_numbers(samples, batch)
-        return inputs.seed_of(seed, self.config.seed), num_latent_frames, numbers
+        return inputs.seed_of(seed, self.setup.seed), num_latent_frames, numbers
 
     def _checked_text(self, value: Any, name: str = "text_embeddings") -> Tensor:
         sizes = self.dit.config
@@ -377,7 +377,7 @@ class VideoPipeline:
     ) -> BlockNoise:
         if isinstance(noise, tuple | list):
             initial, renoise = inputs.recorded_noise(
-                noise, batch=batch, latent=self.shape.latent, levels=self.config.num_levels
+                noise, batch=batch, latent=self.shape.latent, levels=self.setup.levels.num
             )
             count = self.layout.blocks_for(initial.shape[1])
             starts = [self.layout.start(block) for block in range(count + 1)]

@@ -23,7 +23,7 @@ ode_pairs: states of the teacher's ODE at the student's levels, for `trainer: od
 config's timestep shift; levels that are not on that grid are added to it, and each trajectory holds
 the states at exactly the levels, and the clean end. Guidance is `guidance_scale` g of the config in
 the form of the DMD teacher, v = v_cond + g (v_cond - v_uncond); the other usual form has g' =
-g + 1. The unconditional prompt is `negative_prompt`, and prompt i starts from the noise of (seed, i).
+g + 1. The unconditional prompt is `negative_prompt`; prompt i starts from the noise of (seed, i).
 """
 
 from __future__ import annotations
