@@ -20,7 +20,7 @@ from shapes import meter as shape_meter
 from shapes.world import parse_caption
 from utils.cli import require_matplotlib
 from utils.errors import UserError
-from utils.video import part_path
+from utils.files import told, write_figure
 
 logger = logging.getLogger(__name__)
 
@@ -218,9 +218,10 @@ class ResultLog:
         """Keep one result."""
         line = json.dumps({"settings": self._settings, "key": key, "result": result})
         own = self._own()
-        cut_off = own.exists() and own.read_bytes()[-1:] not in (b"", b"\n")
-        with own.open("a", encoding="utf-8") as file:
-            file.write(("\n" if cut_off else "") + line + "\n")
+        with told(own):
+            cut_off = own.exists() and own.read_bytes()[-1:] not in (b"", b"\n")
+            with own.open("a", encoding="utf-8") as file:
+                file.write(("\n" if cut_off else "") + line + "\n")
 
     def wrote_last(self) -> bool:
         """Whether the newest file is this rank's: true for one of several that end together."""
@@ -247,21 +248,6 @@ class ResultLog:
                     continue
                 if isinstance(line, dict) and line.keys() >= {"settings", "key", "result"}:
                     yield line
-
-
-def write_json(path: Path, value: Any, *, tag: str = "") -> None:
-    """Write plain data as `write_text` does."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False), tag=tag)
-
-
-def write_text(path: Path, text: str, *, tag: str = "") -> None:
-    """Write under a temporary name, then rename; `tag` tells writers apart."""
-    part = part_path(path.with_name(f"{path.stem}{tag}{path.suffix}"))
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 # For people
@@ -368,13 +354,10 @@ def draw_curves(
     summaries: Mapping[str, Mapping[str, Any]],
     out: Path,
     curves: Mapping[str, str] | None = None,
-    *,
-    tag: str = "",
 ) -> None:
     """Write a PNG of the per-second curves, one line for each named summary, spread as a band.
 
-    `curves`: the title of each curve to draw; those of `CURVES` by default. `tag` tells writers
-    apart.
+    `curves`: the title of each curve to draw; those of `CURVES` by default.
     """
     require_matplotlib()
     import matplotlib as mpl
@@ -402,9 +385,7 @@ def draw_curves(
             axis.set_visible(False)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-        part = part_path(out.with_name(f"{out.stem}{tag}{out.suffix}"))
-        figure.savefig(part, format="png", dpi=130)
-    part.replace(out)
+        write_figure(out, figure)
 
 
 def _draw_curve(axis: Any, label: str, curve: Mapping[str, Sequence[float | None]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evaluation.results import Judge, Result, write_json
+from evaluation.results import Judge, Result
 from pipeline.batch import Outputs, model_settings
 from pipeline.components import (
     ModelFiles,
@@ -26,6 +26,7 @@ from pipeline.schedule import BlockLayout
 from pipeline.text_to_video import VideoPipeline, load_pipeline
 from shapes.world import sample_scene
 from utils.config import Config, find_file
+from utils.files import write_json
 from utils.prompts import clip_utf8
 from utils.video import MAX_NAME_BYTES, VideoWriter
 from wan.checkpoints import load_dit_config

@@ -20,13 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.results import write_text
 from pipeline import load_pipeline
 from pipeline.attention_maps import AttentionMap, AttentionRecorder, group_names, group_table
 from utils.cli import check_outputs, check_picture, require_matplotlib, run_main, set_up_logging
 from utils.config import load_config
 from utils.errors import UserError
-from utils.video import part_path
+from utils.files import write_figure, write_text
 
 PRINTED_ROWS = 40  # up to here the numbers are written into their cells
 
@@ -116,8 +115,7 @@ def draw(maps: Sequence[AttentionMap], out: Path, prompt: str) -> None:
             own.sort(key=lambda entry: (entry.layer, entry.level))
             draw_table(pair[0], own, f"block {block}: share of attention", per_frame=False)
             draw_table(pair[1], own, f"block {block}: per frame, even = 1", per_frame=True)
-        figure.savefig(part_path(out), format="png", dpi=130)
-    part_path(out).replace(out)
+        write_figure(out, figure)
 
 
 def draw_table(axis: Any, maps: Sequence[AttentionMap], title: str, *, per_frame: bool) -> None:

@@ -35,6 +35,7 @@ from pipeline.components import choose_device, choose_dtype
 from utils.cli import run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.errors import UserError
+from utils.files import write_json
 from wan.attention import best_backend, check_backend
 from wan.checkpoints import empty_dit
 from wan.dit import DiTConfig, WanDiT
@@ -412,9 +413,7 @@ def main(argv: Sequence[str]) -> int:
     about, result = setting(pipe, args, steady), figures(pipe, steady, measured)
     print(table(about, result))
     if args.json is not None:
-        partial = args.json.with_suffix(".part")
-        partial.write_text(json.dumps({"setting": about, **result}, indent=2) + "\n")
-        partial.rename(args.json)
+        write_json(args.json, {"setting": about, **result})
     return 0
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.results import Judge, Result, ResultLog, draw_curves, summarise, table, write_json
+from evaluation.results import Judge, Result, ResultLog, draw_curves, summarise, table
 from evaluation.trials import (
     Evaluation,
     frames_per_block,
@@ -45,6 +45,7 @@ from utils.cli import check_outputs, check_picture, require_matplotlib, run_main
 from utils.config import fingerprint, load_config
 from utils.distributed import Ranks
 from utils.errors import UserError
+from utils.files import is_temporary, write_json, written
 from utils.prompts import read_prompts
 from utils.video import frame_rate, read_video_chunks
 from wan.checkpoints import load_dit_config
@@ -207,7 +208,7 @@ def videos_run(args: argparse.Namespace) -> Run:
     if not args.videos.is_dir():
         raise UserError(f"--videos {args.videos} is not a folder")
     found = sorted(args.videos.glob("*.mp4"))
-    files = {video_key(f): f for f in found if not f.name.endswith(".part.mp4")}
+    files = {video_key(f): f for f in found if not is_temporary(f)}
     if not files:
         raise UserError(f"--videos {args.videos} holds no .mp4 file")
     exported = {key: vbench_name(*prompt_of(file)) for key, file in files.items()}
@@ -300,29 +301,24 @@ def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks:
         "summary": summary,
         "videos": list(results),
     }
-    write_json(args.json, content, tag=f".{ranks.rank}")
+    write_json(args.json, content)
     for kind in kinds:
         print(table(kind, summary[kind]))
     if args.plot is not None:
         for kind in kinds:
             name = args.plot if len(kinds) == 1 else args.plot.with_stem(f"{args.plot.stem}_{kind}")
-            draw_curves(kind, {args.json.stem: summary[kind]}, name, tag=f".{ranks.rank}")
+            draw_curves(kind, {args.json.stem: summary[kind]}, name)
             print(name)
     print(args.json)
     if args.vbench is not None:
         content["vbench"] = run_vbench(args.vbench, results, args.device)
-        write_json(args.json, content, tag=f".{ranks.rank}")
+        write_json(args.json, content)
 
 
 def export(source: Path, target: Path) -> None:
     """Copy a video under VBench's name."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".part")
+    with written(target) as part:
         shutil.copyfile(source, part)
-        part.replace(target)
-    except OSError as error:
-        raise UserError(f"Cannot write {target}: {error.strerror}.") from error
 
 
 def check_exports(names: Mapping[str, str], folder: Path | None, *, judged: bool) -> None:

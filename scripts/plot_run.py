@@ -24,7 +24,7 @@ from trainer.health import Rules
 from trainer.metrics import flatten, read_metrics
 from utils.cli import require_matplotlib, run_main
 from utils.errors import UserError
-from utils.video import part_path
+from utils.files import write_figure
 
 COLOURS = ("#3366cc", "#e0662c", "#2a9d6f", "#a0448f", "#c9a227", "#5b5f66", "#8c564b", "#17a2b8")
 STYLES = ("-", "--", ":", "-.")
@@ -129,9 +129,7 @@ def draw(runs: list[Run], out: Path, smooth: int = 1) -> None:
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         title_or_legend(figure, runs)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part_path(out), format="png", dpi=130)
-    part_path(out).replace(out)
+        write_figure(out, figure)
 
 
 def title_or_legend(figure: Any, runs: list[Run]) -> None:

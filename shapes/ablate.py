@@ -39,7 +39,6 @@ from evaluation.results import (
     extra_measures,
     mean_and_spread,
     numbers,
-    write_text,
 )
 from evaluation.statistics import mean as mean_of_known
 from evaluation.trials import Evaluation, held_out_captions, plan_trials, vbench_name
@@ -50,6 +49,7 @@ from trainer.trainer import recipe
 from utils.cli import require_matplotlib, run_main
 from utils.config import ROOT, Config, find_file, fingerprint, load_config
 from utils.errors import UserError
+from utils.files import write_text
 from utils.launch import (
     default_processes,
     final_export,

@@ -30,11 +30,10 @@ from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.results import write_json
 from pipeline.batch import UNRELATED_KEYS, file_hash, network_files
 from pipeline.components import TEXT_ENCODER_FILE, VAE_FILE, ModelFiles
 from trainer.trainer import recipe
-from utils.cli import make_folder, run_main
+from utils.cli import run_main
 from utils.config import (
     ROOT,
     TRAINING_KEYS,
@@ -45,6 +44,7 @@ from utils.config import (
     to_dict,
 )
 from utils.errors import UserError
+from utils.files import make_folder, write_json, written
 from utils.launch import (
     default_processes,
     final_export,
@@ -54,7 +54,7 @@ from utils.launch import (
     training_command,
 )
 from wan.checkpoints import publish_model, publish_student, read_state_dict
-from wan.weights import read_weights, replaced, save_weights
+from wan.weights import read_weights, save_weights
 
 MODEL = "Shapes"
 ACCURACIES = ("background", "colour", "kind", "direction")
@@ -279,7 +279,7 @@ def start_models(chain: Chain) -> str:
 
 def install_text_encoder(chain: Chain, exported: Path) -> None:
     """The text encoder, as it was exported."""
-    with replaced(chain.own_models / MODEL / TEXT_ENCODER_FILE) as part:
+    with written(chain.own_models / MODEL / TEXT_ENCODER_FILE) as part:
         shutil.copyfile(exported / TEXT_ENCODER_FILE, part)
 
 

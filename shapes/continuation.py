@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from evaluation.results import write_json
 from pipeline import load_pipeline
 from pipeline.batch import model_settings
 from shapes.meter import observe
@@ -32,6 +31,7 @@ from shapes.world import COLOURS, FPS, Scene, render, sample_scene
 from utils.cli import check_outputs, run_main, set_up_logging
 from utils.config import find_file, load_config
 from utils.errors import UserError
+from utils.files import write_json
 
 SECONDS = (0.25, 0.5, 1.0, 2.0, 3.0)
 

@@ -1,6 +1,5 @@
 """Weights of a run in the published forms, for inference and for others."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -15,13 +14,12 @@ from trainer.networks import Player
 from trainer.sharding import World, full_tensor
 from utils.config import Config
 from utils.datasets import Dataset
-from utils.tensor_files import write_tensors
+from utils.files import write_tensors, write_torch, written_folder
 from utils.video import to_float
 from wan.text_encoder import official_umt5_weights
 from wan.vae import WanVAE, encode_moments
 from wan.weights import save_weights
 
-PARTIAL = ".partial"
 STATISTICS_CLIPS = 64
 
 
@@ -37,15 +35,14 @@ def export_generator(folder: Path, config: Config, player: Player, *, is_main: b
     }
     if not is_main:
         return
-    partial = _fresh(folder.with_suffix(PARTIAL))
     published = {
         network: {f"model.{name}": value for name, value in state.items()}
         for network, state in networks.items()
     }
-    torch.save(published, partial / "model.pt")
-    for network, state in networks.items():
-        write_tensors(partial / f"{network}.safetensors", state)
-    _give_name(partial, folder)
+    with written_folder(folder) as partial:
+        write_torch(partial / "model.pt", published)
+        for network, state in networks.items():
+            write_tensors(partial / f"{network}.safetensors", state)
 
 
 def export_vae(folder: Path, player: Player, data: Dataset, world: World) -> None:
@@ -57,9 +54,8 @@ def export_vae(folder: Path, player: Player, data: Dataset, world: World) -> Non
     model = cast(Autoencoder, player.module).model
     vae = WanVAE.like(model, {k.removeprefix("model."): v for k, v in state.items()})
     vae.fold_statistics(*latent_moments(vae, data))
-    partial = _fresh(folder.with_suffix(PARTIAL))
-    vae.save_official(partial / "Wan2.1_VAE.pth")
-    _give_name(partial, folder)
+    with written_folder(folder) as partial:
+        vae.save_official(partial / "Wan2.1_VAE.pth")
 
 
 def export_text_encoder(folder: Path, player: Player, *, is_main: bool) -> None:
@@ -72,9 +68,8 @@ def export_text_encoder(folder: Path, player: Player, *, is_main: bool) -> None:
         for key, value in state.items()
         if key.startswith("encoder.")
     }
-    partial = _fresh(folder.with_suffix(PARTIAL))
-    save_weights(official_umt5_weights(encoder), partial / "models_t5_umt5-xxl-enc-bf16.pth")
-    _give_name(partial, folder)
+    with written_folder(folder) as partial:
+        save_weights(official_umt5_weights(encoder), partial / "models_t5_umt5-xxl-enc-bf16.pth")
 
 
 @torch.no_grad()
@@ -112,14 +107,3 @@ def _merged(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     if config.lora is None:
         return state
     return merge_lora(state, config.lora.rank, config.lora.alpha)
-
-
-def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _give_name(partial: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError
+from utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -302,7 +303,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration, without its secret, as YAML; it can be loaded again."""
-    OmegaConf.save(OmegaConf.structured(replace(config, wandb_key=None)), path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(replace(config, wandb_key=None))))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

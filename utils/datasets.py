@@ -31,9 +31,9 @@ from shapes.world import ShapesDataset, Split, sample_scene
 from utils.config import ROOT
 from utils.draws import Purpose
 from utils.errors import UserError
+from utils.files import write_tensors
 from utils.noise import philox
 from utils.prompts import read_extended_prompts, read_prompts
-from utils.tensor_files import write_tensors
 from utils.video import fit_frames, probe_video, read_video
 
 Item = dict[str, Any]
@@ -292,7 +292,7 @@ def write_shard(
     timesteps: Sequence[float] | None = None,
     fingerprint: str = "",
 ) -> None:
-    """Write N items under a temporary name, renamed when the file is whole.
+    """Write N items, whole or not at all.
 
     `data`: latents `[N, F, C, h, w]`, or with `timesteps` (S, noisy to clean, the last is 0)
     trajectories `[N, S, F, C, h, w]`; stored in its dtype.
@@ -307,9 +307,7 @@ def write_shard(
         "timesteps": json.dumps(list(timesteps or ())),
         "fingerprint": fingerprint,
     }
-    partial = path.with_suffix(".part")
-    write_tensors(partial, {TENSOR_OF[kind]: data.cpu().contiguous()}, metadata)
-    partial.replace(path)
+    write_tensors(path, {TENSOR_OF[kind]: data.cpu().contiguous()}, metadata)
 
 
 class _Shards:

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.tensor_files import write_tensors
+from utils.files import write_tensors, write_torch
 from wan.dit import DiTConfig, WanDiT
-from wan.weights import read_pickle, replaced, shard_files
+from wan.weights import read_pickle, shard_files
 
 logger = logging.getLogger(__name__)
 
@@ -104,15 +104,13 @@ def publish_student(source: Path, target: Path, dtype: torch.dtype = torch.float
     `torch.save` keeps what the two share once.
     """
     state = {f"model.{name}": value.to(dtype) for name, value in read_best(source).items()}
-    with replaced(target) as part:
-        torch.save({"generator": state, "generator_ema": state}, part)
+    write_torch(target, {"generator": state, "generator_ema": state})
 
 
 def publish_model(source: Path, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write a run's best weights into a model folder, as the official release has them."""
     state = {name: value.to(dtype).contiguous() for name, value in read_best(source).items()}
-    with replaced(folder / "diffusion_pytorch_model.safetensors") as part:
-        write_tensors(part, state)
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", state)
 
 
 def clean_names(state: Mapping[str, Tensor]) -> StateDict:

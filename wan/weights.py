@@ -7,8 +7,7 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.files import write_torch
 
 Shapes = Mapping[str, Sequence[int]]
 # All that the unpickler raises on bytes that are no pickle, and torch on files that are not whole.
@@ -116,21 +116,8 @@ def assign_weights(
 
 
 def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a `.pth` under a temporary name, then rename it."""
-    with replaced(Path(path)) as part:
-        torch.save({key: value.detach().cpu() for key, value in weights.items()}, part)
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; renamed to `path` once the file is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a `.pth`, whole or not at all."""
+    write_torch(path, {key: value.detach().cpu() for key, value in weights.items()})
 
 
 def _unreadable(path: Path) -> UserError:
