@@ -329,6 +329,11 @@ class Progress:
         self._bar.set_postfix_str(", ".join([*shown, verdict] if verdict else shown), refresh=False)
         self._bar.update(1)
 
+    def say(self, text: str) -> None:
+        """Write a line above it."""
+        if not self._bar.disable:
+            self._bar.write(text, file=sys.stderr)
+
     def close(self) -> None:
         """Leave the last line standing."""
         self._bar.close()

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from utils.errors import UserError
+from utils.files import written
 from utils.prompts import clip_utf8
 
 Frames = torch.Tensor | np.ndarray
@@ -384,22 +385,13 @@ def contact_sheet(videos: Frames | Sequence[Frames], columns: int = 8, gap: int 
 
 
 def write_png(path: str | Path, image: Frames) -> None:
-    """Write uint8 `[H, W, 3]` as PNG, under a temporary name until it is complete.
+    """Write uint8 `[H, W, 3]` as PNG, whole or not at all.
 
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path)
-    part = part_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as part:
         Image.fromarray(_as_numpy(image)).save(part, format="PNG")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
-    finally:
-        with suppress(OSError):  # renamed, or never made
-            part.unlink()
 
 
 def _as_numpy(frames: Frames) -> np.ndarray:
