@@ -8,12 +8,14 @@ The same command resumes a run that was stopped.
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import parse_command, run_main, set_up_logging
+from utils.cli import INTERRUPTED, parse_command, run_main, set_up_logging
 from utils.distributed import Ranks
+from utils.files import locked
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,6 @@ def main(argv: Sequence[str]) -> int:
     from utils.config import load_config
 
     config = load_config(args.config_path, args.overrides)
-    from trainer.checkpoint import claimed
     from trainer.metrics import WandbSettings
     from trainer.sharding import open_world
     from trainer.trainer import NonFiniteError, Trainer
@@ -60,7 +61,10 @@ def main(argv: Sequence[str]) -> int:
         if wandb is None:
             logger.info("no W&B log: set wandb_project=… for one")
     logdir = Path(args.logdir)
-    with open_world(config.device) as world, claimed(logdir, is_main=world.is_main):
+    with (
+        open_world(config.device) as world,
+        locked(logdir, "use another --logdir", is_main=world.is_main),
+    ):
         trainer = Trainer(
             config,
             world,
@@ -74,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         except NonFiniteError as error:
             print(f"stopped: {error}", file=sys.stderr)
             return 1
-    return 0
+    return INTERRUPTED if trainer.stopped_by == signal.SIGINT else 0
 
 
 if __name__ == "__main__":

@@ -9,19 +9,17 @@ import numpy as np
 
 from evaluation.meters import Curve
 from utils.cli import require_matplotlib
-from utils.video import part_path
+from utils.files import write_figure
 
 
 def draw_curves(
     summaries: Mapping[str, Mapping[str, Any]],
     out: Path,
     curves: Mapping[str, Curve],
-    *,
-    tag: str = "",
 ) -> None:
     """Write a PNG of the curves, one line for each named summary, spread as a band.
 
-    `curves` by their names in the summaries. `tag` tells writers apart.
+    `curves` by their names in the summaries.
     """
     require_matplotlib()
     import matplotlib as mpl
@@ -45,9 +43,7 @@ def draw_curves(
             axis.set_visible(False)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-        part = part_path(out.with_name(f"{out.stem}{tag}{out.suffix}"))
-        figure.savefig(part, format="png", dpi=130)
-    part.replace(out)
+        write_figure(out, figure)
 
 
 def _draw_curve(axis: Any, label: str, curve: Mapping[str, Sequence[float | None]]) -> None:

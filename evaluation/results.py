@@ -11,8 +11,7 @@ import numpy as np
 
 from evaluation.meters import Meter, Result
 from evaluation.statistics import mean, to_json
-from utils.errors import UserError
-from utils.files import part_path
+from utils.files import told
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +127,10 @@ class ResultLog:
         """Keep one result."""
         line = json.dumps({"settings": self._settings, "key": key, "result": result})
         own = self._own()
-        cut_off = own.exists() and own.read_bytes()[-1:] not in (b"", b"\n")
-        with own.open("a", encoding="utf-8") as file:
-            file.write(("\n" if cut_off else "") + line + "\n")
+        with told(own):
+            cut_off = own.exists() and own.read_bytes()[-1:] not in (b"", b"\n")
+            with own.open("a", encoding="utf-8") as file:
+                file.write(("\n" if cut_off else "") + line + "\n")
 
     def wrote_last(self) -> bool:
         """Whether the newest file is this rank's: true for one of several that end together."""
@@ -157,21 +157,6 @@ class ResultLog:
                     continue
                 if isinstance(line, dict) and line.keys() >= {"settings", "key", "result"}:
                     yield line
-
-
-def write_json(path: Path, value: Any, *, tag: str = "") -> None:
-    """Write plain data as `write_text` does."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False), tag=tag)
-
-
-def write_text(path: Path, text: str, *, tag: str = "") -> None:
-    """Write under a temporary name, then rename; `tag` tells writers apart."""
-    part = part_path(path.with_name(f"{path.stem}{tag}{path.suffix}"))
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 # For people

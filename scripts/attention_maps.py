@@ -28,7 +28,7 @@ from utils.cli import (
     set_up_logging,
 )
 from utils.errors import UserError
-from utils.files import check_file, written
+from utils.files import check_file, write_figure
 
 if TYPE_CHECKING:
     from pipeline.attention_maps import AttentionMap
@@ -136,8 +136,7 @@ def draw(maps: Sequence[AttentionMap], out: Path, prompt: str) -> None:
             own.sort(key=lambda entry: (entry.layer, entry.level))
             draw_table(pair[0], own, f"block {block}: share of attention", per_frame=False)
             draw_table(pair[1], own, f"block {block}: per frame, even = 1", per_frame=True)
-        with written(out) as part:
-            figure.savefig(part, format="png", dpi=130)
+        write_figure(out, figure)
 
 
 def draw_table(axis: Any, maps: Sequence[AttentionMap], title: str, *, per_frame: bool) -> None:

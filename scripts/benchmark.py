@@ -12,7 +12,6 @@ from `configs/models`, weights and text embeddings are random (neither changes t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import parse_command, run_main, set_up_logging
 from utils.errors import UserError
+from utils.files import write_json
 
 if TYPE_CHECKING:
     from pipeline import VideoPipeline
@@ -64,9 +64,7 @@ def main(argv: Sequence[str]) -> int:
     about, result = setting(pipe, args, steady), figures(pipe, steady, measured)
     print(table(about, result))
     if args.json is not None:
-        partial = args.json.with_suffix(".part")
-        partial.write_text(json.dumps({"setting": about, **result}, indent=2) + "\n")
-        partial.rename(args.json)
+        write_json(args.json, {"setting": about, **result})
     return 0
 
 

@@ -368,8 +368,7 @@ def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks:
     if args.plot is not None:
         for kind in kinds:
             name = args.plot if len(kinds) == 1 else args.plot.with_stem(f"{args.plot.stem}_{kind}")
-            drawn = {args.json.stem: summary[kind]}
-            draw_curves(drawn, name, meters[kind].curves, tag=f".{ranks.rank}")
+            draw_curves({args.json.stem: summary[kind]}, name, meters[kind].curves)
             print(name)
     print(args.json)
     if args.vbench is not None:

@@ -23,7 +23,7 @@ import numpy as np
 from trainer.health import Rules
 from utils.cli import require_matplotlib, run_main
 from utils.errors import UserError
-from utils.files import written
+from utils.files import write_figure
 
 COLOURS = ("#3366cc", "#e0662c", "#2a9d6f", "#a0448f", "#c9a227", "#5b5f66", "#8c564b", "#17a2b8")
 STYLES = ("-", "--", ":", "-.")
@@ -135,9 +135,7 @@ def draw(runs: list[Run], out: Path, smooth: int = 1) -> None:
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         title_or_legend(figure, runs)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with written(out) as part:
-            figure.savefig(part, format="png", dpi=130)
+        write_figure(out, figure)
 
 
 def title_or_legend(figure: Any, runs: list[Run]) -> None:

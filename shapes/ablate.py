@@ -33,7 +33,7 @@ import numpy as np
 
 from evaluation.curves import draw_curves
 from evaluation.meters import Curve, Result
-from evaluation.results import mean_and_spread, measures_of, write_text
+from evaluation.results import mean_and_spread, measures_of
 from evaluation.statistics import mean as mean_of_known
 from evaluation.trials import Evaluation, plan_trials, vbench_name
 from pipeline.batch import file_hash
@@ -45,6 +45,7 @@ from trainer.trainer import recipe
 from utils.cli import parse_command, require_matplotlib, run_main
 from utils.config import ROOT, Config, find_file, fingerprint, load_config
 from utils.errors import UserError
+from utils.files import write_text
 from utils.launch import (
     default_processes,
     final_export,

@@ -30,12 +30,11 @@ from typing import Any, Protocol
 
 import torch
 
-from evaluation.results import write_json
 from pipeline.batch import file_hash, network_files, video_settings
 from shapes import init
 from trainer.tasks import find_task
 from trainer.trainer import recipe
-from utils.cli import make_folder, parse_command, run_main
+from utils.cli import parse_command, run_main
 from utils.config import (
     ROOT,
     VIDEO_KEYS,
@@ -46,7 +45,7 @@ from utils.config import (
     to_dict,
 )
 from utils.errors import UserError
-from utils.files import written
+from utils.files import make_folder, write_json, written
 from utils.launch import (
     default_processes,
     final_export,

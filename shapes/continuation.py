@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from evaluation.results import write_json
 from pipeline import load_pipeline
 from pipeline.batch import model_settings
 from shapes.meter import observe
@@ -29,6 +28,7 @@ from shapes.world import COLOURS, FPS, Scene, render, sample_scene
 from utils.cli import check_outputs, parse_command, run_main, set_up_logging
 from utils.config import find_file, load_config
 from utils.errors import UserError
+from utils.files import write_json
 
 SECONDS = (0.25, 0.5, 1.0, 2.0, 3.0)
 

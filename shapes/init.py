@@ -7,7 +7,6 @@ the published models.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import Unigram
 
 from shapes.world import sample_scene
-from utils.cli import make_folder, run_main
+from utils.cli import run_main
 from utils.errors import UserError
+from utils.files import make_folder, write_json
 from wan.folders import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
 from wan.text_encoder import WanTextEncoder, WanTokenizer
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     if (args.folder / TEXT_ENCODER_FILE).exists():
         raise UserError(f"{args.folder} holds a text encoder already; give another --folder")
     make_folder(args.folder)
-    (args.folder / "config.json").write_text(json.dumps(DIT, indent=1) + "\n", encoding="utf-8")
+    write_json(args.folder / "config.json", DIT)
     size = write_tokenizer(args.folder / TOKENIZER_FOLDER)
     tokenizer = WanTokenizer.from_folder(args.folder / TOKENIZER_FOLDER)
     encoder = WanTextEncoder.random(

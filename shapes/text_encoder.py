@@ -12,7 +12,7 @@ from shapes.captions import CaptionReader, caption_loss
 from shapes.dataset import ShapesVideos
 from shapes.world import token_classes, token_labels
 from trainer.data import BatchPlan
-from trainer.export import PARTIAL, gathered, give_name, new_folder, weights_of
+from trainer.export import gathered, weights_of
 from trainer.metrics import Timer
 from trainer.networks import Player, compute_dtype, make_player
 from trainer.sharding import World, make_mesh, shard_module, strategy_of
@@ -21,6 +21,7 @@ from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws
 from utils.errors import UserError
+from utils.files import written_folder
 from wan.folders import TEXT_ENCODER_FILE
 from wan.text_encoder import TokenBatch, WanTextEncoder, clean_prompt, official_umt5_weights
 from wan.weights import save_weights
@@ -126,6 +127,5 @@ def export_text_encoder(folder: Path, player: Player, *, is_main: bool) -> None:
         for key, value in state.items()
         if key.startswith("encoder.")
     }
-    partial = new_folder(folder.with_suffix(PARTIAL))
-    save_weights(official_umt5_weights(encoder), partial / TEXT_ENCODER_FILE)
-    give_name(partial, folder)
+    with written_folder(folder) as partial:
+        save_weights(official_umt5_weights(encoder), partial / TEXT_ENCODER_FILE)

@@ -1,6 +1,5 @@
 """Weights of a run in the published forms, for inference and for others."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -15,11 +14,10 @@ from trainer.networks import Player
 from trainer.sharding import World, full_tensor
 from utils.config import Config
 from utils.datasets import Dataset
-from utils.tensor_files import write_tensors
+from utils.files import write_tensors, write_torch, written_folder
 from utils.video import to_float
 from wan.vae import WanVAE, encode_moments
 
-PARTIAL = ".partial"
 STATISTICS_CLIPS = 64
 
 
@@ -35,15 +33,14 @@ def export_generator(folder: Path, config: Config, player: Player, *, is_main: b
     }
     if not is_main:
         return
-    partial = new_folder(folder.with_suffix(PARTIAL))
     published = {
         network: {f"model.{name}": value for name, value in state.items()}
         for network, state in networks.items()
     }
-    torch.save(published, partial / "model.pt")
-    for network, state in networks.items():
-        write_tensors(partial / f"{network}.safetensors", state)
-    give_name(partial, folder)
+    with written_folder(folder) as partial:
+        write_torch(partial / "model.pt", published)
+        for network, state in networks.items():
+            write_tensors(partial / f"{network}.safetensors", state)
 
 
 def export_vae(folder: Path, player: Player, data: Dataset, world: World) -> None:
@@ -55,9 +52,8 @@ def export_vae(folder: Path, player: Player, data: Dataset, world: World) -> Non
     model = cast(Autoencoder, player.module).model
     vae = WanVAE.like(model, {k.removeprefix("model."): v for k, v in state.items()})
     vae.fold_statistics(*latent_moments(vae, data))
-    partial = new_folder(folder.with_suffix(PARTIAL))
-    vae.save_official(partial / "Wan2.1_VAE.pth")
-    give_name(partial, folder)
+    with written_folder(folder) as partial:
+        vae.save_official(partial / "Wan2.1_VAE.pth")
 
 
 @torch.no_grad()
@@ -95,16 +91,3 @@ def _merged(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     if config.lora is None:
         return state
     return merge_lora(state, config.lora.rank, config.lora.alpha)
-
-
-def new_folder(folder: Path) -> Path:
-    """An empty folder, also where there was one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def give_name(partial: Path, folder: Path) -> None:
-    """What was written gets its name, also where that was taken."""
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)

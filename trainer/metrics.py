@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from utils.config import Config, to_dict
 from utils.errors import UserError
-from utils.files import part_path
+from utils.files import make_folder, told, write_text
 from utils.video import frame_rate, read_video_chunks
 
 logger = logging.getLogger(__name__)
@@ -89,13 +89,11 @@ class MetricsLog:
         if not self._is_main:
             return
         self.close()
-        self._logdir.mkdir(parents=True, exist_ok=True)
         path = self._logdir / METRICS_FILE
         kept = [line for line in _read_lines(path) if line["step"] < step]
-        partial = part_path(path)
-        partial.write_text("".join(map(_as_line, kept)), encoding="utf-8")
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        write_text(path, "".join(map(_as_line, kept)))
+        with told(path):
+            self._file = path.open("a", encoding="utf-8")
         self._last_step = step - 1
         self._sinks = self._open_sinks(step, continues=bool(kept))
 
@@ -116,27 +114,35 @@ class MetricsLog:
             raise ValueError(f"step {step} was written already (the last is {self._last_step})")
         self._last_step = step
         values = {name: _plain(value) for name, value in flatten(metrics).items()}
-        self._file.write(_as_line({"step": step, "time": round(time.time(), 3), **values}))
-        self._file.flush()
+        with told(self._logdir / METRICS_FILE):
+            self._file.write(_as_line({"step": step, "time": round(time.time(), 3), **values}))
+            self._file.flush()
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-        for sink in self._sinks:
-            sink.write(step, numbers)
+        self._to_sinks(lambda sink: sink.write(step, numbers))
 
     def video(self, step: int, name: str, path: Path) -> None:
         """Show the video file `path` under `name` in TensorBoard (as a GIF) and W&B."""
         if self._is_main and self._file is None:
             self.resume(step)
-        for sink in self._sinks:
-            sink.video(step, name, path)
+        self._to_sinks(lambda sink: sink.video(step, name, path))
 
     def close(self) -> None:
         """Finish all files; a later `write` opens them again."""
-        for sink in self._sinks:
-            sink.close()
+        file, self._file = self._file, None
+        self._to_sinks(lambda sink: sink.close())
         self._sinks = []
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if file is not None:
+            with told(self._logdir / METRICS_FILE):
+                file.close()
+
+    def _to_sinks(self, call: "Callable[[_Sink], None]") -> None:
+        """A sink that fails is left out from then on, with one warning: training goes on."""
+        for sink in list(self._sinks):
+            try:
+                call(sink)
+            except Exception as error:  # whatever the libraries raise
+                self._sinks.remove(sink)
+                logger.warning("no %s log from here on: %s", sink.name, _first_line(error))
 
     def _open_sinks(self, step: int, *, continues: bool) -> list["_Sink"]:
         sinks: list[_Sink] = []
@@ -145,11 +151,15 @@ class MetricsLog:
                 sinks.append(_TensorBoard(self._logdir / "tensorboard", step))
             except ImportError:
                 logger.warning("no TensorBoard log: pip install tensorboard")
+            except OSError as error:
+                logger.warning("no TensorBoard log: %s", _first_line(error))
         if self._wandb is not None:
             try:
                 sinks.append(_Wandb(self._wandb, self._logdir, continues=continues))
             except ImportError:
                 logger.warning("no W&B log: pip install wandb (or train with --disable-wandb)")
+            except OSError as error:
+                logger.warning("no W&B log: %s", _first_line(error))
         return sinks
 
 
@@ -320,6 +330,11 @@ class Progress:
         self._bar.set_postfix_str(", ".join([*shown, verdict] if verdict else shown), refresh=False)
         self._bar.update(1)
 
+    def say(self, text: str) -> None:
+        """Write a line above it."""
+        if not self._bar.disable:
+            self._bar.write(text, file=sys.stderr)
+
     def close(self) -> None:
         """Leave the last line standing."""
         self._bar.close()
@@ -327,6 +342,8 @@ class Progress:
 
 class _Sink(Protocol):
     """A second place for the numbers of a run."""
+
+    name: str
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
 
@@ -337,6 +354,8 @@ class _Sink(Protocol):
 
 class _TensorBoard:
     """Event files; on resume, events from `step` on are hidden."""
+
+    name = "TensorBoard"
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -367,6 +386,8 @@ class _Wandb:
     is kept offline for `wandb sync`.
     """
 
+    name = "W&B"
+
     def __init__(self, settings: WandbSettings, logdir: Path, *, continues: bool) -> None:
         import wandb
 
@@ -375,7 +396,7 @@ class _Wandb:
         known = continues and id_file.is_file()
         run_id = id_file.read_text(encoding="utf-8").strip() if known else uuid.uuid4().hex
         folder = settings.save_dir or logdir
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         options: dict[str, Any] = {
             "project": settings.project or "rolling-forcing",
             "entity": settings.entity,
@@ -392,13 +413,13 @@ class _Wandb:
             given = {name: value for name, value in account.items() if value}
             self._run = wandb.init(**options, settings=wandb.Settings(**given))
         except (wandb.errors.Error, ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = _first_line(error)
             logger.warning("W&B: %s; the run is kept offline in %s/wandb", reason, folder)
             wandb.teardown()  # the failed start still holds the run's id
             self._run = wandb.init(**options, mode="offline")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        id_file.write_text(f"{run_id}\n", encoding="utf-8")
+        write_text(id_file, f"{run_id}\n")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log({"step": step, **numbers})
@@ -423,6 +444,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if len(lines) < len(texts):
         logger.warning("%s: left out %d broken lines", path, len(texts) - len(lines))
     return lines
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _as_line(values: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from utils.config import Config
 from utils.devices import choose_device
 from utils.distributed import Ranks
-from utils.errors import UserError
+from utils.errors import BAD_INPUT, UserError
 from wan.dit import WanDiT
 from wan.weights import check_finite, check_keys
 
@@ -163,13 +163,34 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    dist.barrier()
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """All ranks leave the block, or none: what one raises in it ends the others, too.
+
+    The rank that failed raises its own error and says it; the others leave with its exit code and
+    say nothing. A rank that raises before a collective of the block still leaves the others in it.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    codes: list[int | None] = [None] * dist.get_world_size()
+    code = None if failure is None else BAD_INPUT if isinstance(failure, UserError) else 1
+    dist.all_gather_object(codes, code)
+    if failure is not None:
+        raise failure
+    if any(codes):
+        raise SystemExit(max(filter(None, codes)))
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any rank."""
-    vote = torch.tensor(int(flag), device=device)
+    return bool(highest(int(flag), device))
+
+
+def highest(number: int, device: torch.device) -> int:
+    """The highest number that any rank gives."""
+    vote = torch.tensor(number, device=device)
     dist.all_reduce(vote, dist.ReduceOp.MAX)
-    return bool(vote.item())
+    return int(vote.item())

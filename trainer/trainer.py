@@ -5,7 +5,7 @@ import logging
 import math
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from pipeline.setup import Setup
-from trainer.checkpoint import CheckpointStore, player_state, restore_player, start_ema
+from trainer.checkpoint import (
+    CheckpointStore,
+    DamagedStateError,
+    player_state,
+    restore_player,
+    start_ema,
+)
 from trainer.data import (
     Batches,
     first_prompts,
@@ -26,6 +32,7 @@ from trainer.data import (
 from trainer.health import HealthMonitor
 from trainer.heldout import HeldOut
 from trainer.metrics import (
+    METRICS_FILE,
     MetricsLog,
     Progress,
     Timer,
@@ -34,11 +41,12 @@ from trainer.metrics import (
 )
 from trainer.networks import Player, compute_dtype
 from trainer.samples import SampleVideos
-from trainer.sharding import World, any_rank, full_tensor
+from trainer.sharding import World, agreed, any_rank, full_tensor, highest
 from trainer.tasks import find_task
 from utils.config import FREE_KEYS, Config, check_training, save_config, to_dict
 from utils.draws import Draws
 from utils.errors import UserError
+from utils.files import check_file, check_folder, remove_leftovers, write_json
 from utils.launch import export_folder, videos_per_update
 
 logger = logging.getLogger(__name__)
@@ -82,10 +90,12 @@ class Trainer:
         logger.info(self.batch_plan.describe())
         for note in self.batch_plan.notes if world.is_main else ():
             logger.warning(note)
-        self.store = CheckpointStore(logdir, keep=config.keep_checkpoints, is_main=world.is_main)
-        self.computed_in = str(compute_dtype(config, world.device) or torch.float32)
-        earlier = self._earlier_run()  # checked before any network is built
         self.timer = Timer(world.device)
+        self.step = 0
+        self.computed_in = str(compute_dtype(config, world.device) or torch.float32)
+        self.store = CheckpointStore(logdir, keep=config.keep_checkpoints, is_main=world.is_main)
+        self.log = MetricsLog(logdir, wandb=wandb, tensorboard=True, is_main=world.is_main)
+        self._check_logdir()  # before any network is built
         setup = Setup.of(config)
         dataset = open_training_data(config, setup)
         task = find_task(config.trainer)
@@ -96,9 +106,7 @@ class Trainer:
             for number, name in enumerate(self.task.players)
         }
         self.heldout = HeldOut(self.task, heldout) if heldout else None
-        self.step = 0
         self.health = HealthMonitor()
-        self.log = MetricsLog(logdir, wandb=wandb, tensorboard=True, is_main=world.is_main)
         self.samples = None
         if visualise and config.sample_every:
             prompts = config.sample_prompts or list(first_prompts(dataset, 4))
@@ -108,40 +116,64 @@ class Trainer:
                 if pipe
                 else None
             )
-        self._stop_signal: int | None = None
-        if earlier is not None:
-            self._resume(*earlier)
-        if world.is_main:
-            logdir.mkdir(parents=True, exist_ok=True)
-            save_config(config, logdir / "config.yaml")
+        self._asked_by = 0  # the signal that asks this rank to stop
+        self.stopped_by = 0  # the signal that ended the training
+        with self._closed_on_error():
+            self._resume()
+            with agreed():
+                if world.is_main:
+                    save_config(config, logdir / "config.yaml")
 
     def train(self) -> None:
-        """Run until `max_steps`, or until SIGTERM asks to stop; the last state is saved."""
+        """Run until `max_steps`, or until SIGTERM or Ctrl-C asks to stop; saves the last state.
+
+        On every way out the state being written gets its name and the logs are closed.
+        """
         progress = Progress(self.config.max_steps, self.step, enabled=self.world.is_main)
-        saved_at = self.step
         self.timer.read()  # what loading took belongs to no step
-        with self._asked_to_stop():
-            if self.step == 0:
-                self._begin()
-            while not self._is_done():
-                metrics = self.train_step()
-                progress.update(metrics, str(metrics["health"]).partition(":")[0])
-                if self.samples and self.step % self.config.sample_every == 0:
-                    with self.timer.phase("samples"):
-                        for name, path in self.samples(self.step).items():
-                            self.log.video(self.step, name, path)
-                stopping = any_rank(self._stop_signal is not None, self.world.device)
-                if self.step % self.config.log_iters == 0 or self._is_done() or stopping:
-                    self.save()
-                    saved_at = self.step
-                if stopping:
-                    break
-        self.store.wait()
-        self.log.close()
-        progress.close()
-        if self._stop_signal is not None:
-            said = f"saved at step {saved_at}" if self.saves else "nothing was saved (--no_save)"
+        with self._asked_to_stop(progress), self._closed_on_error():
+            try:
+                if self.step == 0:
+                    self._begin()
+                while not self._is_done() and not self.stopped_by:
+                    self._do_step(progress)
+                self.close()
+            finally:
+                progress.close()
+        if self.stopped_by:
+            said = f"saved at step {self.step}" if self.saves else "nothing was saved (--no_save)"
             logger.info("asked to stop: %s; the same command goes on there", said)
+
+    def _do_step(self, progress: Progress) -> None:
+        """A step and what is due after it."""
+        metrics = self.train_step()
+        progress.update(metrics, str(metrics["health"]).partition(":")[0])
+        if self.samples and self.step % self.config.sample_every == 0:
+            with self.timer.phase("samples"), agreed():
+                for name, path in self.samples(self.step).items():
+                    self.log.video(self.step, name, path)
+        self.stopped_by = highest(self._asked_by, self.world.device)
+        if self.step % self.config.log_iters == 0 or self._is_done() or self.stopped_by:
+            self.save()
+
+    def close(self) -> None:
+        """Wait until the last state has its name, and finish the logs; may be called again."""
+        try:
+            self.store.wait()
+        finally:
+            self.log.close()
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        """Close all that is open after an error, which stays the one that is told."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.close()
+            except (Exception, SystemExit) as error:
+                logger.warning("%s", error)
+            raise
 
     def train_step(self) -> dict[str, Any]:
         """One step: an update of each player that is due. Returns what is logged."""
@@ -170,7 +202,7 @@ class Trainer:
         self._export()
 
     def _export(self) -> None:
-        with self.timer.phase("export"):
+        with self.timer.phase("export"), agreed():
             self.task.export(self._export_folder())
 
     def _export_folder(self) -> Path:
@@ -178,11 +210,13 @@ class Trainer:
 
     def _begin(self) -> None:
         """Drop the log of a run that never got to a state; measure before the first update."""
-        self.log.resume(0)
+        with agreed():
+            self.log.resume(0)
         if self.heldout:
             metrics = mean_over_ranks(self._measure(self.heldout))
             say_heldout(0, metrics)
-            self.log.write(0, metrics)
+            with agreed():
+                self.log.write(0, metrics)
 
     def _measure(self, heldout: HeldOut) -> dict[str, Tensor]:
         """The held-out numbers of the weights as they are; means over ranks make them whole."""
@@ -224,7 +258,8 @@ class Trainer:
         say_heldout(self.step, metrics)
         verdict = self.health.update(metrics)
         metrics["health"] = str(verdict)
-        self.log.write(self.step, metrics)
+        with agreed():
+            self.log.write(self.step, metrics)
         return metrics
 
     def _require_finite(self, player: Player, loss: Tensor, norm: Tensor, draws: Draws) -> None:
@@ -245,18 +280,26 @@ class Trainer:
             "grad_norm": str(norm.item()),
             "gradients_not_finite": names,
         }
-        folder = self.logdir / f"emergency_{self.step:06d}"
-        if self.world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(diagnosis, indent=1)
-            (folder / "diagnosis.json").write_text(text, encoding="utf-8")
-        self.store.wait()
-        self.store.write_now(folder / "state", self._state())
         raise NonFiniteError(
             f"step {self.step}: {player.name} loss {loss.item()}, gradient norm {norm.item()}, "
-            f"{len(names)} gradients not finite; the optimiser did not step. The state before is "
-            f"in {folder}; go back to an earlier state and lower lr or max_grad_norm"
+            f"{len(names)} gradients not finite; the optimiser did not step. "
+            f"{self._keep_emergency(diagnosis)}; go back to an earlier state and lower lr or "
+            "max_grad_norm"
         )
+
+    def _keep_emergency(self, diagnosis: Mapping[str, Any]) -> str:
+        """Write the state before a broken update and what was found; says where they are."""
+        if not self.saves:
+            return "Nothing was saved (--no_save)"
+        folder = self.logdir / f"emergency_{self.step:06d}"
+        try:
+            self.store.wait()
+            self.store.write_now(folder / "state", self._state())
+            if self.world.is_main:
+                write_json(folder / "diagnosis.json", diagnosis)
+        except (UserError, SystemExit) as error:
+            return f"The state before was lost: {error}"
+        return f"The state before is in {folder}"
 
     # --- resuming -------------------------------------------------------------------------------
 
@@ -274,30 +317,60 @@ class Trainer:
         players = {name: player_state(player) for name, player in self.task.players.items()}
         return {"run": json.dumps(run), "players": players}
 
-    def _earlier_run(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest state and what it says of its run; UserError if that is another one."""
-        latest = self.store.latest()
-        if latest is None:
-            return None
-        stored: dict[str, Any] = {"run": ""}
-        self.store.load(latest, stored)
-        run = json.loads(stored["run"])
-        self._check_same_run(run)
-        return latest, run
+    def _resume(self) -> None:
+        """Go on from the newest state that is whole; a damaged one is passed over and named."""
+        states = self.store.states()
+        reason = ""
+        for path in states:
+            try:
+                run = self.store.read_run(path)
+                self._check_same_run(run)
+                self._load(path, run)
+            except DamagedStateError as error:
+                reason = reason or str(error)
+                logger.warning("%s is damaged, the state before it is tried: %s", path, error)
+                continue
+            self._went_on(path, run)
+            return
+        if states:
+            raise UserError(
+                f"none of the states in {self.store.folder} can be loaded ({reason}): move them "
+                "away to begin again, or use another --logdir"
+            )
 
-    def _resume(self, latest: Path, run: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        for name in run["has_ema"]:
-            start_ema(self.task.players[name])
+    def _check_logdir(self) -> None:
+        """UserError before any weight is loaded: another run is in it, or it cannot be written."""
+        with agreed():
+            if self.world.is_main:
+                check_file(self.logdir / "config.yaml")
+                check_file(self.logdir / METRICS_FILE)
+                check_folder(self.store.folder)
+                remove_leftovers(self.logdir)
+        for path in self.store.states():
+            with suppress(DamagedStateError):
+                self._check_same_run(self.store.read_run(path))
+                return
+
+    def _load(self, path: Path, run: Mapping[str, Any]) -> None:
+        """Fill all players from a state; raises DamagedStateError, perhaps after some are."""
+        if run["positions"].keys() != self.task.players.keys():
+            raise DamagedStateError(f"it trains {', '.join(run['positions'])}")
+        for name, player in self.task.players.items():
+            player.ema = None
+            if name in run["has_ema"]:
+                start_ema(player)
         state = self._state()
-        self.store.load(latest, state)
+        self.store.load(path, state)
         for name, player in self.task.players.items():
             restore_player(player, state["players"][name])
             self.batches[name].position = run["positions"][name]
         self.step = run["step"]
         self.health.load_state_dict(run["health"])
-        self.log.resume(self.step + 1)
-        logger.info("going on at step %d from %s", self.step, latest)
+
+    def _went_on(self, path: Path, run: Mapping[str, Any]) -> None:
+        with agreed():
+            self.log.resume(self.step + 1)
+        logger.info("going on at step %d from %s", self.step, path)
         missing = self.world.is_main and not self._export_folder().is_dir()
         if self.saves and any_rank(missing, self.world.device):
             self._export()  # killed after the state was whole, before these weights were
@@ -341,17 +414,23 @@ class Trainer:
         return self.step * len(self.task.players) + list(self.task.players).index(player)
 
     @contextmanager
-    def _asked_to_stop(self) -> Iterator[None]:
-        """SIGTERM ends the loop after the current step."""
+    def _asked_to_stop(self, progress: Progress) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the loop after the current step; a second Ctrl-C ends at once."""
 
         def remember(number: int, frame: FrameType | None) -> None:
-            self._stop_signal = number
+            self._asked_by = number
+            if number == signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                progress.say("stopping after this step; Ctrl-C once more stops at once")
 
-        before = signal.signal(signal.SIGTERM, remember)
+        before = {
+            number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def say_heldout(step: int, metrics: Mapping[str, Any]) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.distributed import Ranks
+from utils.errors import BAD_INPUT, UserError
+from utils.files import check_file
 
-BAD_INPUT = 2
+INTERRUPTED = 130  # exit code of a person's Ctrl-C, as shells have it
 
 
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
@@ -30,8 +32,9 @@ def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = 
         return BAD_INPUT
     except KeyboardInterrupt:
         close_progress_bars()
-        sys.stderr.write("interrupted\n")
-        return 130
+        if Ranks.from_environment().is_main:
+            sys.stderr.write("interrupted\n")
+        return INTERRUPTED
 
 
 def parse_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -79,26 +82,17 @@ class LinesAboveBars(logging.StreamHandler):
 def check_outputs(*paths: Path | None) -> None:
     """UserError unless each path can become a file, so that no work is lost at its end."""
     for path in paths:
-        if path is None:
-            continue
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; give the name of a file")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist; make it first")
+        if path is not None:
+            check_file(path)
 
 
 def check_picture(flag: str, path: str | Path | None) -> None:
     """UserError now, not when all work is done, for a name that no PNG can have."""
-    if path is not None and (Path(path).suffix.lower() != ".png" or Path(path).is_dir()):
+    if path is None:
+        return
+    if Path(path).suffix.lower() != ".png":
         raise UserError(f"{flag} {path} must be the name of a .png file")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder with its parents; UserError if that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    check_file(path)
 
 
 def require_matplotlib() -> None:

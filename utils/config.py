@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from utils.config_schema import FREE_KEYS, METHOD_DEFAULTS, VIDEO_KEYS, Bounds, Config, declared
 from utils.downloads import how_to_get
 from utils.errors import UserError
+from utils.files import write_text
 from utils.packages import split_name
 from utils.strict_yaml import parse_value, read_yaml
 
@@ -94,7 +95,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration, without its secret, as YAML; it can be loaded again."""
-    OmegaConf.save(OmegaConf.structured(replace(config, wandb_key=None)), path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(replace(config, wandb_key=None))))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -31,11 +31,10 @@ from torch import Tensor
 from utils.config import ROOT
 from utils.draws import Purpose
 from utils.errors import UserError
-from utils.files import is_temporary
+from utils.files import is_temporary, write_tensors
 from utils.noise import philox
 from utils.packages import offered, split_name
 from utils.prompts import read_caption, read_extended_prompts, read_prompts
-from utils.tensor_files import write_tensors
 from utils.video import VIDEO_SUFFIXES, probe_video, read_video
 
 logger = logging.getLogger(__name__)
@@ -345,7 +344,7 @@ def write_shard(
     timesteps: Sequence[float] | None = None,
     fingerprint: str = "",
 ) -> None:
-    """Write N items under a temporary name, renamed when the file is whole.
+    """Write N items, whole or not at all.
 
     `data`: latents `[N, F, C, h, w]`, or with `timesteps` (S, noisy to clean, the last is 0)
     trajectories `[N, S, F, C, h, w]`; stored in its dtype.
@@ -360,9 +359,7 @@ def write_shard(
         "timesteps": json.dumps(list(timesteps or ())),
         "fingerprint": fingerprint,
     }
-    partial = path.with_suffix(".part")
-    write_tensors(partial, {TENSOR_OF[kind]: data.cpu().contiguous()}, metadata)
-    partial.replace(path)
+    write_tensors(path, {TENSOR_OF[kind]: data.cpu().contiguous()}, metadata)
 
 
 class _Shards:

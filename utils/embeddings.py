@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.errors import UserError
-from utils.tensor_files import write_tensors
+from utils.files import write_tensors
 
 
 def embedding_key(prompt: str) -> str:
@@ -36,15 +36,13 @@ def pad_batch(embeddings: Sequence[Tensor]) -> Tensor:
 
 
 def write_shard(path: Path, embeddings: Mapping[str, Tensor], fingerprint: str = "") -> None:
-    """Write one shard of `{prompt: [tokens, dim]}`, under a temporary name until it is whole.
+    """Write one shard of `{prompt: [tokens, dim]}`, whole or not at all.
 
     Its metadata say which prompts are in it and the `fingerprint` of the settings that made it.
     """
     tensors = {embedding_key(prompt): trim(e).contiguous() for prompt, e in embeddings.items()}
     prompts = json.dumps(list(embeddings), ensure_ascii=False)
-    partial = path.with_suffix(".part")
-    write_tensors(partial, tensors, {"prompts": prompts, "fingerprint": fingerprint})
-    partial.replace(path)
+    write_tensors(path, tensors, {"prompts": prompts, "fingerprint": fingerprint})
 
 
 class EmbeddingStore:

@@ -67,12 +67,8 @@ def written(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
             permissions = part.stat().st_mode
         except OSError as error:
             raise cannot_write(path, error) from error
-        try:
+        with told(path):
             yield part
-        except Exception as error:
-            if (reason := _reason_in(error, part.parent)) is not None:
-                raise cannot_write(path, reason) from error
-            raise
         try:
             part.chmod(permissions)  # safetensors makes files that only their owner can read
             if sync:
@@ -101,12 +97,8 @@ def written_folder(folder: str | Path) -> Iterator[Path]:
             partial.mkdir(parents=True)
         except OSError as error:
             raise cannot_write(folder, error) from error
-        try:
+        with told(folder):
             yield partial
-        except Exception as error:
-            if (reason := _reason_in(error, partial)) is not None:
-                raise cannot_write(folder, reason) from error
-            raise
         try:
             replace_folder(partial, folder)
         except OSError as error:
@@ -159,6 +151,12 @@ def write_torch(path: str | Path, value: Any) -> None:
         torch.save(value, file)
 
 
+def write_figure(path: str | Path, figure: Any) -> None:
+    """Write a matplotlib figure as PNG, as `written` does."""
+    with written(path) as part:
+        figure.savefig(part, format="png", dpi=130)
+
+
 def make_folder(folder: str | Path) -> Path:
     """Make a folder with its parents; UserError if that is impossible."""
     folder = Path(folder)
@@ -193,6 +191,17 @@ def check_folder(folder: str | Path, path: str | Path | None = None) -> None:
             pass
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+@contextmanager
+def told(path: str | Path) -> Iterator[None]:
+    """Turn a failed write to `path` (or beside it, or in it) into one sentence, a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := _reason_in(error, Path(path).parent)) is not None:
+            raise cannot_write(path, reason) from error
+        raise
 
 
 def cannot_write(path: str | Path, error: OSError) -> UserError:

@@ -22,10 +22,10 @@ from tests.tiny_training import (
     states,
     train,
 )
-from trainer.checkpoint import claimed
 from trainer.estimate import GIB, network_memory
 from utils.cli import run_main
 from utils.config import ROOT, load_config
+from utils.files import locked
 from wan.checkpoints import empty_dit
 from wan.dit import DiTConfig
 
@@ -161,7 +161,7 @@ def test_a_folder_takes_one_run_at_a_time(
 ) -> None:
     """The second run broke the first one's states and took away its log."""
     command = flags(training_world.write(tmp_path / "c.yaml", max_steps=1), tmp_path / "run")
-    with claimed(tmp_path / "run", is_main=True):
+    with locked(tmp_path / "run", ""):
         assert run_main(entry.main, command) == 2
         assert "another run is writing to" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
