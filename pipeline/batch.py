@@ -26,11 +26,12 @@ from pipeline.prefix import whole_blocks
 from pipeline.progress import Progress
 from pipeline.setup import Setup
 from pipeline.stream import PrefixFrames
-from pipeline.text_to_video import VideoPipeline
+from pipeline.text_to_video import VideoPipeline, load_generator
 from utils.config import VIDEO_KEYS, Config, find_file, fingerprint, save_config, to_dict
 from utils.devices import computed_dtype, device_name
 from utils.distributed import Ranks
 from utils.errors import UserError
+from utils.families import warn_of_other_settings
 from utils.files import locked, remove_leftovers, written
 from utils.prompts import (
     check_text,
@@ -319,6 +320,8 @@ class BatchRun:
         self.folder.require(self.folder.vae)
         if not self.config.text_embeddings:
             self.folder.require(self.folder.text_encoder, self.folder.tokenizer)
+        if self.checkpoint is not None:
+            warn_of_other_settings(self.config, self.checkpoint)
         pipe = load_generator(self.setup, self.checkpoint, use_ema=self.use_ema)
         index = 0
         for group in groups_of_prompts(jobs, PROMPTS_AT_ONCE):

@@ -109,8 +109,6 @@ def numbers(text: str, limit: int | None, flag: str) -> list[int]:
 
 def write_json(path: Path, prompt: str, maps: Sequence[AttentionMap]) -> None:
     """Every map with its groups: `groups` holds [share, number of frames] by name."""
-    from evaluation.results import write_text
-
     entries = [asdict(entry) | {"groups": entry.groups} for entry in maps]
     text = json.dumps({"prompt": prompt, "maps": entries}, ensure_ascii=False)
     write_text(path, text)

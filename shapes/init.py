@@ -76,8 +76,7 @@ def write_tokenizer(folder: Path) -> int:
     tokenizer.add_special_tokens(list(SPECIAL))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = json.dumps(TOKENIZER_SETTINGS, indent=1) + "\n"
-    (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", TOKENIZER_SETTINGS)
     return len(vocab)
 
 
