@@ -28,7 +28,7 @@ from utils.cli import (
     set_up_logging,
 )
 from utils.errors import UserError
-from utils.files import check_file, write_figure
+from utils.files import check_file, write_figure, write_text
 
 if TYPE_CHECKING:
     from pipeline.attention_maps import AttentionMap

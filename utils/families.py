@@ -5,6 +5,8 @@ Every entry names the public files that it was read from. What is published with
 block: Causal Forcing++ in 1 and 2 steps), is not listed.
 """
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
