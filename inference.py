@@ -156,11 +156,14 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from pipeline.batch import BatchRun, Outputs, plan_jobs
+    from pipeline.setup import Setup
 
     if demo:
         demo.require_model(config, args.checkpoint_path)
     jobs = plan_jobs(
-        config,
+        i2v=config.i2v,
+        num_samples=config.num_samples,
+        seed=config.seed,
         data_path=args.data_path,
         extended_prompt_path=args.extended_prompt_path,
         prompts=args.prompt,
@@ -178,7 +181,8 @@ def main(argv: Sequence[str]) -> int:
         prefix_frames=args.prefix_frames,
         overwrite=args.overwrite,
     )
-    run = BatchRun(config, args.checkpoint_path, outputs, use_ema=args.use_ema, ranks=ranks)
+    setup = Setup.of(config)
+    run = BatchRun(setup, args.checkpoint_path, outputs, use_ema=args.use_ema, ranks=ranks)
     try:
         run(jobs)
     except torch.OutOfMemoryError as error:
@@ -199,7 +203,7 @@ def show(run: "BatchRun", jobs: "Sequence[Job]", args: argparse.Namespace, demo:
     sheet = Path(args.contact_sheet)
     run.write_contact_sheet(list(videos), sheet)
     if demo:
-        print(demo.closing_text(videos, sheet, run.config.fps, model_flags(args, demo)))
+        print(demo.closing_text(videos, sheet, run.setup.fps, model_flags(args, demo)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evaluation.meters import Judge, Meter, Result
 from pipeline.batch import BatchRun, Job, Outputs, Record
-from utils.config import Config
+from pipeline.setup import Setup
 from utils.distributed import ALONE, Ranks
 from utils.files import MAX_NAME_BYTES
 from utils.prompts import clip_utf8
@@ -44,7 +44,7 @@ class Evaluation:
 
     def __init__(
         self,
-        config: Config,
+        setup: Setup,
         checkpoint: str | Path | None,
         *,
         use_ema: bool,
@@ -57,9 +57,8 @@ class Evaluation:
         `Judge`.
         """
         outputs = replace(export or Outputs(None), duration=seconds, keep_config=False)
-        self.config = config
         self.truth = truth
-        self.run = BatchRun(config, checkpoint, outputs, use_ema=use_ema, ranks=ranks)
+        self.run = BatchRun(setup, checkpoint, outputs, use_ema=use_ema, ranks=ranks)
         self.shape = self.run.shape
         self.video_frames = self.run.video_frames
         self.first, self.block = map(self.run.setup.block_video_frames, (0, 1))
@@ -94,7 +93,7 @@ class Evaluation:
         def watch(job: Job) -> list[Measurement]:
             judge = Judge(
                 job.prompt,
-                fps=self.config.fps,
+                fps=self.run.setup.fps,
                 truth=self.truth,
                 first=self.first,
                 block=self.block,

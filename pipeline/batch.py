@@ -27,11 +27,10 @@ from pipeline.progress import Progress
 from pipeline.setup import Setup
 from pipeline.stream import PrefixFrames
 from pipeline.text_to_video import VideoPipeline, load_generator
-from utils.config import VIDEO_KEYS, Config, find_file, fingerprint, save_config, to_dict
-from utils.devices import computed_dtype, device_name
+from utils.config import find_file, fingerprint, save_resolved
+from utils.devices import device_name
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.families import warn_of_other_settings
 from utils.files import locked, remove_leftovers, written
 from utils.prompts import (
     check_text,
@@ -49,7 +48,7 @@ from utils.video import (
     thumbnails,
     write_png,
 )
-from wan.folders import ModelFolder, find_checkpoint
+from wan.folders import find_checkpoint
 from wan.geometry import VideoShape
 
 logger = logging.getLogger(__name__)
@@ -134,8 +133,10 @@ class Outputs:
 
 
 def plan_jobs(
-    config: Config,
     *,
+    i2v: bool,
+    num_samples: int,
+    seed: int,
     data_path: str | None,
     extended_prompt_path: str | None,
     prompts: Sequence[str],
@@ -150,7 +151,7 @@ def plan_jobs(
     if bool(prompts) == bool(data_path):
         raise UserError('say what to generate: either --prompt "…" or --data_path FILE')
     images: list[Path | None]
-    if config.i2v:
+    if i2v:
         if not data_path or image or video:
             raise UserError("--i2v takes its images from --data_path FOLDER, and nothing else")
         listed = read_image_prompts(data_path)
@@ -163,10 +164,10 @@ def plan_jobs(
     for title in titles:
         check_text(title)
     texts = read_extended_prompts(extended_prompt_path, titles) if extended_prompt_path else titles
-    names = output_names(titles, config.num_samples, with_index=with_index, ema=ema)
+    names = output_names(titles, num_samples, with_index=with_index, ema=ema)
     clip = find_file(video, "video") if video else None
     return [
-        Job(text, config.seed, sample, sample, name, picture, clip)
+        Job(text, seed, sample, sample, name, picture, clip)
         for text, picture, row in zip(texts, images, names, strict=True)
         for sample, name in enumerate(row)
     ]
@@ -177,22 +178,21 @@ class BatchRun:
 
     def __init__(
         self,
-        config: Config,
+        setup: Setup,
         checkpoint: str | Path | None,
         outputs: Outputs,
         *,
         use_ema: bool,
         ranks: Ranks,
     ) -> None:
-        self.config = config
         self.checkpoint = None if checkpoint is None else find_checkpoint(checkpoint)
         self.outputs = outputs
         self.use_ema = use_ema
         self.ranks = ranks
-        self.setup = Setup.of(config)
-        self.folder = self.setup.require_folder()
+        self.setup = setup
+        self.folder = setup.require_folder()
         self.shape = self.setup.shape
-        self.latent_frames, self.video_frames = outputs.length(self.shape, config.fps)
+        self.latent_frames, self.video_frames = outputs.length(self.shape, setup.fps)
         self._hashes: dict[Path, str] = {}
 
     def __call__(
@@ -227,7 +227,7 @@ class BatchRun:
     @cached_property
     def model_settings(self) -> dict[str, str]:
         """What all videos of this model depend on."""
-        return model_settings(self.config, self.folder, self.checkpoint, use_ema=self.use_ema)
+        return model_settings(self.setup, self.checkpoint, use_ema=self.use_ema)
 
     def is_done(self, job: Job) -> bool:
         """Whether the video of a job is there, with these settings; so without a folder, too."""
@@ -300,9 +300,7 @@ class BatchRun:
             check_image(path)
             given[path] = 1
         for path in {job.video for job in jobs if job.video is not None}:
-            given[path] = whole_blocks(
-                probe_video(path, self.config.fps).frames, layout, self.shape
-            )
+            given[path] = whole_blocks(probe_video(path, self.setup.fps).frames, layout, self.shape)
         for path, blocks in given.items():
             frames = layout.start(blocks)
             latent_frames, _ = self._length_with(frames)
@@ -318,10 +316,8 @@ class BatchRun:
         """Load, then encode the prompts of a group of videos and make these, group by group."""
         self._check_prefixes(jobs)
         self.folder.require(self.folder.vae)
-        if not self.config.text_embeddings:
+        if not self.setup.text_embeddings:
             self.folder.require(self.folder.text_encoder, self.folder.tokenizer)
-        if self.checkpoint is not None:
-            warn_of_other_settings(self.config, self.checkpoint)
         pipe = load_generator(self.setup, self.checkpoint, use_ema=self.use_ema)
         index = 0
         for group in groups_of_prompts(jobs, PROMPTS_AT_ONCE):
@@ -331,7 +327,7 @@ class BatchRun:
                 index += 1
                 self._make(pipe, job, texts[job.prompt], f"{index}/{len(jobs)} {job.name}", watch)
                 if index == 1 and self.ranks.is_main and self.outputs.keep_config:
-                    save_config(self.config, self._folder / "config.yaml")
+                    save_resolved(self.setup.resolved, self._folder / "config.yaml")
 
     def _encode(self, pipe: VideoPipeline, jobs: Sequence[Job]) -> dict[str, Tensor]:
         """The text embeddings of some jobs; the text encoder is freed again."""
@@ -360,7 +356,7 @@ class BatchRun:
                 part = stack.enter_context(written(self._path(job)))
             with (
                 Progress(
-                    title, video_frames, self.config.fps, start=start, shown=self.ranks.is_main
+                    title, video_frames, self.setup.fps, start=start, shown=self.ranks.is_main
                 ) as progress,
                 pipe.open_stream(
                     text.to(pipe.device),
@@ -370,7 +366,7 @@ class BatchRun:
                     prefix=prefix,
                     prefix_frames=self.outputs.prefix_frames,
                 ) as stream,
-                VideoWriter(part, self.config.fps) if part else nullcontext() as writer,
+                VideoWriter(part, self.setup.fps) if part else nullcontext() as writer,
             ):
                 for frames in stream:
                     kept = frames[: video_frames - progress.frames]
@@ -413,7 +409,7 @@ class BatchRun:
             "frames": frames,
             "settings": self._settings_of(job),
             "timings": {key: round(value, 4) for key, value in timings.items()},
-            "device": device_name(self.config.device),
+            "device": device_name(self.setup.machine.device),
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "diffusers", "transformers")},
@@ -508,20 +504,9 @@ def weight_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
-def video_settings(config: Config) -> dict[str, Any]:
-    """The values that all videos of a config depend on: all but the seed, which each has its own.
-
-    `dtype` is the one that is computed in: `auto` is another one on another machine.
-    """
-    values = {name: value for name, value in to_dict(config).items() if name in VIDEO_KEYS}
-    del values["seed"]
-    return {**values, "dtype": str(computed_dtype(config.dtype, config.device))}
-
-
-def model_settings(
-    config: Config, files: ModelFolder, checkpoint: Path | None, *, use_ema: bool
-) -> dict[str, str]:
+def model_settings(setup: Setup, checkpoint: Path | None, *, use_ema: bool) -> dict[str, str]:
     """What all videos of a model depend on: its settings and weights, by their hashes."""
+    files = setup.require_folder()
     text = [*weight_files(files.text_encoder), *sorted(files.tokenizer.glob("*.*"))]
     parts = {
         "sizes": sorted(files.path.glob("**/config.json")),
@@ -531,10 +516,10 @@ def model_settings(
             else network_files(checkpoint or files.path)
         ),
         "vae": weight_files(files.vae),
-        "text_encoder": [] if config.text_embeddings else text,
+        "text_encoder": [] if setup.text_embeddings else text,
     }
     return {
-        "config_hash": fingerprint(video_settings(config)),
+        "config_hash": fingerprint(setup.video_settings()),
         "network": "generator_ema" if use_ema else "generator",
         **{f"{name}_hash": "+".join(map(file_hash, paths)) for name, paths in parts.items()},
     }

@@ -5,8 +5,9 @@ rule, guidance, files) is decided here and nowhere else, and caches and rollouts
 alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from pipeline.passes import Plan
 from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, OdeStep, Renoise, Sampler, StepRule
 from pipeline.schedule import BlockLayout, Schedule, ScheduleKind
-from utils.config import Config
+from utils.config import VIDEO_KEYS, Config, to_dict
+from utils.devices import computed_dtype
 from utils.errors import UserError
 from utils.noise import CounterNoise
 from wan.dit import DiTConfig, TextContext, WanDiT
@@ -68,12 +70,14 @@ class Machine:
 class Setup:
     """All that a config says of making video.
 
+    `resolved`: the config as plain values, to be kept beside what it made.
     `folder`: the model folder; None for networks that are given.
     `sizes`: of the generator. `kind`: of the schedule.
     `guidance_scale` g: v_uncond + g (v_cond - v_uncond); None for a distilled student.
     `says_what_drops`: whether a video longer than one attention surprises (see `ContextPolicy`).
     """
 
+    resolved: Mapping[str, Any]
     folder: ModelFolder | None
     sizes: DiTConfig
     shape: VideoShape
@@ -115,6 +119,7 @@ class Setup:
         steps = config.denoising_step_list
         warp, shift = config.warp_denoising_step, config.generator_shift
         return cls(
+            resolved=to_dict(config),
             folder=folder,
             sizes=sizes,
             shape=VideoShape(
@@ -158,6 +163,10 @@ class Setup:
     def distilled(self) -> bool:
         """Whether the generator is sampled in the few levels it was distilled to."""
         return self.levels.timesteps is not None
+
+    def video_settings(self) -> dict[str, Any]:
+        """See the function."""
+        return video_settings(self.resolved)
 
     def bidirectional(self) -> "Setup":
         """The same videos, all blocks together in full attention."""
@@ -272,3 +281,13 @@ class Setup:
             context_noise=self.context_noise,
             prefix=prefix,
         )
+
+
+def video_settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config as plain values, those that all videos depend on but the seed, which each has.
+
+    `dtype` is the one that is computed in: `auto` is another one on another machine.
+    """
+    values = {name: value for name, value in resolved.items() if name in VIDEO_KEYS}
+    del values["seed"]
+    return {**values, "dtype": str(computed_dtype(resolved["dtype"], resolved["device"]))}

@@ -63,8 +63,6 @@ def load_pipeline(
         check_config(config)  # it may have been changed since it was loaded
     if device is not None:
         config = replace(config, device=device)
-    if checkpoint is not None:
-        warn_of_other_settings(config, find_checkpoint(checkpoint))
     return load_generator(Setup.of(config), checkpoint, use_ema=use_ema)
 
 
@@ -78,7 +76,9 @@ def load_generator(
     backend = check_backend(machine.attention_backend, device, dtype)
     source = folder.path if checkpoint is None else find_checkpoint(checkpoint)
     logger.info(memory_report(setup, dtype))
-    if checkpoint is None and setup.distilled:
+    if checkpoint is not None:
+        warn_of_other_settings(setup.resolved, source)
+    elif setup.distilled:
         logger.warning("no checkpoint given: the weights in %s are not distilled", folder.path)
     network: Network = "generator_ema" if use_ema else "generator"
     dit = load_dit(setup.sizes, source, network=network, device=device, dtype=dtype)
@@ -207,7 +207,7 @@ class VideoPipeline:
             negative_embeddings=negative_embeddings,
         )
         latents = torch.cat([latents for _, latents in stream], dim=1)
-        if not latents.isfinite().all():
+        if not latents.is_meta and not latents.isfinite().all():  # meta tensors have no values
             raise UserError(f"the model made latents that are not numbers {NOT_FINITE}")
         return latents
 

@@ -27,7 +27,6 @@ from pipeline.passes import Pass, Plan
 from pipeline.setup import Setup
 from pipeline.stream import Stream
 from pipeline.text_to_video import VideoPipeline
-from utils.config import Config
 from utils.devices import choose_device, choose_dtype
 from utils.errors import UserError
 from wan.attention import best_backend, check_backend
@@ -126,16 +125,16 @@ def timed(pipe: VideoPipeline, watch: Stopwatch) -> VideoPipeline:
     return VideoPipeline(pipe.setup, pipe.dit, vae=TimedVAE(pipe.vae, watch))
 
 
-def random_pipeline(config: Config, preset: Path) -> VideoPipeline:
-    """Networks of the sizes in a preset with random weights."""
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    sizes = read_preset(preset)
-    dit = random_dit(DiTConfig.from_dict(sizes), device, dtype)
-    dit.attention_backend = check_backend(config.attention_backend, device, dtype)
-    vae = WanVAE.random(base_dim=sizes["vae"]["base_dim"], z_dim=dit.config.in_dim)
+def random_pipeline(setup: Setup, base_dim: int) -> VideoPipeline:
+    """Networks of the setup's sizes with random weights; `base_dim` is the VAE's."""
+    machine = setup.machine
+    device = choose_device(machine.device)
+    dtype = choose_dtype(machine.dtype, device)
+    dit = random_dit(setup.sizes, device, dtype)
+    dit.attention_backend = check_backend(machine.attention_backend, device, dtype)
+    vae = WanVAE.random(base_dim=base_dim, z_dim=setup.sizes.in_dim)
     nn.Module.to(vae.model, device, dtype)
-    return VideoPipeline(Setup.of(config, sizes=dit.config, strides=vae.strides), dit, vae=vae)
+    return VideoPipeline(setup, dit, vae=vae)
 
 
 def read_preset(path: Path) -> dict[str, Any]:

@@ -87,14 +87,19 @@ def open_pipeline(args: argparse.Namespace) -> VideoPipeline:
     if config.schedule == "full":
         raise UserError("a bidirectional model cannot stream; give the config of a causal one")
     from pipeline import load_pipeline
-    from pipeline.timing import random_pipeline
+    from pipeline.timing import random_pipeline, read_preset
 
     args.preset, args.method, args.generator_name = None, config.method, config.generator_name
     if not args.random_weights:
         return load_pipeline(config, args.checkpoint_path)
     named = args.model or f"configs/models/{config.generator_name}.json"
     args.preset = find_file(named, "model preset")
-    return random_pipeline(config, args.preset)
+    from pipeline.setup import Setup
+    from wan.dit import DiTConfig
+
+    preset = read_preset(args.preset)
+    setup = Setup.of(config, sizes=DiTConfig.from_dict(preset, source=args.preset))
+    return random_pipeline(setup, preset["vae"]["base_dim"])
 
 
 def table(about: dict[str, Any], result: dict[str, Any]) -> str:

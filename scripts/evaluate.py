@@ -211,7 +211,7 @@ def generated_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     seconds = SECONDS if args.seconds is None else args.seconds
     folder, flag = (args.vbench, "--vbench") if args.vbench else (args.keep_videos, "--keep_videos")
     evaluation = Evaluation(
-        config,
+        Setup.of(config),
         args.checkpoint_path,
         use_ema=bool(args.use_ema),
         seconds=seconds,

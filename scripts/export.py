@@ -12,13 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-from pipeline.components import find_checkpoint
-
 from utils.cli import run_main
-from wan.checkpoints import load_dit_config, write_diffusers
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,6 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Read, check, write, say where."""
     args = build_parser().parse_args(argv)
+    import torch
+
+    from wan.checkpoints import load_dit_config, write_diffusers
+    from wan.folders import find_checkpoint
+
     target = write_diffusers(
         find_checkpoint(args.checkpoint_path),
         load_dit_config(args.model_folder),

@@ -48,12 +48,24 @@ if TYPE_CHECKING:
     from utils.datasets import Dataset
     from wan.folders import ModelFolder
 
+VERBS = ("text", "latents", "ode_pairs")
 STORAGE_DTYPES = ("float32", "bfloat16", "float16")
 PUBLISHED_STEPS = 48  # of CausVid's and Self Forcing's trajectories
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: what all verbs share, then the flags of each."""
+    """The command line as far as the verb; `verb_parsers` have the flags."""
+    parser = argparse.ArgumentParser(
+        prog="precompute.py",
+        description=__doc__.split("\n")[0],
+        epilog="precompute.py VERB --help shows the flags of a verb.",
+    )
+    parser.add_argument("verb", choices=VERBS, help="what to compute")
+    return parser
+
+
+def verb_parsers() -> dict[str, argparse.ArgumentParser]:
+    """The command line behind each verb: what all share, then their own flags."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--config_path", required=True, help="experiment file")
     shared.add_argument("--output_folder", required=True, help="where the shards go")
@@ -74,37 +86,39 @@ def build_parser() -> argparse.ArgumentParser:
     stored = argparse.ArgumentParser(add_help=False)
     stored.add_argument("--storage_dtype", choices=STORAGE_DTYPES, default="float32")
 
-    parser = argparse.ArgumentParser(prog="precompute.py", description=__doc__.split("\n")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="text | latents | ode_pairs")
-
     def verb(name: str, title: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return verbs.add_parser(
-            name, help=title, description=title, parents=[shared, *parents], allow_abbrev=False
+        return argparse.ArgumentParser(
+            prog=f"precompute.py {name}",
+            description=title,
+            parents=[shared, *parents],
+            allow_abbrev=False,
         )
 
-    text = verb("text", "store the text embeddings of prompts", prompts)
+    text = verb("text", "Store the text embeddings of prompts.", prompts)
     text.add_argument(
         "--negative_prompt",
         action="store_true",
         help="store the config's negative prompt and the empty prompt, too",
     )
-    latents = verb("latents", "store the latents of captioned videos", stored)
+    latents = verb("latents", "Store the latents of captioned videos.", stored)
     latents.add_argument("--data_path", required=True, help="folder of videos with .txt captions")
     latents.add_argument(
         "--num_frames", type=int, help="video frames per clip (default: the config's latent frames)"
     )
-    pairs = verb("ode_pairs", "store trajectories of the teacher's ODE", prompts, stored)
+    pairs = verb("ode_pairs", "Store trajectories of the teacher's ODE.", prompts, stored)
     pairs.add_argument("--checkpoint_path", help="other weights for the teacher")
     pairs.add_argument("--num_steps", type=int, default=PUBLISHED_STEPS, help="(%(default)s)")
     pairs.add_argument("--num_latent_frames", type=int, help="(default: the config's)")
     pairs.add_argument("--batch_size", type=int, default=1, help="trajectories at once")
     pairs.add_argument("--seed", type=int, help="of the noise (default: the config's)")
-    return parser
+    return {"text": text, "latents": latents, "ode_pairs": pairs}
 
 
 def main(argv: Sequence[str]) -> int:
     """Compute the shards that are not there yet."""
-    args = parse_command(build_parser(), argv)
+    words = list(argv[1:] if argv[:1] == ["--"] else argv)
+    verb = build_parser().parse_args(words[:1]).verb
+    args = parse_command(verb_parsers()[verb], words[1:])
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
     from utils.config import load_config
@@ -114,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.setup import Setup
 
     verbs = {"text": text, "latents": latents, "ode_pairs": ode_pairs}
-    verbs[args.verb](config, Setup.of(config), args, ranks)
+    verbs[verb](config, Setup.of(config), args, ranks)
     return 0
 
 

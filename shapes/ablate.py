@@ -38,6 +38,7 @@ from evaluation.statistics import mean as mean_of_known
 from evaluation.trials import Evaluation, plan_trials, vbench_name
 from pipeline.batch import file_hash
 from pipeline.schedule import BlockLayout
+from pipeline.setup import Setup
 from shapes import held_out_prompts
 from shapes.truth import ShapesTruth
 from trainer.tasks.base import rollout_recipe
@@ -374,7 +375,9 @@ class Measurement:
             return False
         content = read_json(self.json)
         config = load_config(self.config, self.overrides)
-        asked = Evaluation(config, self.weights, use_ema=False, seconds=self.seconds).settings
+        asked = Evaluation(
+            Setup.of(config), self.weights, use_ema=False, seconds=self.seconds
+        ).settings
         trials = plan_trials(held_out_prompts(self.prompts), self.seeds, config.seed)
         made = [(result["prompt"], result["seed"]) for result in content["videos"]]
         asked |= {"meter": TRUTH.version}

@@ -30,7 +30,8 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.batch import file_hash, network_files, video_settings
+from pipeline.batch import file_hash, network_files
+from pipeline.setup import video_settings
 from shapes import init
 from trainer.tasks import find_task
 from trainer.trainer import recipe
@@ -191,7 +192,7 @@ class Step:
 
     def identity(self, chain: Chain) -> dict[str, Any]:
         """What the experiment's videos depend on."""
-        return video_settings(chain.load(self.config)) if self.config else {}
+        return video_settings(to_dict(chain.load(self.config))) if self.config else {}
 
     def folders(self, chain: Chain) -> list[Path]:
         """It replaces what it wrote."""

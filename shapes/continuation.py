@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
             **{"scenes": args.scenes, "start": args.start, "blocks": args.blocks},
             **{"config_path": args.config_path, "checkpoint_path": weights},
             **{"use_ema": args.use_ema, "overrides": args.overrides},
-            **model_settings(config, pipe.setup.require_folder(), checkpoint, use_ema=args.use_ema),
+            **model_settings(pipe.setup, checkpoint, use_ema=args.use_ema),
         }
         write_json(args.json, {**figures, **settings})
     return 0

@@ -38,6 +38,7 @@ __all__ = [
     "fingerprint",
     "load_config",
     "save_config",
+    "save_resolved",
     "to_dict",
 ]
 
@@ -95,7 +96,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration, without its secret, as YAML; it can be loaded again."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(replace(config, wandb_key=None))))
+    save_resolved(to_dict(config), path)
+
+
+def save_resolved(values: Mapping[str, Any], path: Path) -> None:
+    """Write a configuration that `to_dict` gave, as `save_config` does."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(values))))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -8,9 +8,10 @@ block: Causal Forcing++ in 1 and 2 steps), is not listed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 
@@ -136,12 +137,17 @@ def fetched_checkpoint(name: str) -> str:
         ) from error
 
 
-def warn_of_other_settings(config: Config, checkpoint: Path) -> None:
-    """One line if a family's weights are to be played by settings that they were not made for."""
+def warn_of_other_settings(resolved: Mapping[str, Any], checkpoint: Path) -> None:
+    """One line if a family's weights are to be played by settings that they were not made for.
+
+    `resolved`: a config as plain values.
+    """
+    from utils.config import to_dict  # late: it reads the table of downloads
+
     for name, known in FAMILIES.items():
         if known.checkpoint is None or not _is_named_like(checkpoint, known.file):
             continue
-        theirs, ours = _settings(known.load_config()), _settings(config)
+        theirs, ours = _settings(to_dict(known.load_config())), _settings(resolved)
         other = [key for key in theirs if theirs[key] != ours[key]]
         if other:
             described = ", ".join(f"{key} {theirs[key]} (here {ours[key]})" for key in other)
@@ -157,12 +163,9 @@ def _is_named_like(checkpoint: Path, file: str) -> bool:
     return checkpoint.parts[-len(words) :] == words
 
 
-def _settings(config: Config) -> dict[str, object]:
+def _settings(resolved: Mapping[str, Any]) -> dict[str, object]:
     """What a student cannot be played without, by the names of the keys."""
-    return {
-        "schedule": config.schedule,
-        "denoising_step_list": config.denoising_step_list,
-        "warp_denoising_step": config.warp_denoising_step,
-        "timestep_shift": config.generator_shift,
-        "num_frame_per_block": config.num_frame_per_block,
-    }
+    names = ("schedule", "denoising_step_list", "warp_denoising_step", "num_frame_per_block")
+    own_shift = resolved["model_kwargs"]["timestep_shift"]
+    shift = resolved["timestep_shift"] if own_shift is None else own_shift
+    return {**{name: resolved[name] for name in names}, "timestep_shift": shift}

@@ -16,6 +16,7 @@ from evaluation.meters import FRAMES, Judge
 from evaluation.results import ResultLog, mean_and_spread, numbers, summarise
 from evaluation.trials import Evaluation, plan_trials
 from pipeline import VideoPipeline, load_pipeline
+from pipeline.setup import Setup
 from scripts.evaluate import main
 from utils.cli import run_main
 from utils.config import load_config
@@ -305,7 +306,7 @@ def test_the_first_stream_does_not_pay_for_loading(tiny_world, tmp_path, monkeyp
         VideoPipeline, "open_stream", lambda *a, **k: events.append("open") or opened(*a, **k)
     )
     config = load_config(tiny_world.config, [*SQUARE, "device=cpu"])
-    evaluation = Evaluation(config, tiny_world.checkpoint, use_ema=False, seconds=0.5)
+    evaluation = Evaluation(Setup.of(config), tiny_world.checkpoint, use_ema=False, seconds=0.5)
     evaluation(plan_trials(held_out_prompts(1), 1, 0), lambda trial, result: None)
     assert events == ["load", "open"]
 

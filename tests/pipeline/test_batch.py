@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from pipeline.batch import model_settings
+from pipeline.setup import Setup
 from tests.conftest import TinyWorld
 from utils.config import load_config
 
 
 def settings(world: TinyWorld, *overrides: str, checkpoint: Path | None = None) -> dict[str, str]:
     config = load_config(world.config, overrides)
-    return model_settings(config, checkpoint or world.checkpoint, use_ema=False)
+    return model_settings(Setup.of(config), checkpoint or world.checkpoint, use_ema=False)
 
 
 @pytest.mark.parametrize(
