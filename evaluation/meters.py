@@ -4,7 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from evaluation.statistics import VERSION, Frames, VideoMeter, report_statistics, to_json
+from evaluation.statistics import (
+    BLOCK_FRAMES,
+    FIRST_FRAMES,
+    VERSION,
+    Frames,
+    VideoMeter,
+    report_statistics,
+    to_json,
+)
 from utils.errors import UserError
 
 Result = dict[str, Any]
@@ -148,8 +156,8 @@ class Judge:
         *,
         fps: float,
         truth: Meter | None = None,
-        first: int = 9,
-        block: int = 12,
+        first: int = FIRST_FRAMES,
+        block: int = BLOCK_FRAMES,
     ) -> None:
         """`first` and `block`: frames of its first and later blocks, for the flicker."""
         self.prompt = prompt

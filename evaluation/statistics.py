@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.errors import UserError
+from wan.geometry import WAN_STRIDES
 
 Array = NDArray[np.floating]
 Frames = NDArray[np.uint8]
@@ -24,6 +25,8 @@ results of two versions are never mixed.
 """
 
 DRIFT_SECONDS = 5.0
+FIRST_FRAMES, BLOCK_FRAMES = WAN_STRIDES.video_frames(3), 3 * WAN_STRIDES.time
+"""Video frames of the first and of every later block of three latent frames, as published."""
 
 _STILL = 0.5  # grey levels, too little to see: the flicker of a still video is 1
 
@@ -87,7 +90,9 @@ class VideoReport:
     per_second: dict[str, list[float]]
 
 
-def report(frames: Frames, *, fps: float = 16, first: int = 9, block: int = 12) -> VideoReport:
+def report(
+    frames: Frames, *, fps: float = 16, first: int = FIRST_FRAMES, block: int = BLOCK_FRAMES
+) -> VideoReport:
     """Measure a video uint8 [F, H, W, 3] made of a block of `first` frames, then `block` each.
 
     `motion` is the mean absolute difference of successive frames, in grey levels.
@@ -99,7 +104,7 @@ def report(frames: Frames, *, fps: float = 16, first: int = 9, block: int = 12) 
 
 
 def report_statistics(
-    seen: FrameStatistics, *, fps: float = 16, first: int = 9, block: int = 12
+    seen: FrameStatistics, *, fps: float = 16, first: int = FIRST_FRAMES, block: int = BLOCK_FRAMES
 ) -> VideoReport:
     """`report` from the statistics of the frames."""
     curves = {
@@ -204,7 +209,7 @@ def mean(values: Array) -> Array:
     return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
 
 
-def flicker(changes: Array, first: int = 9, block: int = 12) -> Flicker:
+def flicker(changes: Array, first: int = FIRST_FRAMES, block: int = BLOCK_FRAMES) -> Flicker:
     """Compare changes [F - 1] (of frame i + 1 against frame i) at boundaries with those inside.
 
     A boundary lies before frame `first` and before every `block`-th frame after it. A video of

@@ -15,6 +15,7 @@ MODULES = (
     "train",
     "scripts.download",
     "scripts.precompute",
+    "scripts.export",
     "scripts.evaluate",
     "scripts.benchmark",
     "scripts.attention_maps",

@@ -15,7 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import statistics as video_meter
-from evaluation.statistics import Array, Flicker, Frames, drift, ends, flicker, mean, per_second
+from evaluation.statistics import (
+    BLOCK_FRAMES,
+    FIRST_FRAMES,
+    Array,
+    Flicker,
+    Frames,
+    drift,
+    ends,
+    flicker,
+    mean,
+    per_second,
+)
 from shapes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -187,7 +198,9 @@ class ShapesReport:
     per_second: dict[str, list[float]]
 
 
-def report(measures: Measures, *, first: int = 9, block: int = 12) -> ShapesReport:
+def report(
+    measures: Measures, *, first: int = FIRST_FRAMES, block: int = BLOCK_FRAMES
+) -> ShapesReport:
     """Sum a video up; `first` and `block` are the frames in its first and later blocks."""
     seen = measures.seen
     return ShapesReport(

@@ -31,7 +31,7 @@ for name in sys.argv[1:]:
 # These import PyTorch at their top: take the mark away where that is over.
 NOT_YET = {
     name: pytest.mark.xfail(strict=True, reason="imports PyTorch at its top")
-    for name in ("inference", "shapes.chain", "shapes.ablate", "shapes.continuation", "shapes.init")
+    for name in ("shapes.chain", "shapes.ablate", "shapes.continuation", "shapes.init")
 }
 
 
@@ -64,7 +64,7 @@ def test_help_needs_no_heavy_library(name, parsers):
     "command",
     [
         "train.py --logdir logs/x",
-        pytest.param("inference.py --prompt fox", marks=NOT_YET["inference"]),
+        "inference.py --prompt fox",
         "-m scripts.benchmark",
     ],
 )

@@ -78,7 +78,7 @@ def copy_without_shapes(folder: Path) -> Path:
 def test_a_copy_without_shapes_imports_and_collects(tmp_path: Path) -> None:
     copy = copy_without_shapes(tmp_path / "copy")
     rooms = sorted(path.parent.name for path in copy.glob("*/__init__.py"))
-    tops = sorted(path.stem for path in copy.glob("*.py"))
+    tops = sorted(path.stem for path in copy.glob("*.py") if path.stem != "setup")
     assert {"wan", "pipeline", "model", "trainer", "utils", "evaluation"} <= set(rooms)
     done = subprocess.run(
         [sys.executable, "-c", CHECK, *rooms, *tops], cwd=copy, capture_output=True, text=True

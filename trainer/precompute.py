@@ -17,6 +17,7 @@ from utils.config import Config, fingerprint, save_config
 from utils.datasets import UNLIMITED, Dataset, open_dataset
 from utils.distributed import Ranks
 from utils.errors import UserError
+from utils.files import locked, remove_leftovers
 
 
 def read_prompts_of(
@@ -100,11 +101,16 @@ class ShardRun:
 
     def write(self, shards: Sequence[Shard], make: Callable[[Shard, tqdm], None]) -> None:
         """`make` each shard; it moves the bar on by the items it has done."""
-        shards[0].path.parent.mkdir(parents=True, exist_ok=True)
-        if self.ranks.is_main:
-            save_config(self.config, shards[0].path.parent / "config.yaml")
+        folder, is_main = shards[0].path.parent, self.ranks.is_main
         total = sum(len(shard.prompts) for shard in shards)
-        with tqdm(total=total, desc="items of this rank", disable=not self.ranks.is_main) as bar:
+        with (
+            locked(folder, "give another --output_folder", is_main=is_main),
+            tqdm(total=total, desc="items of this rank", disable=not is_main) as bar,
+        ):
+            if self.ranks.world == 1:  # else a rank may be writing already
+                remove_leftovers(folder)
+            if is_main:
+                save_config(self.config, folder / "config.yaml")
             for shard in shards:
                 try:
                     make(shard, bar)
@@ -112,8 +118,6 @@ class ShardRun:
                     raise UserError(
                         "the GPU has too little memory: use a smaller --batch_size or resolution"
                     ) from error
-                except (OSError, SafetensorError) as error:
-                    raise UserError(f"cannot write {shard.path}: {error}") from error
 
     def _is_done(self, shard: Shard) -> bool:
         if not shard.path.is_file():

@@ -19,7 +19,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config_schema import FREE_KEYS, METHOD_DEFAULTS, VIDEO_KEYS, Bounds, Config, declared
+from utils.config_schema import (
+    FREE_KEYS,
+    LATENT_STRIDE,
+    METHOD_DEFAULTS,
+    VIDEO_KEYS,
+    Bounds,
+    Config,
+    declared,
+)
 from utils.downloads import how_to_get
 from utils.errors import UserError
 from utils.files import write_text
@@ -61,7 +69,6 @@ INERT_KEYS = frozenset(
 )
 INERT_SUFFIX = "_fsdp_wrap_strategy"
 TRAINERS = ("score_distillation", "ode", "diffusion", "vae")  # of trainer/tasks
-LATENT_STRIDE = 8  # `image_or_video_shape` of the published files counts latents of this stride
 NEAR = 0.6  # how alike a key has to be to be what was meant
 
 
@@ -125,6 +132,11 @@ def find_file(path: str | Path, what: str) -> Path:
             raise UserError(f"{what} {path} is a folder; give a file")
     except OSError as error:  # no permission, a name too long
         raise UserError(f"{what} {path} cannot be read: {error.strerror}") from error
+    if not (ROOT / "configs" / "default_config.yaml").is_file():
+        raise UserError(
+            f"{what} {path} does not exist: configs and weights are looked for in the checkout "
+            "where `pip install -e .` was run, and this is an installation without -e"
+        )
     raise UserError(f"{what} {path} does not exist; {how_to_get(path, ROOT)}")
 
 

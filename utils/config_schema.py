@@ -98,6 +98,9 @@ class Bounds:
         return text if self.also is None else f"{self.also} or {text}"
 
 
+HEIGHT, WIDTH = 480, 832  # pixels, as published
+LATENT_STRIDE = 8  # `image_or_video_shape` of the published files counts latents of this stride
+
 UNBOUNDED = Bounds()
 COUNT = Bounds(at_least=1, at_most=10**6)
 COUNT_OR_NONE = Bounds(at_least=0, at_most=10**6)
@@ -301,10 +304,10 @@ class Config:
         None, "folder of stored text embeddings; skips the text encoder", "video"
     )
 
-    height: int = key(480, "pixels", "video", "weights", section="video", bounds=SIDE)
-    width: int = key(832, "pixels", "video", "weights", bounds=SIDE)
+    height: int = key(HEIGHT, "pixels", "video", "weights", section="video", bounds=SIDE)
+    width: int = key(WIDTH, "pixels", "video", "weights", bounds=SIDE)
     image_or_video_shape: list[int] = key(
-        [1, 21, 16, 60, 104],
+        [1, 21, 16, HEIGHT // LATENT_STRIDE, WIDTH // LATENT_STRIDE],
         "scored clip [batch, frames, C, H, W]; sets height and width",
         "weights",
         bounds=Bounds(at_least=1, at_most=16384, length=(5, 5)),

@@ -31,7 +31,7 @@ from torch import Tensor
 from utils.config import ROOT
 from utils.draws import Purpose
 from utils.errors import UserError
-from utils.files import is_temporary, write_tensors
+from utils.files import is_temporary, whole_files, write_tensors
 from utils.noise import philox
 from utils.packages import offered, split_name
 from utils.prompts import read_caption, read_extended_prompts, read_prompts
@@ -96,7 +96,7 @@ def open_dataset(
         return PromptDataset(place, extended_path)
     if extended_path is not None:
         raise UserError(f"Extended prompts go with a prompt file, and {path} is none.")
-    shards = sorted(place.glob("*.safetensors"))
+    shards = whole_files(place, "*.safetensors")
     if shards:
         kind = LatentDataset if ShardInfo.read(shards[0]).format == "latents" else OdePairDataset
         return kind(place)
@@ -369,7 +369,7 @@ class _Shards:
 
     def __init__(self, folder: str | Path) -> None:
         """Raises UserError for a folder without shards, or with shards that do not go together."""
-        self.shards = [ShardInfo.read(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+        self.shards = [ShardInfo.read(path) for path in whole_files(Path(folder), "*.safetensors")]
         if not self.shards:
             raise UserError(f"{folder} holds no .safetensors shard: check the path.")
         first = self.shards[0]

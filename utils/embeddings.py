@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.errors import UserError
-from utils.files import write_tensors
+from utils.files import whole_files, write_tensors
 
 
 def embedding_key(prompt: str) -> str:
@@ -50,7 +50,7 @@ class EmbeddingStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        shards = sorted(self.folder.glob("*.safetensors"))
+        shards = whole_files(self.folder, "*.safetensors")
         if not shards:
             raise UserError(f"{folder} holds no *.safetensors of text embeddings; check the path")
         self._shard_of: dict[str, Path] = {}

@@ -274,6 +274,11 @@ def is_temporary(path: Path) -> bool:
     return _TEMPORARY.search(path.name) is not None
 
 
+def whole_files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder with names of this pattern, sorted, but for those being written."""
+    return sorted(path for path in folder.glob(pattern) if not is_temporary(path))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left in a folder; only while it is `locked`."""
     for path in folder.iterdir() if folder.is_dir() else ():

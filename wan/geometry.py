@@ -12,6 +12,10 @@ class Strides(NamedTuple):
     space: int
     time: int
 
+    def video_frames(self, latent_frames: int) -> int:
+        """Video frames of the first `latent_frames` latent frames of a video (0 for none)."""
+        return 1 + self.time * (latent_frames - 1) if latent_frames else 0
+
 
 WAN_STRIDES = Strides(space=8, time=4)
 """Of Wan2.1's own VAE, for where there are no weights to read them from."""
@@ -58,7 +62,7 @@ class VideoShape:
 
     def video_frames(self, latent_frames: int) -> int:
         """Video frames of the first `latent_frames` latent frames of a video (0 for none)."""
-        return 1 + self.strides.time * (latent_frames - 1) if latent_frames else 0
+        return self.strides.video_frames(latent_frames)
 
     def latent_frames(self, video_frames: int) -> int:
         """Latent frames needed to hold `video_frames` video frames."""

@@ -10,8 +10,8 @@ import pytest
 import torch
 from endless import held_out_prompts, open_meter
 
+import evaluation.runs
 import pipeline.batch
-import scripts.evaluate
 from evaluation.meters import FRAMES, Judge
 from evaluation.results import ResultLog, mean_and_spread, numbers, summarise
 from evaluation.trials import Evaluation, plan_trials
@@ -244,7 +244,7 @@ def test_results_of_another_meter_are_not_used(clips, tmp_path, monkeypatch):
     measures = json.loads(out.read_text())["summary"]["video"]["measures"]
     assert measures["motion"]["mean"] < 2, "kept"
     newer = {"truth": None, "meter": FRAMES.version + 1}
-    monkeypatch.setattr(scripts.evaluate, "meter_settings", lambda truth: newer)
+    monkeypatch.setattr(evaluation.runs, "meter_settings", lambda truth: newer)
     assert evaluate("--videos", clips, "--json", out) == 0
     measures = json.loads(out.read_text())["summary"]["video"]["measures"]
     assert measures["motion"]["mean"] == 7
@@ -260,7 +260,7 @@ def test_vbench_is_called_where_it_is_installed(clips, tmp_path, monkeypatch):
 
         def evaluate(self, **options):
             calls.append(options)
-            folder = scripts.evaluate.Path(self.output)
+            folder = Path(self.output)
             folder.mkdir(parents=True)
             (folder / "videos_eval_results.json").write_text('{"motion_smoothness": [0.9, []]}')
 

@@ -9,6 +9,7 @@ import torch
 from pipeline.batch import model_settings
 from pipeline.setup import Setup
 from tests.conftest import TinyWorld
+from tests.tiny_models import write_tiny_vae
 from utils.config import load_config
 
 
@@ -42,7 +43,7 @@ def test_the_dtype_that_is_computed_in_counts(
 ) -> None:
     """`dtype: auto` is another one on another machine: its videos were taken for the same."""
     before = settings(tiny_world)
-    monkeypatch.setattr("pipeline.batch.computed_dtype", lambda config: torch.bfloat16)
+    monkeypatch.setattr("pipeline.setup.computed_dtype", lambda dtype, device: torch.bfloat16)
     assert settings(tiny_world) != before
 
 
@@ -54,5 +55,5 @@ def test_other_weights_make_another_video(tiny_world: TinyWorld, tmp_path: Path)
     shutil.copytree(tiny_world.folder, tmp_path / "models" / tiny_world.folder.name)
     moved = f"model_root={tmp_path / 'models'}"
     assert settings(tiny_world, moved) == before, "the same weights in another place"
-    (tmp_path / "models" / tiny_world.folder.name / "Wan2.1_VAE.pth").write_bytes(b"other")
+    write_tiny_vae(tmp_path / "models" / tiny_world.folder.name / "Wan2.1_VAE.pth", seed=5)
     assert settings(tiny_world, moved) != before

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.benchmark import BlockBar, Stopwatch, main
+from pipeline.timing import BlockBar, Stopwatch
+from scripts.benchmark import main
 from tests.golden_cases import load_json
 from tests.tiny_pipeline import TINY_DIT, write_config
 from utils.cli import run_main

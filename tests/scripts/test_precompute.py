@@ -143,11 +143,11 @@ def test_a_run_is_taken_up_and_grows(
     assert len(EmbeddingStore(out)) == 3, "the last shard had one prompt and grew"
     before, whole = stamps(out), contents(out)
     (out / "000001.safetensors").unlink()
-    (out / "000001.part").write_bytes(b"half written")
+    (out / "000001.0123abcd.part.safetensors").write_bytes(b"half written")
     assert run(TEXT, tiny_world, out, *flags, "--negative_prompt") == 0
     assert stamps(out)["000000.safetensors"] == before["000000.safetensors"]
     assert contents(out)["000001.safetensors"].keys() == whole["000001.safetensors"].keys()
-    assert not list(out.glob("*.part"))
+    assert not list(out.glob("*.part*"))
 
 
 # --- videos -------------------------------------------------------------------------------------
@@ -214,7 +214,8 @@ def solve(config: Config, teacher: WanDiT, **changes: object) -> tuple[Tensor, T
         "samples": (0, 1),
         "guidance_scale": None,
     } | changes
-    return levels, solve_trajectories(config, teacher, **arguments)
+    setup = Setup.of(config, sizes=teacher.config)
+    return levels, solve_trajectories(setup, teacher, **arguments)
 
 
 def initial_noise(seed: int, sample: int) -> Tensor:

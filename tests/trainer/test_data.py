@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.setup import Setup
 from tests.tiny_training import FRAMES, LATENT, PROMPTS, TrainingWorld
 from trainer.data import Batches, open_training_data, plan_batches
-from trainer.networks import student_sizes
 from trainer.tasks import find_task
 from utils.draws import Draws
 from utils.errors import UserError
@@ -98,7 +98,7 @@ def test_every_item_comes_once_per_epoch_however_it_is_dealt(
 ) -> None:
     """Seven items and twelve videos per update, so updates straddle epochs."""
     config = training_world.config(tmp_path, batch_size=batch_size, global_batch_size=12)
-    plan, dataset = plan_batches(config, ranks), open_training_data(config)
+    plan, dataset = plan_batches(config, ranks), open_training_data(config, Setup.of(config))
     dealt = [Batches(dataset, plan, rank, seed=3) for rank in range(ranks)]
     sequence: list[str] = []
     for update in range(7):
@@ -149,9 +149,10 @@ def test_data_are_checked_before_anything_is_built(
     """Latents of another size ended in a traceback, and without a mask trained all the same."""
     task = training_world.ode() if kind == "ode" else training_world.flow()
     config = training_world.config(tmp_path, **task | changes)
-    data, sizes = open_training_data(config), student_sizes(config)
+    setup = Setup.of(config)
+    data = open_training_data(config, setup)
     if said is None:
-        find_task(config.trainer).check_data(config, data, sizes)
+        find_task(config.trainer).check_data(config, setup, data)
     else:
         with pytest.raises(UserError, match=said):
-            find_task(config.trainer).check_data(config, data, sizes)
+            find_task(config.trainer).check_data(config, setup, data)

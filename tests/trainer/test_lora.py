@@ -7,6 +7,7 @@ import torch
 
 from model.lora import ADAPTER_A, ADAPTER_B, BASE, merge_lora
 from pipeline import load_pipeline
+from pipeline.setup import Setup
 from tests.tiny_training import (
     TrainingWorld,
     assert_same_state,
@@ -76,8 +77,9 @@ def test_a_network_with_adapters_starts_as_the_one_it_adapts_and_equals_its_merg
     latents, text = torch.randn(1, 3, 16, 2, 4), torch.randn(1, 4, 32)
     times = torch.full((1, 3), 500.0)
     with open_world("cpu") as world, torch.no_grad():
-        plain = build_generator(training_world.config(tmp_path), world)
-        adapted = build_generator(config, world)
+        setup = Setup.of(config)
+        plain = build_generator(training_world.config(tmp_path), setup, world)
+        adapted = build_generator(config, setup, world)
         expected = plain(latents, times, plain.encode_text(text))
         assert torch.equal(adapted(latents, times, adapted.encode_text(text)), expected)
         for name, parameter in adapted.named_parameters():

@@ -245,7 +245,7 @@ def test_another_run_is_refused_before_a_network_is_built(
 ) -> None:
     """It was found after all networks, the largest one last, had been loaded."""
     train(training_world.config(tmp_path, max_steps=1), tmp_path / "run")
-    monkeypatch.setattr("trainer.trainer.TASKS", {})
+    monkeypatch.setattr("trainer.trainer.find_task", lambda name: pytest.fail("too late"))
     with pytest.raises(UserError, match="holds a run of another config: lr"):
         train(training_world.config(tmp_path, lr=0.5), tmp_path / "run")
     # `mixed_precision: null` is another dtype on another machine

@@ -598,9 +598,7 @@ def test_installed_without_its_checkout(tmp_path, monkeypatch):
     """The configs do not travel with the modules: the sentence says where they are looked for."""
     own = tmp_path / "own.yaml"
     own.write_text("method: self_forcing\n")
-    monkeypatch.setattr("utils.config.DEFAULTS", tmp_path / "site-packages" / "default_config.yaml")
-    for path in (own, "configs/rolling_forcing_sid.yaml"):
-        with pytest.raises(
-            UserError, match=r"looked for in the checkout where `pip install -e \.`"
-        ):
-            load_config(path)
+    monkeypatch.setattr("utils.config.ROOT", tmp_path / "site-packages")
+    assert load_config(own).method == "self_forcing"
+    with pytest.raises(UserError, match=r"looked for in the checkout where `pip install -e \.`"):
+        load_config("configs/rolling_forcing_sid.yaml")
