@@ -133,7 +133,7 @@ def test_lists_of_packages_agree():
 def test_what_is_imported_is_required():
     """A library that only another one brought along may be gone with its next version."""
     known = {normal(name) for name in read_requirements("requirements.txt")}
-    known |= {"pil", "pyyaml", "peft", "tensorboard", "wandb", "flash-attn", "vbench"}
+    known |= {"pil", "yaml", "peft", "tensorboard", "wandb", "flash-attn", "vbench"}
     known |= {"flash-attn-interface", "setuptools"}
     ours = {path.name.removesuffix(".py") for path in ROOT.iterdir()}
     for file in ROOT.glob("**/*.py"):

@@ -7,7 +7,7 @@ import pytest
 
 import inference
 from tests.golden_cases import load_json
-from utils.config import Config, load_config
+from utils.config import Config, load_config, to_dict
 from utils.errors import UserError
 from utils.families import FAMILIES, fetched_checkpoint, warn_of_other_settings
 
@@ -39,7 +39,7 @@ def test_families_agree_with_the_published_files() -> None:
 def warned(caplog: pytest.LogCaptureFixture, config: Config, checkpoint: str) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        warn_of_other_settings(config, Path(checkpoint))
+        warn_of_other_settings(to_dict(config), Path(checkpoint))
     return caplog.messages
 
 
