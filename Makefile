@@ -36,9 +36,6 @@ test-long: venv  ## long trials, by hand before a release
 
 test-all: test test-slow
 
-test-long: venv  ## what takes minutes, such as everything in a copy without the shapes world
-	$(BIN)/python -m pytest -m "long and not gpu"
-
 lint: venv  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

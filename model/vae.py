@@ -18,10 +18,14 @@ class Autoencoder(nn.Module):
         self.model = model
 
     def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Video `[B, F, 3, H, W]`, noise `[B, f, C, h, w]` -> (video, mean, log-variance)."""
-        mean, log_variance = encode_moments(self.model, video)
+        """Video `[B, F, 3, H, W]`, noise `[B, f, C, h, w]` -> (video, mean, log-variance).
+
+        In the dtype of the weights, but for the moments and the sample, which are float32.
+        """
+        dtype = self.model.quant_conv.weight.dtype  # of the weights while they are gathered
+        mean, log_variance = (part.float() for part in encode_moments(self.model, video.to(dtype)))
         sample = mean + (0.5 * log_variance).exp() * noise
-        return decode_moments(self.model, sample), mean, log_variance
+        return decode_moments(self.model, sample.to(dtype)), mean, log_variance
 
     def latent_shape(self, video: Tensor) -> tuple[int, int, int, int]:
         """`(f, C, h, w)` of video `[B, F, 3, H, W]`."""

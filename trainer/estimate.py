@@ -16,8 +16,10 @@ from trainer.data import (
 from trainer.sharding import shards_of, strategy_of
 from trainer.tasks import find_task
 from utils.config import ROOT, Config, check_training
+from utils.datasets import UNLIMITED
 from utils.downloads import how_to_get
 from utils.errors import UserError
+from utils.packages import split_name
 from wan.checkpoints import empty_dit
 from wan.dit import DiTConfig
 from wan.folders import ModelFolder
@@ -131,21 +133,59 @@ def cache_bytes(config: Config, setup: Setup) -> int:
 
 
 def dry_run_report(config: Config, world: int, local_world: int | None = None) -> str:
-    """Validate config and data for `world` ranks and describe what a rank will hold."""
+    """Validate config and data for `world` ranks and describe what a rank will hold.
+
+    What has to be fetched first, weights or data, is said and need not be here.
+    """
     check_training(config)
-    plan = plan_batches(config, world)
-    setup = planned_setup(config)
-    dataset = open_training_data(config, setup)
-    local = local_world or min(world, 8)
-    task = find_task(config.trainer)
-    task.check_data(config, setup, dataset)
-    lines = [f"data: {len(dataset)} items in {config.data_path}", plan.describe(), *plan.notes]
-    if heldout := open_heldout_data(config, setup, task.check_items):
-        measured = min(config.heldout_videos, len(heldout))
-        lines.append(f"held-out data: {measured} items of {config.heldout_data_path}")
-    lines.append(f"memory per rank of {world} (GiB), without activations:")
+    plan, setup = plan_batches(config, world), planned_setup(config)
+    lines = [*data_lines(config, setup), plan.describe(), *plan.notes]
+    memory = memory_lines(config, setup, world, local_world or min(world, 8))
+    if memory:
+        lines += [f"memory per rank of {world} (GiB), without activations:", *memory]
+    else:
+        lines.append(f"trainer: {config.trainer} holds no transformer; its memory is not estimated")
+    lines += [
+        f"not here yet: {missing} ({how_to_get(missing, ROOT)})"
+        for missing in (*missing_weights(config), *missing_data(config))
+    ]
+    return "\n".join(lines)
+
+
+def data_lines(config: Config, setup: Setup) -> list[str]:
+    """What is trained and measured on, as far as it is here; UserError if it is of no use."""
+    task, missing = find_task(config.trainer), missing_data(config)
+    lines = []
+    if config.data_path not in missing and config.extended_data_path not in missing:
+        data = open_training_data(config, setup)
+        task.check_data(config, setup, data)
+        items = "items without end" if len(data) >= UNLIMITED else f"{len(data)} items"
+        lines.append(f"data: {items} in {config.data_path}")
+    if config.heldout_data_path not in missing:
+        heldout = open_heldout_data(config, setup, task.check_items)
+        if heldout is not None:
+            measured = min(config.heldout_videos, len(heldout))
+            lines.append(f"held-out data: {measured} items of {config.heldout_data_path}")
+    return lines
+
+
+def missing_data(config: Config) -> list[str]:
+    """Files and folders of data that the run will need and that are not here."""
+    heldout = config.heldout_data_path if config.heldout_every else None
+    paths = (config.data_path, config.extended_data_path, heldout)
+    return [
+        path
+        for path in paths
+        if path
+        and split_name(path) is None
+        and not any((b / path).exists() for b in (Path(), ROOT))
+    ]
+
+
+def memory_lines(config: Config, setup: Setup, world: int, local: int) -> list[str]:
+    """A table of what each network takes, and what there is beside them; none without networks."""
     header = f"{'network':12} {'folder':20} {'parameters':>14} {'shards':>6}"
-    lines.append(f"{header} {'weights':>8} {'adam':>8} {'grads':>8} {'ema':>8} {'total':>8}")
+    lines = [f"{header} {'weights':>8} {'adam':>8} {'grads':>8} {'ema':>8} {'total':>8}"]
     total = 0
     for role, name in networks_of(config).items():
         memory = network_memory(config, role, name, sizes_of(config, name), world, local)
@@ -153,23 +193,16 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
         numbers = " ".join(f"{size / GIB:8.2f}" for size in parts)
         lines.append(f"{role:12} {name:20} {memory.parameters:14,} {memory.shards:6} {numbers}")
         total += memory.total
+    if total == 0:
+        return []
     if config.trainer == "score_distillation":
         cache = cache_bytes(config, setup)
         lines.append(f"{'KV cache':64} {cache / GIB:8.2f}".rstrip())
         total += cache
-    lines += [
-        f"not here yet: {missing} ({how_to_get(missing, ROOT)})"
-        for missing in missing_weights(config)
-    ]
-    files = setup.folder
-    if networks_of(config) and files is not None and not config.text_embeddings:
+    lines.append(f"all together {total / GIB:.2f} GiB per rank")
+    if setup.folder is not None and not config.text_embeddings:
         where = "on the CPU" if config.text_encoder_device == "cpu" else "before sharding"
-        text = files.text_encoder.stat().st_size / GIB if files.text_encoder.is_file() else 0.0
+        file = setup.folder.text_encoder
+        text = file.stat().st_size / GIB if file.is_file() else 0.0
         lines.append(f"not counted: the text encoder, {text:.2f} GiB in its file, {where}")
-    if total == 0:
-        lines[-2:] = [
-            f"trainer: {config.trainer} holds no transformer; its memory is not estimated"
-        ]
-    else:
-        lines.append(f"all together {total / GIB:.2f} GiB per rank")
-    return "\n".join(lines)
+    return lines

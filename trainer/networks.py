@@ -1,6 +1,7 @@
 """Building the networks of a run: loaded, sharded, with optimisers and averages."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,8 +156,7 @@ def learning_rate_schedule(config: Config, lr: float, *, critic: bool) -> Callab
         warm = min(1.0, (update + 1) / (config.lr_warmup_steps + 1))
         if config.lr_schedule == "constant" or total is None:
             return lr * warm
-        progress = torch.tensor(min(1.0, update / total), dtype=torch.float64)
-        return lr * warm * 0.5 * (1 + torch.cos(progress * torch.pi).item())
+        return lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, update / total)))
 
     return rate
 

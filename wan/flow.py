@@ -70,13 +70,3 @@ def add_noise(clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
 def x0_from_flow(noisy: Tensor, flow: Tensor, timesteps: Tensor) -> Tensor:
     """x_0 = x_t - s v."""
     return noisy - sigma_of(timesteps, noisy) * flow
-
-
-def flow_from_x0(noisy: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
-    """v = (x_t - x_0) / s; undefined at t = 0."""
-    return (noisy - clean) / sigma_of(timesteps, noisy)
-
-
-def euler_step(noisy: Tensor, flow: Tensor, timesteps: Tensor, next_timesteps: Tensor) -> Tensor:
-    """x_{t'} = x_t + (s' - s) v: one Euler step of the flow's ODE."""
-    return noisy + (sigma_of(next_timesteps, noisy) - sigma_of(timesteps, noisy)) * flow

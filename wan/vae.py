@@ -137,11 +137,6 @@ class WanVAE:
         return cls(copy.eval().requires_grad_(False))
 
     @property
-    def latent_channels(self) -> int:
-        """C, the number of channels of a latent frame."""
-        return self.model.config["z_dim"]
-
-    @property
     def spatial_stride(self) -> int:
         """Pixels per latent pixel along height and along width."""
         return self.model.config["scale_factor_spatial"]

@@ -14,6 +14,7 @@ from model.self_rollout import RolloutPlan, is_output
 from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, OdeStep, Renoise
 from pipeline.schedule import BlockLayout, Schedule
+from tests.reference_flow import euler_step
 from tests.tiny_pipeline import random_dit
 from tests.tiny_rollout import (
     GRID,
@@ -28,7 +29,7 @@ from tests.tiny_rollout import (
 from utils.noise import CounterNoise
 from wan.context import ForcedContext, MaskedContext, frame_mask
 from wan.dit import WanDiT
-from wan.flow import add_noise, euler_step, x0_from_flow
+from wan.flow import add_noise, x0_from_flow
 from wan.kv_cache import ContextPolicy, KVCache
 from wan.rope import apply_rope, rotation
 

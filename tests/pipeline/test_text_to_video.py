@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from pipeline import VideoPipeline, load_pipeline
 from pipeline.prefix import image_clip, video_clip
 from tests.conftest import TinyWorld
+from tests.reference_flow import flow_from_x0
 from utils.errors import UserError
 from utils.video import VideoWriter, fit_frames, read_video, to_float, to_uint8
 from wan.context import CachedContext
-from wan.flow import flow_from_x0
 from wan.text_encoder import WanTextEncoder
 from wan.vae import StreamingDecoder
 

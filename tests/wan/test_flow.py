@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.golden_cases import Case, load_case
+from tests.reference_flow import euler_step, flow_from_x0
 from wan.flow import (
     add_noise,
     denoising_timesteps,
-    euler_step,
-    flow_from_x0,
     shift_sigma,
     sigma_of,
     training_timesteps,

@@ -59,7 +59,7 @@ def assert_close(ours, recorded):
 
 def some_latents(vae, frames=7, seed=0, batch=1):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, frames, vae.latent_channels, 2, 3, generator=generator)
+    return torch.randn(batch, frames, vae.model.config["z_dim"], 2, 3, generator=generator)
 
 
 def decode_in_chunks(vae, latents, chunks):
