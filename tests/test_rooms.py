@@ -42,6 +42,28 @@ def imported(source: str) -> set[str]:
     return found
 
 
+def may_import() -> dict[str, set[str]]:
+    """Room (or entry point) -> rooms that it may import, as docs/architecture.md has it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", page, re.M)
+    allowed = {room: set(re.findall(r"`(\w+)`", said)) for room, said in rows}
+    rooms = {room for room in allowed if "." not in room}
+    return allowed | {"shapes": rooms - {"scripts"}}
+
+
+@pytest.mark.parametrize("room", may_import())
+def test_imports_go_downwards(room: str) -> None:
+    """The picture of the rooms is true, and names all there are."""
+    allowed = may_import()
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"server"}
+    assert rooms <= set(allowed)
+    path = ROOT / room
+    for file in [path] if path.suffix else path.rglob("*.py"):
+        names = {n.partition(".")[0] for n in imported(file.read_text(encoding="utf-8"))}
+        names &= {*rooms, "inference", "train"}
+        assert names <= allowed[room] | {room}, file
+
+
 def test_nobody_imports_shapes() -> None:
     """The trainer, the evaluation and the data sets once knew the grammar of its captions."""
     inside = (ROOT / "shapes", ROOT / "tests" / "shapes")

@@ -317,10 +317,12 @@ class WanDiT(nn.Module):
         return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
     def compile_blocks(self, *, dynamic: bool | None = None) -> None:
-        """torch.compile the blocks, which share one graph; what they attend to stays outside.
+        """torch.compile the blocks; what they attend to stays outside, and layers share graphs.
 
-        `dynamic`: one graph for all sizes (training, whose windows and batches vary); None makes
-        a faster one for the size that keeps coming back, that of the steady window.
+        `dynamic`: True makes graphs for all sizes from the start (training, whose windows and
+        batches vary). None makes fixed ones for the first size and, when a second one comes, graphs
+        for all sizes; from then on these serve every pass, the steady window of a rolling rollout
+        included. So fixed graphs help where all passes have one size (a bidirectional model).
         """
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for block in self.blocks:

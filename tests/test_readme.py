@@ -1,0 +1,189 @@
+"""What README and docs say is true: commands, files, names, figures. tests/shapes has the rest."""
+
+import ast
+import re
+import shlex
+from importlib import import_module
+
+import pytest
+
+import train
+from model.self_rollout import rollout_flops
+from pipeline.memory import memory_report
+from pipeline.setup import Setup
+from tests import readme
+from tests.golden_cases import load_json
+from trainer.data import plan_batches
+from trainer.estimate import planned_setup, sizes_of
+from trainer.tasks.base import rollout_recipe
+from utils.config import ROOT, Config, load_config
+from utils.downloads import DOWNLOADS
+from utils.families import FAMILIES
+from wan.flops import forward_flops, training_flops
+from wan.folders import TEXT_ENCODER_FILE, VAE_FILE, ModelFolder
+from wan.geometry import WAN_STRIDES
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [words for words in readme.all_commands() if not readme.of_laboratory(str(words))]
+
+SNIPPETS = [block for page in readme.PAGES for block in readme.blocks(page, "python")]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
+def test_command(words, tmp_path, monkeypatch, capsys):
+    """Each is parsed by its own parser, its config loaded; what trains is run with --dry_run."""
+    command = readme.parse(words)
+    config = command and command.config
+    if command is None:
+        return
+    if command.module == "scripts.download":
+        assert set(command.args.names) <= set(DOWNLOADS)
+    if command.module == "train" and config is not None:
+        monkeypatch.chdir(tmp_path)
+        prompts = tmp_path / str(config.data_path)  # as if it had been fetched
+        prompts.parent.mkdir()
+        prompts.write_text("a fox\nan owl\n", encoding="utf-8")
+        assert train.main([*command.argv, "--dry_run", "--world_size", "8"]) == 0
+        assert "all together 17.32 GiB per rank" in capsys.readouterr().out
+
+
+def test_files_and_names():
+    """Five modules that README and docs named had been moved or were gone."""
+    spans = {span for span in readme.named_files() if not readme.of_laboratory(span)}
+    assert len(spans) > 50
+    assert sorted(filter(None, map(readme.missing_name, spans))) == []
+
+
+def test_tree():
+    paths = [path for path in readme.tree_paths() if not readme.of_laboratory(path)]
+    assert len(paths) > 70
+    paths = [path for path in paths if path not in ("wan_models/", "checkpoints/")]  # what ships
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("room", ["wan", "pipeline", "model", "trainer", "utils"])
+def test_tree_is_complete(room):
+    """A file that nobody finds in the tree might as well not be there."""
+    named = set(readme.tree_paths())
+    files = {f"{room}/{path.name}" for path in (ROOT / room).glob("[!_]*.py")}
+    assert files - named == set()
+
+
+def test_links():
+    for page in readme.PAGES:
+        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize(
+    "number", range(sum(len(readme.blocks(p, "python")) for p in readme.PAGES))
+)
+def test_snippet_imports(number):
+    """Snippets whose weights have to be fetched: what they import is there."""
+    source = [block for page in readme.PAGES for block in readme.blocks(page, "python")][number]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and not readme.of_laboratory(str(node.module)):
+            for alias in node.names:
+                assert hasattr(import_module(str(node.module)), alias.name), alias.name
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def test_models_are_all_named():
+    for name in FAMILIES:
+        assert f"`{name}`" in README or f"--model {name}" in README
+
+
+def test_download_sizes():
+    for name in ("wan2.1-1.3b", "ode-init", "vidprom-prompts"):
+        assert f"{DOWNLOADS[name].size} for `{name}`" in README
+
+
+def manifest_bytes(name: str) -> int:
+    """Bytes of the tensors of a published file."""
+    width = {"bfloat16": 2, "float32": 4}
+    total = 0
+    for shape, dtype in load_json(name)["keys"].values():
+        size = width[dtype]
+        for side in shape:
+            size *= side
+        total += size
+    return total
+
+
+def test_memory_of_a_24_gb_card(tmp_path):
+    """The line that a start prints, for files of the published sizes."""
+    import torch
+
+    config = load_config("configs/rolling_forcing_dmd.yaml", [f"model_root={tmp_path}"])
+    folder = tmp_path / config.generator_name
+    folder.mkdir()
+    preset = ROOT / "configs" / "models" / f"{config.generator_name}.json"
+    (folder / "config.json").write_bytes(preset.read_bytes())
+    for name, manifest in (
+        (VAE_FILE, "manifest_wan2.1_vae"),
+        (TEXT_ENCODER_FILE, "manifest_umt5_xxl_encoder"),
+    ):
+        with (folder / name).open("wb") as file:
+            file.truncate(manifest_bytes(manifest))  # a hole, which takes no room
+    setup = Setup.of(config, folder=ModelFolder(folder), strides=WAN_STRIDES)
+    report = memory_report(setup, torch.bfloat16)
+    for size in re.findall(r"[\d.]+ [GM]iB", report):
+        assert size in README, report
+
+
+def mean_step(config: Config) -> tuple[float, float, float]:
+    """TF of one video: the student's update, the critic's, and their mean in a step."""
+    setup, updates = planned_setup(config), 300
+    student, teacher = (sizes_of(config, n) for n in (config.generator_name, config.real_name))
+    frames, tokens = config.image_or_video_shape[1], setup.shape.tokens_per_frame
+    recipe, twice = rollout_recipe(config), config.gradient_checkpointing
+    rollouts = [
+        sum(
+            rollout_flops(
+                setup,
+                student,
+                recipe.draw(setup.layout, update),
+                scored_frames=frames,
+                grad=grad,
+                checkpointing=twice,
+            )
+            for update in range(updates)
+        )
+        / updates
+        for grad in (True, False)
+    ]
+    own = forward_flops(student, frames, frames, tokens)
+    generator = rollouts[0] + own + 2 * forward_flops(teacher, frames, frames, tokens)
+    critic = rollouts[1] + training_flops(own, checkpointing=twice)
+    mean = generator / config.dfake_gen_update_ratio + critic
+    return generator / 1e12, critic / 1e12, mean / 1e12
+
+
+def test_time_of_a_training():
+    """Operations as the loop counts them, at the rate that the README assumes."""
+    config = load_config("configs/rolling_forcing_dmd.yaml")
+    generator, critic, mean = mean_step(config)
+    seconds = plan_batches(config, 8).accumulation * mean / 400
+    for text in (f"{mean:.0f} TF", f"{critic:.0f} for the critic", f"{generator:.0f} for the"):
+        assert text in README
+    assert f"about {seconds:.0f} s at 400 TFLOP/s" in README
+    assert f"{1000 * seconds / 3600:.0f} for every 1,000 steps" in README
+    _, _, mean = mean_step(load_config("configs/self_forcing_dmd.yaml"))
+    assert f"Self Forcing: {mean:.0f} TF, {8 * mean / 400:.0f} s" in README
+
+
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [("self_forcing_dmd", "14.91 GiB"), ("ablations/teacher_1.3B", "14.32 GiB")],
+)
+def test_memory_of_a_rank(config, total, capsys):
+    path = f"configs/{config}.yaml"
+    prompts = "data_path=prompts/example_prompts.txt"
+    assert (
+        train.main(["--config_path", path, "--logdir", "x", "--dry_run", "--world_size=8", prompts])
+        == 0
+    )
+    assert f"all together {total} per rank" in capsys.readouterr().out
+    assert total in README
