@@ -66,7 +66,14 @@ def test_only_names_of_ours_are_states(tmp_path: Path) -> None:
     """A copy renamed by a person ended a start in ValueError, and hung a running training."""
     (good,) = save_states(tmp_path, 2)
     folder = good.parent
-    for name in ("step_000001_best", "step_3", "step_000004.partial", "best", "step_٠٠٠٠٠٩"):
+    for name in (
+        "step_000001_best",
+        "step_3",
+        "step_0000003",
+        "step_000004.partial",
+        "best",
+        "step_٠٠٠٠٠٩",
+    ):
         shutil.copytree(good, folder / name)
     (folder / "step_000010").write_text("not a folder", encoding="utf-8")
     (folder / "step_000011").mkdir()
