@@ -11,7 +11,7 @@ import numpy as np
 
 from evaluation.meters import Meter, Result
 from evaluation.statistics import mean, to_json
-from utils.files import told
+from utils.files import make_folder, told, whole_files
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +127,7 @@ class ResultLog:
         """Keep one result."""
         line = json.dumps({"settings": self._settings, "key": key, "result": result})
         own = self._own()
+        make_folder(own.parent)
         with told(own):
             cut_off = own.exists() and own.read_bytes()[-1:] not in (b"", b"\n")
             with own.open("a", encoding="utf-8") as file:
@@ -144,7 +145,7 @@ class ResultLog:
         start, end = f"{self._path.stem}.videos.", ".jsonl"
         return [
             file
-            for file in sorted(self._path.absolute().parent.iterdir())
+            for file in whole_files(self._path.absolute().parent, "*.jsonl")
             if file.name.startswith(start) and file.name.endswith(end)
         ]
 

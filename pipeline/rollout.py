@@ -4,7 +4,7 @@ Inference, self-rollouts in training, prompt changes and continuation are caller
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
 
@@ -21,6 +21,9 @@ from wan.kv_cache import KVCache
 
 ContextWrapper = Callable[[CachedContext, Window | None], AttentionContext]
 """Puts another context around that of a pass: of a window, or (None) of a clean pass."""
+
+
+STATE_KEYS = frozenset(["index", "in_flight", "unwritten", "timesteps", "policy", "rule", "cache"])
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,10 @@ class Rollout:
     @property
     def next_window(self) -> Window | None:
         """The window that the next step runs; None when the plan has ended."""
-        for index in count(self.index):
+        return self._next_window(self.index)
+
+    def _next_window(self, start: int) -> Window | None:
+        for index in count(start):
             coming = self.plan.at(index)
             if coming is None or coming.window is not None:
                 return None if coming is None else coming.window
@@ -110,23 +116,48 @@ class Rollout:
             "in_flight": {block: x.clone() for block, x in self._in_flight.items()},
             "unwritten": {block: x.clone() for block, x in self._unwritten.items()},
             "timesteps": self.rule.timesteps.tolist(),
+            "policy": asdict(self.plan.policy),
             "rule": self.rule.state_dict(),
             "cache": self.cache.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another rollout of the same sizes stood."""
+        """Go on where another rollout of the same plan and sizes stood.
+
+        Raises:
+            ValueError: it was another one; nothing has changed then.
+        """
         device = self.cache.device
-        if state["timesteps"] != self.rule.timesteps.tolist():
-            raise ValueError(
-                f"this state was made with levels {state['timesteps']}, "
-                f"not {self.rule.timesteps.tolist()}"
-            )
+        self._check_state(state)
         self.cache.load_state_dict(state["cache"])
         self.rule.load_state_dict(state["rule"], device)
         self.index = state["index"]
         self._in_flight = {block: x.to(device) for block, x in state["in_flight"].items()}
         self._unwritten = {block: x.to(device) for block, x in state["unwritten"].items()}
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """ValueError, naming the first difference, unless this rollout can go on from a state."""
+        if not isinstance(state, Mapping) or not state.keys() >= STATE_KEYS:
+            raise ValueError("this is no state of a rollout: give what state_dict returned")
+        pairs = {
+            "levels": (state["timesteps"], self.rule.timesteps.tolist()),
+            "the policy": (state["policy"], asdict(self.plan.policy)),
+        }
+        for what, (theirs, ours) in pairs.items():
+            if theirs != ours:
+                raise ValueError(f"this state was made with {what} {theirs}, not {ours}")
+        window = self._next_window(state["index"])
+        needed = [block for block, level in window or () if level > 0]
+        if sorted(state["in_flight"]) != needed:
+            raise ValueError(
+                f"this state has the blocks {sorted(state['in_flight'])} in flight, not {needed}: "
+                "it was made with another schedule or length"
+            )
+        for block, x in (*state["in_flight"].items(), *state["unwritten"].items()):
+            expected = list(self.noise(block, 0).shape)
+            if list(x.shape) != expected:
+                raise ValueError(f"block {block} of this state is {list(x.shape)}, not {expected}")
+        self.cache.check_state(state["cache"])
 
     def _run(self, own: Pass, *, grad: bool) -> WindowResult | None:
         """One pass; what its window gave, if it has one."""

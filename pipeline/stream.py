@@ -19,6 +19,8 @@ NOT_FINITE = (
     "large for this dtype; try dtype=float32"
 )
 
+STREAM_KEYS = frozenset(["seed", "next_index", "latents", "decoder"])
+
 
 class LatentStream:
     """Clean latents of one block after the other, cut to the requested length.
@@ -143,9 +145,10 @@ class Stream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where the stream that gave `state` stood.
 
-        This stream must have been opened with the same seed and sizes; raises ValueError if not.
+        This stream must have been opened with the same seed, schedule and sizes; otherwise
+        ValueError, before anything changes.
         """
-        if not isinstance(state, Mapping) or not state.keys() >= {"seed", "latents", "decoder"}:
+        if not isinstance(state, Mapping) or not state.keys() >= STREAM_KEYS:
             raise ValueError("this is no state of a stream: give what state_dict returned")
         if state["seed"] != self.seed:
             raise ValueError(f"this state has seed {state['seed']}, the stream {self.seed}")

@@ -190,17 +190,17 @@ class StateWriter(dcp.FileSystemWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Make the folder."""
-        with _picklable(), told(self.partial):
+        with _picklable(), told(self.target):
             return super().prepare_local_plan(plan)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         """Write this rank's tensors."""
-        with _picklable(), told(self.partial / METADATA):
+        with _picklable(), told(self.target):
             return super().write_data(plan, planner)
 
     def finish(self, metadata: dcp_metadata.Metadata, results: list[list[WriteResult]]) -> None:
         """Write the metadata, give the state its name, remove the oldest states."""
-        with _picklable(), told(self.partial / METADATA):
+        with _picklable(), told(self.target):
             super().finish(metadata=metadata, results=results)
             replace_folder(self.partial, self.target)
             if self.keep is not None:

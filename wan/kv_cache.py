@@ -180,15 +180,20 @@ class KVCache:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state; raises ValueError if it comes from a cache of another size."""
-        if state["keys"].shape != self._keys.shape:
-            raise ValueError(
-                f"this state is of a cache of {tuple(state['keys'].shape)}, "
-                f"not {tuple(self._keys.shape)}"
-            )
+        self.check_state(state)
         self.finished = state["finished"]
         self._keys.copy_(state["keys"])
         self._values.copy_(state["values"])
         self._latents.copy_(state["latents"])
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """ValueError unless a state is of a cache of this size."""
+        for name, own in (("keys", self._keys), ("latents", self._latents)):
+            if state[name].shape != own.shape:
+                raise ValueError(
+                    f"this state is of a cache of {tuple(state[name].shape)}, "
+                    f"not {tuple(own.shape)}"
+                )
 
     def _slot(self, frame: int) -> int:
         if frame < self.sink_frames:

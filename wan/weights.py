@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import write_torch
+from utils.files import whole_files, write_torch
 
 StateDict = dict[str, Tensor]
 Shapes = Mapping[str, Sequence[int]]
@@ -131,7 +131,7 @@ def shard_files(folder: Path, stem: str = "") -> list[Path]:
     """
     indices = sorted(folder.glob(f"{stem}*.safetensors.index.json"))
     if not indices:
-        files = sorted(folder.glob(f"{stem}*.safetensors"))
+        files = whole_files(folder, f"{stem}*.safetensors")
         if len(files) != 1:
             raise UserError(
                 f"{folder} should hold one {stem}*.safetensors or an index of several; fetch the "

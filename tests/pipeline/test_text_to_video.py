@@ -314,15 +314,31 @@ def test_inputs_of_another_form_are_refused_in_words(pipe: VideoPipeline) -> Non
         pipe.generate_latents(torch.zeros(1, 2, 32), 10, noise=(initial, renoise))
 
 
-def test_state_of_other_levels_is_refused(tiny_world: TinyWorld, pipe: VideoPipeline) -> None:
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("denoising_step_list=[1000,900,800,700,600]", "levels"),
+        ("denoising_step_list=[1000,500]", "levels"),
+        ("method=self_forcing", "policy|in flight"),
+        ("schedule=block", "in flight"),
+        ("width=64", "cache|is \\["),
+        ("max_attention_frames=24", "policy"),
+    ],
+)
+def test_a_state_of_another_stream_is_refused_before_anything_changes(
+    tiny_world: TinyWorld, pipe: VideoPipeline, override: str, said: str
+) -> None:
+    """A state of another schedule was taken, and a step later ended in KeyError."""
     other = load_pipeline(
-        tiny_world.config,
-        tiny_world.checkpoint,
-        device="cpu",
-        overrides=["denoising_step_list=[1000,900,800,700,600]"],
-    )
-    with pytest.raises(ValueError, match="levels"):
-        pipe.stream("a ball").load_state_dict(other.stream("a ball").state_dict())
+        tiny_world.config, tiny_world.checkpoint, device="cpu", overrides=[override]
+    ).stream("a ball", seed=1)
+    stream, untouched = (pipe.stream("a ball", seed=1) for _ in range(2))
+    for _ in range(2):
+        other.next_block()
+    for state in (other.state_dict(), {"seed": 1}):
+        with pytest.raises(ValueError, match=f"{said}|no state"):
+            stream.load_state_dict(state)
+    assert torch.equal(stream.next_block(), untouched.next_block())
 
 
 def test_average_that_is_not_there_is_refused(tiny_world: TinyWorld) -> None:

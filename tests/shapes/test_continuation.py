@@ -68,7 +68,7 @@ def test_the_command_measures_each_scene(tiny_world, tmp_path, capsys):
         (["--start", "-1"], "--start at least 0"),
         (["--start", "inf"], "--start at least 0"),
         (["width=48"], "no square videos"),
-        (["--json", "nowhere/out.json"], "does not exist"),
+        (["--json", __file__ + "/out.json"], "is a file where a folder should be"),
     ],
 )
 def test_wrong_flags_are_told_before_anything_is_loaded(tiny_world, wrong, said, capsys):

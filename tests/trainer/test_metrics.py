@@ -319,3 +319,21 @@ def test_progress_shows_the_newest_losses_and_the_verdict(capsys):
     assert "generator 0.25, critic 0.125, static" in line
     Progress(10, enabled=False).update({"critic/loss": 1.0})
     assert capsys.readouterr().err == ""
+
+
+def test_a_failing_tensorboard_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk in its thread came out of the training step; one warning is enough."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = MetricsLog(tmp_path, wandb=None, tensorboard=True, is_main=True)
+    log.write(1, {"loss": 1.0})
+    monkeypatch.setattr("trainer.metrics._TensorBoard.write", full)
+    log.write(2, {"loss": 1.0})
+    log.write(3, {"loss": 1.0})
+    log.close()
+    assert caplog.text.count("no TensorBoard log from here on") == 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]

@@ -188,31 +188,63 @@ def poison(trainer: Trainer, what: str, phase: str = "critic") -> None:
         parameter.register_hook(lambda gradient: gradient * float("nan"))
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(
-    training_world: TrainingWorld, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_between_steps_saves_and_the_same_command_goes_on(
+    number: signal.Signals, training_world: TrainingWorld, tmp_path: Path
 ) -> None:
-    config = training_world.config(tmp_path, max_steps=4)
-    train(config, tmp_path / "once")
-    before = signal.getsignal(signal.SIGTERM)
+    """Ctrl-C lost everything since the last save; a second one is not waited for."""
+    config = training_world.config(tmp_path, max_steps=2)
+    before = signal.getsignal(number)
     with open_world("cpu") as world:
-        trainer = Trainer(config, world, tmp_path / "twice", visualise=False)
+        trainer = Trainer(config, world, tmp_path / "run", visualise=False)
         loss, calls = trainer.task.loss, []
 
         def interrupted(*arguments: Any) -> Any:
             calls.append(arguments)
-            if len(calls) == 7:
-                os.kill(os.getpid(), signal.SIGTERM)
+            if len(calls) == 3:
+                os.kill(os.getpid(), number)
+                second = signal.getsignal(number)
+                assert (second == signal.SIG_DFL) == (number == signal.SIGINT)
             return loss(*arguments)
 
         trainer.task.loss = interrupted  # type: ignore[method-assign]
         trainer.train()
-    assert trainer.step == 1
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert [path.name for path in states(tmp_path / "twice")] == ["step_000001"]
-    train(config, tmp_path / "twice")
-    assert_same_state(final_state(tmp_path / "once"), final_state(tmp_path / "twice"))
-    assert course(tmp_path / "once") == course(tmp_path / "twice")
+    assert (trainer.step, trainer.stopped_by) == (1, number)
+    assert signal.getsignal(number) is before
+    assert [path.name for path in states(tmp_path / "run")] == ["step_000001"]
+    assert train(config, tmp_path / "run").step == 2
+
+
+def test_an_error_leaves_the_state_its_name_and_the_log_closed(
+    training_world: TrainingWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A state that was just saved stayed `.partial` for ever."""
+    config = training_world.config(tmp_path, max_steps=4, log_iters=1)
+    with open_world("cpu") as world:
+        trainer = Trainer(config, world, tmp_path / "run", visualise=False)
+        save = trainer.save
+
+        def save_and_fail() -> None:
+            save()
+            raise KeyError("of a user's own code")
+
+        trainer.save = save_and_fail  # type: ignore[method-assign]
+        with pytest.raises(KeyError, match="own code"):
+            trainer.train()
+        assert trainer.log._file is None
+    assert [path.name for path in states(tmp_path / "run")] == ["step_000001"]
+
+
+def test_what_cannot_be_written_is_told_before_weights_are_loaded(
+    training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in the way was found after the first hour."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "states").touch()
+    monkeypatch.delattr("trainer.trainer.open_training_data")
+    with pytest.raises(UserError, match="states is a file where a folder should be"):
+        train(training_world.config(tmp_path), run)
 
 
 def test_another_config_is_refused_by_the_names_of_its_keys(
@@ -327,6 +359,19 @@ def test_sample_videos_leave_the_training_as_it_is(
     for state in (left, right):
         del state["/run"]
     assert_same_state(left, right)
+
+
+def test_with_no_save_a_broken_update_leaves_nothing_either(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """A whole state was written in spite of it."""
+    with open_world("cpu") as world:
+        config = training_world.config(tmp_path)
+        trainer = Trainer(config, world, tmp_path / "run", visualise=False, save=False)
+        poison(trainer, "loss", phase="generator")
+        with pytest.raises(NonFiniteError, match=r"Nothing was saved \(--no_save\)"):
+            trainer.train()
+    assert not list((tmp_path / "run").glob("emergency_*"))
 
 
 def test_nothing_is_saved_with_no_save(training_world: TrainingWorld, tmp_path: Path) -> None:
