@@ -1,8 +1,10 @@
 """Prompts to text embeddings: stored ones, or from the text encoder, loaded when it is needed."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from pipeline.setup import Setup
@@ -38,8 +40,7 @@ class TextSource:
         self._encoder_device = device if name == "auto" else choose_device(name)
         self._stored = EmbeddingStore(setup.text_embeddings) if setup.text_embeddings else None
         self._encoder: WanTextEncoder | None = None
-        self._remembered: dict[str, Tensor] = {}  # the oldest first
-        self._remembered_bytes = 0
+        self._remembered: LRUCache[str, Tensor] = LRUCache(REMEMBERED_BYTES, attrgetter("nbytes"))
         self.remembers = True
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -57,19 +58,13 @@ class TextSource:
     def _one(self, prompt: str) -> Tensor:
         """`[tokens, dim]`, on the CPU."""
         if prompt in self._remembered:
-            embedding = self._remembered.pop(prompt)
-            self._remembered[prompt] = embedding  # the newest is the last
-            return embedding
+            return self._remembered[prompt]
         if self._stored is not None:
             embedding = self._stored[prompt]
         else:
             embedding = trim(self.encoder().encode([prompt])[0].float().cpu())
-        if self.remembers:
+        if self.remembers and embedding.nbytes <= self._remembered.maxsize:
             self._remembered[prompt] = embedding
-            self._remembered_bytes += embedding.nbytes
-            while self._remembered_bytes > REMEMBERED_BYTES and len(self._remembered) > 1:
-                oldest = self._remembered.pop(next(iter(self._remembered)))
-                self._remembered_bytes -= oldest.nbytes
         return embedding
 
     def encoder(self) -> WanTextEncoder:

@@ -26,8 +26,10 @@ def test_the_newest_embeddings_are_kept(
     # room for two: what was asked longest ago goes
     budget = once[0].nbytes + max(once[1].nbytes, once[2].nbytes)
     monkeypatch.setattr(text, "REMEMBERED_BYTES", budget)
-    source([prompts[0]])
-    source(["the blue ball"])
+    source = TextSource(Setup.of(config), text_len=16, dtype=torch.float32, device=cpu)
+    monkeypatch.setattr(source, "encoder", lambda: encoder)
+    for prompt in (prompts[1], prompts[0], "the blue ball"):
+        source([prompt])
     asked.clear()
     source([prompts[0]])
     assert asked == []

@@ -1,9 +1,12 @@
 """In what the networks of a run compute."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.tiny_training import TrainingWorld
+import wan.folders
+from tests.tiny_training import TrainingWorld, train
 from trainer.networks import compute_dtype
 
 CPU = torch.device("cpu")
@@ -40,3 +43,16 @@ def test_precision_where_the_processor_cannot_be_asked(
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     config = training_world.config(training_world.prompts.parent, mixed_precision=None)
     assert compute_dtype(config, CPU) is None
+
+
+def test_a_training_reads_each_model_folder_once(
+    training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's was read up to eight times."""
+    read: list[str] = []
+    real = wan.folders.load_dit_config
+    monkeypatch.setattr(
+        wan.folders, "load_dit_config", lambda path: read.append(path.name) or real(path)
+    )
+    train(training_world.config(tmp_path, max_steps=1), tmp_path / "run", save=False)
+    assert sorted(read) == ["Critic", "Student", "Teacher"]
