@@ -62,8 +62,10 @@ def parse(script: str, arguments: list[str]) -> None:
     else:
         room = "shapes" if script == "init.py" else "scripts"
         module = importlib.import_module(f"{room}.{Path(script).stem}")
-        reader = module.parse if hasattr(module, "parse") else module.build_parser().parse_args
-        args = reader(arguments)
+        parser = module.build_parser()
+        if script == "precompute.py":
+            parser, arguments = module.verb_parsers()[arguments[0]], arguments[1:]
+        args = parser.parse_args(arguments)
     if "config_path" in args:
         load_config(args.config_path, args.overrides)
 
