@@ -19,12 +19,14 @@ made anew. `key=value` goes to every training and evaluation. The folder gets
     train/<variant>-<hash>/      what was trained here, by a hash of its config and its start
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,27 +37,20 @@ from evaluation.curves import draw_curves
 from evaluation.meters import Curve, Result
 from evaluation.results import mean_and_spread, measures_of
 from evaluation.statistics import mean as mean_of_known
-from evaluation.trials import Evaluation, plan_trials, vbench_name
-from pipeline.batch import file_hash
-from pipeline.schedule import BlockLayout
-from pipeline.setup import Setup
 from shapes import held_out_prompts
+from shapes.build import (
+    CommandTarget,
+    Training,
+    add_processes,
+    decides_weights,
+    processes_of,
+)
 from shapes.truth import ShapesTruth
-from trainer.tasks.base import rollout_recipe
-from trainer.trainer import recipe
 from utils.cli import parse_command, require_matplotlib, run_main
 from utils.config import ROOT, Config, find_file, fingerprint, load_config
 from utils.errors import UserError
 from utils.files import write_text
-from utils.launch import (
-    default_processes,
-    final_export,
-    run_command,
-    script_command,
-    training_command,
-)
-from utils.video import contact_sheet, spread_frames, write_png
-from wan.checkpoints import publish_student
+from utils.launch import script_command
 
 CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
 START = "causal_init"  # of every training here
@@ -76,122 +71,101 @@ class Variant:
 
     key: str
     title: str
+    why: str
     config: str
     weights: str
-    why: str
     drawn: bool = False
     long: bool = False
 
 
+def whole(key: str, title: str, why: str, *, drawn: bool = True, long: bool = False) -> Variant:
+    """A variant that is played as it was trained."""
+    return Variant(key, title, why, key, key, drawn, long)
+
+
 VARIANTS = (
-    Variant(
+    whole(
         "rolling_forcing",
         "Rolling Forcing",
-        "rolling_forcing",
-        "rolling_forcing",
         "the method: a rolling window of five levels, three sink frames",
-        drawn=True,
         long=True,
     ),
-    Variant(
-        "self_forcing",
-        "Self Forcing",
-        "self_forcing",
-        "self_forcing",
-        "block by block, without a sink",
-        drawn=True,
-        long=True,
-    ),
-    Variant(
-        "self_forcing_sink",
-        "Self Forcing with a sink",
-        "self_forcing_sink",
-        "self_forcing_sink",
-        "what a sink does without a window",
-        drawn=True,
-    ),
-    Variant(
+    whole("self_forcing", "Self Forcing", "block by block, without a sink", long=True),
+    whole("self_forcing_sink", "Self Forcing with a sink", "what a sink does without a window"),
+    whole(
         "infinite_forcing",
         "Infinite-Forcing (V-sink)",
-        "infinite_forcing",
-        "infinite_forcing",
         "block by block, one sink frame kept right before the recent ones",
-        drawn=True,
     ),
-    Variant(
+    whole(
         "rolling_no_sink",
         "Rolling Forcing, no sink",
-        "rolling_no_sink",
-        "rolling_no_sink",
         "what the window does without a sink",
-        drawn=True,
         long=True,
     ),
-    Variant(
+    whole(
         "rolling_levels_3",
         "Rolling Forcing, 3 levels",
-        "rolling_levels_3",
-        "rolling_levels_3",
         "a shorter window: fewer levels, less latency",
+        drawn=False,
     ),
     Variant(
         "rolling_on_self_forcing",
         "Rolling inference, Self Forcing's weights",
+        "whether the rolling window has to be trained",
         "rolling_forcing",
         "self_forcing",
-        "whether the rolling window has to be trained",
     ),
     Variant(
         "block_on_rolling",
         "Block-by-block inference, Rolling Forcing's weights",
+        "whether what training with the window teaches shows without it",
         "self_forcing",
         "rolling_forcing",
-        "whether what training with the window teaches shows without it",
     ),
     Variant(
         "no_sink_on_rolling",
         "Rolling inference without sink, weights trained with one",
+        "what happens when the sink is taken away from weights that rely on it",
         "rolling_no_sink",
         "rolling_forcing",
-        "what happens when the sink is taken away from weights that rely on it",
     ),
     Variant(
         "sink_on_rolling_no_sink",
         "Rolling inference with sink, weights trained without one",
+        "whether the sink has to be trained",
         "rolling_forcing",
         "rolling_no_sink",
-        "whether the sink has to be trained",
     ),
     Variant(
         "rolling_on_ode_init",
         "ODE initialisation only, rolling",
+        "what a student knows that has seen the teacher's videos alone",
         "rolling_forcing",
         "ode_init",
-        "what a student knows that has seen the teacher's videos alone",
     ),
     Variant(
         "block_on_ode_init",
         "ODE initialisation only, block by block",
+        "the same, block by block",
         "self_forcing",
         "ode_init",
-        "the same, block by block",
     ),
     Variant(
         "rolling_on_causal_init",
         "causal initialisation only, rolling",
+        "what distillation adds to where it starts",
         "rolling_forcing",
         "causal_init",
-        "what distillation adds to where it starts",
     ),
     Variant(
         "block_on_causal_init",
         "causal initialisation only, block by block",
+        "the same, block by block",
         "self_forcing",
         "causal_init",
-        "the same, block by block",
     ),
 )
-
 
 STUDENTS = tuple(dict.fromkeys(v.weights for v in VARIANTS if v.weights not in INITIALISATIONS))
 
@@ -269,8 +243,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--retrain", action="store_true", help="train all anew, though weights ship")
     add("--table_only", action="store_true", help="sum up the figures that are there")
     add("--write", type=Path, metavar="PAGE", help="put the table between the marks of this page")
-    processes = default_processes()
-    add("--processes", type=int, default=processes, help="that share each part (%(default)s here)")
+    add_processes(parser)
     for prefix, sizes in (("", (16, 3, 60.0)), ("long_", (8, 2, 300.0))):
         for name, size in zip(("prompts", "seeds", "seconds"), sizes, strict=True):
             add(f"--{prefix}{name}", type=type(size), default=size, help=f"(default: {size:g})")
@@ -284,10 +257,10 @@ def main(argv: Sequence[str]) -> int:
     """Make what is missing, then sum up what is there."""
     args = parse_command(build_parser(), argv)
     check_flags(args)
-    lost = [] if args.table_only else work(args)
+    lost = [] if args.table_only else make_all(args)
     failed = f"these parts failed, see above: {', '.join(lost)}"
     try:
-        report(args)
+        sum_up(args)
     except UserError as error:
         raise UserError(failed if lost else str(error)) from error
     if lost:
@@ -301,11 +274,12 @@ def check_flags(args: argparse.Namespace) -> None:
     for key in args.only or ():
         if key not in known:
             raise UserError(f"--only {key} is no variant; choose from {', '.join(known)}")
-    counts = (args.prompts, args.seeds, args.long_prompts, args.long_seeds, args.processes)
+    counts = (args.prompts, args.seeds, args.long_prompts, args.long_seeds)
     if not all(number > 0 for number in (*counts, args.seconds, args.long_seconds)):
-        raise UserError("prompts, seeds, seconds and --processes must be above 0")
+        raise UserError("prompts, seeds and seconds must be above 0")
     if f"{args.seconds:g}" == f"{args.long_seconds:g}":
         raise UserError("--seconds and --long_seconds must differ")
+    processes_of(args)
     if args.write is not None:
         split_page(args.write)
     require_matplotlib()
@@ -315,37 +289,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Training:
-    """Weights to be made: `train.py`, then the published form of what it ends with."""
-
-    key: str
-    config: Config
-    logdir: Path
-    target: Path
-    command: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"training of {self.key}"
-
-    def is_done(self) -> bool:
-        """Whether the weights are there."""
-        return self.target.is_file()
-
-    def run(self) -> None:
-        """Train (on) to the end, unless that is done; UserError if it failed or was stopped."""
-        final = final_export(self.logdir, self.config.max_steps or 0)
-        if final is None:
-            run_command(self.name, self.command)
-            final = final_export(self.logdir, self.config.max_steps or 0)
-        if final is None:
-            raise UserError(f"the {self.name} was stopped early; the same command goes on")
-        publish_student(final / "model.pt", self.target)
-
-
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(CommandTarget):
     """A variant at one length: `evaluate.py`, then a contact sheet of its videos."""
 
     variant: Variant
@@ -354,60 +298,82 @@ class Measurement:
     prompts: int
     seeds: int
     seconds: float
-    overrides: tuple[str, ...]
-    json: Path
+    overrides: Sequence[str]
+    folder: Path
     sheet: Path
-    command: tuple[str, ...]
+    processes: int
 
     @property
     def name(self) -> str:
-        """For people."""
+        """See `CommandTarget`."""
         return f"{self.variant.key}, {self.seconds:g} s"
+
+    @property
+    def json(self) -> Path:
+        """Where the figures go."""
+        return self.folder / f"{self.variant.key}.json"
 
     @property
     def videos(self) -> Path:
         """Where the videos go."""
-        return self.json.parent / "videos" / self.variant.key
+        return self.folder / "videos" / self.variant.key
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """See `CommandTarget`."""
+        words = (
+            *("--config_path", self.config, "--checkpoint_path", self.weights),
+            *("--prompts", self.prompts, "--seeds", self.seeds, "--seconds", f"{self.seconds:g}"),
+            *("--json", self.json, "--keep_videos", self.videos, "--overwrite"),
+            *("--meter", TRUTH.name, *self.overrides),
+        )
+        return script_command("scripts/evaluate.py", words, self.processes)
+
+    def identity(self) -> dict[str, Any]:
+        """See `Target`: the settings of the figures, and as `videos` whose they are."""
+        from evaluation.trials import Evaluation, plan_trials
+        from pipeline.setup import Setup
+
+        config = load_config(self.config, self.overrides)
+        setup = Setup.of(config)
+        settings = Evaluation(setup, self.weights, use_ema=False, seconds=self.seconds).settings
+        trials = plan_trials(held_out_prompts(self.prompts), self.seeds, config.seed)
+        videos = [(trial.prompt, trial.seed) for trial in trials]
+        return {**settings, "meter": TRUTH.version, "videos": videos}
 
     def is_done(self) -> bool:
-        """Whether the figures of exactly these videos are there, and the sheet."""
+        """See `CommandTarget`: the figures of exactly these videos are there, and the sheet."""
         if not (self.sheet.is_file() and self.json.is_file()):
             return False
         content = read_json(self.json)
-        config = load_config(self.config, self.overrides)
-        asked = Evaluation(
-            Setup.of(config), self.weights, use_ema=False, seconds=self.seconds
-        ).settings
-        trials = plan_trials(held_out_prompts(self.prompts), self.seeds, config.seed)
-        made = [(result["prompt"], result["seed"]) for result in content["videos"]]
-        asked |= {"meter": TRUTH.version}
-        same = all(content["settings"].get(name) == value for name, value in asked.items())
-        return same and made == [(trial.prompt, trial.seed) for trial in trials]
+        videos = [(result["prompt"], result["seed"]) for result in content["videos"]]
+        there = {**content["settings"], "videos": videos}
+        return all(there.get(name) == value for name, value in self.identity().items())
 
-    def run(self) -> None:
-        """Measure (on), then draw the sheet; UserError if that failed."""
+    def make(self) -> str:
+        """See `Target`."""
+        from evaluation.trials import vbench_name
+        from utils.video import contact_sheet, spread_frames, write_png
+
         if not self.weights.is_file():
             raise UserError(f"{self.name}: its weights {self.weights} are missing")
-        self.json.parent.mkdir(parents=True, exist_ok=True)
         self.sheet.unlink(missing_ok=True)  # of what was there before
-        run_command(self.name, self.command)
+        self.run()
         prompts = list(dict.fromkeys(held_out_prompts(self.prompts)))[:SHEET_ROWS]
         files = [self.videos / vbench_name(prompt, 0) for prompt in prompts]
         rows = [spread_frames(file, SHEET_COLUMNS).numpy() for file in files]
         write_png(self.sheet, contact_sheet(rows, SHEET_COLUMNS))
+        return str(self.json)
 
 
-Part = Training | Measurement
-
-
-def plan(args: argparse.Namespace) -> list[Part]:
-    """All parts in order: each training right before the first measurement that needs it.
+def list_targets(args: argparse.Namespace) -> list[CommandTarget]:
+    """All in order: each training right before the first measurement that needs it.
 
     A variant that would be the videos of an earlier one is left out.
     """
-    parts: list[Part] = []
-    trained: dict[str, Path] = {}
-    planned: dict[tuple[str, Path], str] = {}
+    targets: list[CommandTarget] = []
+    weights: dict[str, Path] = {}
+    first: dict[tuple[str, Path], str] = {}
     for variant in VARIANTS:
         if args.only and variant.key not in args.only:
             continue
@@ -416,19 +382,18 @@ def plan(args: argparse.Namespace) -> list[Part]:
         if shipped is None:
             key = trained_as(args, key)
             shipped = find_shipped(args, key)
-        if key not in trained:
+        if key not in weights:
             if shipped is None:
-                training = plan_training(args, key)
-                parts.append(training)
-            trained[key] = shipped or training.target
-        first = planned.setdefault((variant.config, trained[key]), variant.key)
-        if first != variant.key:
-            print(f"{variant.key}: left out, it would be the same videos as {first}")
+                target, shipped = student_training(args, key)
+                targets.append(target)
+            weights[key] = shipped
+        same = first.setdefault((variant.config, weights[key]), variant.key)
+        if same != variant.key:
+            print(f"{variant.key}: left out, it would be the same videos as {same}")
             continue
-        parts.append(plan_measurement(args, variant, trained[key]))
-        if variant.long:
-            parts.append(plan_measurement(args, variant, trained[key], long=True))
-    return parts
+        lengths = (False, True) if variant.long else (False,)
+        targets += [measurement(args, variant, weights[key], long=long) for long in lengths]
+    return targets
 
 
 def trained_as(args: argparse.Namespace, key: str) -> str:
@@ -449,7 +414,10 @@ def decides(config: Config) -> dict[str, Any]:
 
     A rollout that fits into one attention sees its first frames anyway: no sink changes a bit.
     """
-    decided = recipe(config)
+    from pipeline.schedule import BlockLayout
+    from trainer.tasks.base import rollout_recipe
+
+    decided = decides_weights(config)
     layout = BlockLayout(config.num_frame_per_block, config.independent_first_frame)
     if rollout_recipe(config).longest_frames(layout) > config.attention_frames:
         return decided
@@ -477,55 +445,55 @@ def find_shipped(args: argparse.Namespace, key: str) -> Path | None:
     return None if args.retrain or decides(asked) != decides(trained) else found
 
 
-def plan_training(args: argparse.Namespace, key: str) -> Training:
-    """UserError if the config has no end, or there is nothing to start from."""
+def student_training(args: argparse.Namespace, key: str) -> tuple[Training, Path]:
+    """A training and its weights; UserError if it has no end, or there is nothing to start from."""
+    from pipeline.batch import file_hash
+
     path = args.configs / f"{key}.yaml"
     if load_config(path, args.overrides).max_steps is None:
         raise UserError(f"{path} never ends; give max_steps=…")
-    overrides = [f"generator_ckpt={find_shipped(args, START)}", *args.overrides]
-    config = load_config(path, overrides)
+    inputs = [f"generator_ckpt={find_shipped(args, START)}"]
+    config = load_config(path, [*inputs, *args.overrides])
     start = find_file(str(config.generator_ckpt), "checkpoint")
-    decided = fingerprint({**recipe(config), "generator_ckpt": file_hash(start)})
+    decided = fingerprint({**decides_weights(config), "generator_ckpt": file_hash(start)})
     logdir = args.folder / "train" / f"{key}-{decided}"
-    command = training_command(config, path, logdir, overrides, args.processes)
-    return Training(key, config, logdir, logdir / f"shapes_{key}.pt", command)
+    result = logdir / f"shapes_{key}.pt"
+    training = Training(
+        *(key, path, logdir, processes_of(args), publish_to(result)),
+        inputs=inputs,
+        changes=args.overrides,
+        result=result,
+    )
+    return training, result
 
 
-def plan_measurement(
-    args: argparse.Namespace, variant: Variant, weights: Path, *, long: bool = False
+def publish_to(target: Path) -> Callable[[Path], None]:
+    """An installer of weights in their published form."""
+
+    def install(exported: Path) -> None:
+        from wan.checkpoints import publish_student
+
+        publish_student(exported / "model.pt", target)
+
+    return install
+
+
+def measurement(
+    args: argparse.Namespace, variant: Variant, weights: Path, *, long: bool
 ) -> Measurement:
-    """One call of evaluate.py."""
+    """A variant at the usual length, or the greater one."""
     prompts, seeds, seconds = (
         (args.long_prompts, args.long_seeds, args.long_seconds)
         if long
         else (args.prompts, args.seeds, args.seconds)
     )
-    config = args.configs / f"{variant.config}.yaml"
-    folder = figures_folder(args.folder, seconds)
-    flags = {
-        "config_path": config,
-        "checkpoint_path": weights,
-        "prompts": prompts,
-        "seeds": seeds,
-        "seconds": f"{seconds:g}",
-        "json": folder / f"{variant.key}.json",
-        "keep_videos": folder / "videos" / variant.key,
-        "meter": TRUTH.name,
-    }
-    given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    given.append("--overwrite")
     suffix = f"_{seconds:g}s" if long else ""
     return Measurement(
-        variant,
-        config,
-        weights,
-        prompts,
-        seeds,
-        seconds,
-        tuple(args.overrides),
-        folder / f"{variant.key}.json",
-        args.folder / "contact_sheets" / f"{variant.key}{suffix}.png",
-        script_command("scripts/evaluate.py", (*given, *args.overrides), args.processes),
+        *(variant, args.configs / f"{variant.config}.yaml", weights, prompts, seeds, seconds),
+        overrides=args.overrides,
+        folder=figures_folder(args.folder, seconds),
+        sheet=args.folder / "contact_sheets" / f"{variant.key}{suffix}.png",
+        processes=processes_of(args),
     )
 
 
@@ -537,23 +505,23 @@ def figures_folder(folder: Path, seconds: float) -> Path:
 # --- doing it ------------------------------------------------------------------------------------
 
 
-def work(args: argparse.Namespace) -> list[str]:
+def make_all(args: argparse.Namespace) -> list[str]:
     """Run what is not done; the names of what failed. The table is renewed on the way."""
-    parts = plan(args)
+    targets = list_targets(args)
     lost = []
-    for number, part in enumerate(parts, start=1):
-        which = f"[{number}/{len(parts)}] {part.name}"
+    for number, target in enumerate(targets, start=1):
+        which = f"[{number}/{len(targets)}] {target.name}"
         try:
-            if part.is_done():
+            if target.is_done():
                 print(f"{which}: is there")
                 continue
-            print(f"{which}\n{shlex.join(part.command)}", flush=True)
-            part.run()
-            if isinstance(part, Measurement):
+            print(f"{which}\n{shlex.join(target.command)}", flush=True)
+            target.make()
+            if isinstance(target, Measurement):
                 write_table(args.folder, *read_all(args))
         except UserError as error:
             print(error, file=sys.stderr)
-            lost.append(part.name)
+            lost.append(target.name)
     return lost
 
 
@@ -574,7 +542,7 @@ def read_json(path: Path) -> dict[str, Any]:
 Figures = dict[str, dict[str, Any]]  # by variant
 
 
-def report(args: argparse.Namespace) -> None:
+def sum_up(args: argparse.Namespace) -> None:
     """Write the table and the curves, print the table, and put it into the page."""
     short, long = read_all(args)
     text = write_table(args.folder, short, long)

@@ -17,6 +17,8 @@ by the share in `QUICK`; the student has to move, and to keep most of the prompt
 initialisations.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import shutil
@@ -25,39 +27,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
-from pipeline.batch import file_hash, network_files
-from pipeline.setup import video_settings
-from shapes import init
-from trainer.tasks import find_task
-from trainer.trainer import recipe
+from shapes.build import Target, Training, add_processes, processes_of
 from utils.cli import parse_command, run_main
-from utils.config import (
-    ROOT,
-    VIDEO_KEYS,
-    Config,
-    find_file,
-    fingerprint,
-    load_config,
-    to_dict,
-)
+from utils.config import ROOT, find_file, fingerprint, load_config, to_dict
 from utils.errors import UserError
-from utils.files import make_folder, write_json, written
-from utils.launch import (
-    default_processes,
-    final_export,
-    run_command,
-    run_together,
-    script_command,
-    training_command,
-)
-from wan.checkpoints import publish_model, publish_student, read_state_dict
-from wan.folders import TEXT_ENCODER_FILE, VAE_FILE, ModelFolder
-from wan.weights import converted, read_weights, save_weights
+from utils.files import make_folder, write_json, written, written_folder
+from utils.launch import run_together, script_command
 
 MODEL = "Shapes"
 ACCURACIES = ("background", "colour", "kind", "direction")
@@ -108,15 +87,23 @@ QUICK = {
 QUICK_HELDOUT = 8
 
 
+@dataclass(frozen=True)
 class Chain:
-    """Where things are, and how a command is run."""
+    """Where things are, and how commands are run.
 
-    def __init__(
-        self, folder: Path, overrides: Sequence[str], *, quick: bool, processes: int
-    ) -> None:
-        self.folder, self.overrides = folder, overrides
-        self.quick, self.processes = quick, processes
-        self.own_models = folder / "models"
+    `rebuilt` stands in for the chain's own models while they are put together again.
+    """
+
+    folder: Path
+    overrides: Sequence[str]
+    quick: bool
+    processes: int
+    rebuilt: Path | None = None
+
+    @property
+    def own_models(self) -> Path:
+        """`model_root` of the stages up to the VAE."""
+        return self.rebuilt or self.folder / "models"
 
     @property
     def models(self) -> Path:
@@ -128,138 +115,98 @@ class Chain:
         """Where students are taken from."""
         return ROOT / "checkpoints" if self.quick else self.folder / "checkpoints"
 
+    def student(self, name: str) -> Path:
+        """Where a student goes that is trained here."""
+        return self.folder / "checkpoints" / f"shapes_{name}.pt"
+
+    def start(self, name: str) -> Path:
+        """Where a student is taken from that others start from."""
+        return self.checkpoints / f"shapes_{name}.pt"
+
     def data(self, name: str) -> Path:
         """Folder of stored data."""
         return self.folder / "data" / name
 
-    def logdir(self, name: str) -> Path:
-        """Folder of a training."""
-        return self.folder / "train" / name
-
-    def run(self, script: str, runs: Mapping[str, Sequence[object]]) -> None:
-        """Run one of the project's scripts, once for each list of arguments; UserError if it fails.
-
-        All processes share each run. With `--quick`, where starting takes longer than the work, a
-        run has one process, and as many are under way at once.
-        """
-        ranks, at_once = (1, self.processes) if self.quick else (self.processes, 1)
-        commands = {name: script_command(script, words, ranks) for name, words in runs.items()}
-        run_together(commands, at_most=at_once)
-
-    def train(self, name: str, config: Config, logdir: Path, overrides: Sequence[str]) -> None:
-        """Train (on) with `configs/shapes/<name>.yaml`; UserError if it fails."""
-        path = self.config(name)
-        command = training_command(config, path, logdir, overrides, self.processes)
-        run_command(f"training of {name}", command)
+    def stored(self, name: str) -> list[str]:
+        """Overrides for data that an earlier stage stored."""
+        heldout = self.data(f"{name}_heldout")
+        return [f"data_path={self.data(name)}", f"heldout_data_path={heldout}"]
 
     def config(self, name: str) -> Path:
         """An experiment file of the shapes world."""
         return ROOT / "configs" / "shapes" / f"{name}.yaml"
 
-    def values(self, name: str, keys: Iterable[str]) -> dict[str, Any]:
-        """Some values of an experiment file; UserError if an override is wrong."""
-        values = to_dict(self.load(name))
-        return {key: values[key] for key in keys}
+    def run(self, script: str, words: Mapping[str, Sequence[object]]) -> None:
+        """Run a script once for each list of words, with the chain's overrides; UserError if it
+        fails.
 
-    def load(self, name: str) -> Config:
-        """An experiment file with the overrides on top; UserError if one is wrong."""
-        return load_config(self.config(name), self.overrides)
-
-
-class Stage(Protocol):
-    """A part of the chain: calling it does what is missing and tells what it reached."""
-
-    def __call__(self, chain: Chain) -> str:
-        """Do what is missing; UserError if it failed."""
-
-    def identity(self, chain: Chain) -> dict[str, Any]:
-        """What its result depends on, besides the stages before it."""
-
-    def folders(self, chain: Chain) -> list[Path]:
-        """What has to go before it can be done anew."""
+        All processes share each run. With `--quick`, where starting takes longer than the work, a
+        run has one process, and as many are under way at once.
+        """
+        ranks, at_once = (1, self.processes) if self.quick else (self.processes, 1)
+        more = (f"model_root={self.models}", *self.overrides)
+        commands = {
+            name: script_command(script, (*given, *more), ranks) for name, given in words.items()
+        }
+        run_together(commands, at_most=at_once)
 
 
-@dataclass(frozen=True)
-class Step:
-    """A stage that is a function; `config` names the experiment that it depends on."""
-
-    run: Callable[[Chain], str]
-    config: str | None = None
-
-    def __call__(self, chain: Chain) -> str:
-        """Run the function."""
-        return self.run(chain)
-
-    def identity(self, chain: Chain) -> dict[str, Any]:
-        """What the experiment's videos depend on."""
-        return video_settings(to_dict(chain.load(self.config))) if self.config else {}
-
-    def folders(self, chain: Chain) -> list[Path]:
-        """It replaces what it wrote."""
-        return []
+Stage = Callable[[Chain], Target]  # a part of the chain, in a certain folder
 
 
-@dataclass(frozen=True)
-class Training:
+# --- trainings -----------------------------------------------------------------------------------
+
+
+def training(
+    name: str,
+    install: Callable[[Chain, Path], None],
+    inputs: Callable[[Chain], Sequence[str]] = lambda chain: (),
+    *,
+    from_shipped: bool = True,
+) -> Stage:
     """A stage that trains with `configs/shapes/<name>.yaml`.
 
     `install` puts the exported weights where later stages look. `inputs` are overrides that say
     where its own inputs are. `from_shipped`: with `--quick` it builds on what ships.
     """
 
-    name: str
-    install: Callable[[Chain, Path], None]
-    inputs: Callable[[Chain], Sequence[str]] = lambda chain: ()
-    from_shipped: bool = True
+    def stage(chain: Chain) -> Target:
+        models = chain.models if from_shipped else chain.own_models
+        quick = (*QUICK[name].overrides, "log_iters=1000000", "heldout_every=1000000")
+        return ChainTraining(
+            name,
+            chain.config(name),
+            chain.folder / "train" / name,
+            chain.processes,
+            install=partial(install, chain),
+            inputs=[f"model_root={models}", *inputs(chain)],
+            changes=[*(quick if chain.quick else ()), *chain.overrides],
+            judge=partial(judge_run, name, checked=chain.quick),
+        )
 
-    def __call__(self, chain: Chain) -> str:
-        """Train, install, and tell how the held-out loss went."""
-        models = chain.models if self.from_shipped else chain.own_models
-        overrides = [f"model_root={models}", *self.inputs(chain), *self._changes(chain)]
-        config = load_config(chain.config(self.name), overrides)
-        if not (config.max_steps and config.heldout_every):
-            raise UserError(f"{self.name}: max_steps and heldout_every must be above 0")
-        logdir = chain.logdir(self.name)
-        chain.train(self.name, config, logdir, overrides)
-        final = final_export(logdir, config.max_steps)
-        if final is None:
-            raise UserError(f"{self.name} was stopped early; the same command goes on")
-        first, last = heldout_losses(logdir / "metrics.jsonl")
-        if chain.quick:
-            check_margin(self.name, first, last)
-        self.install(chain, final)
-        return f"held-out loss {first:.4f} -> {last:.4f}"
-
-    def restore(self, chain: Chain) -> None:
-        """Install once more what the finished training ended with, if it is finished."""
-        steps = load_config(chain.config(self.name), self._changes(chain)).max_steps
-        final = final_export(chain.logdir(self.name), steps or 0)
-        if final is not None:
-            self.install(chain, final)
-
-    def identity(self, chain: Chain) -> dict[str, Any]:
-        """What decides the weights; UserError if an override is wrong."""
-        config = load_config(chain.config(self.name), self._changes(chain))
-        values = recipe(config)
-        if not find_task(config.trainer).roles:  # no video is made, no transformer trained
-            unrelated = VIDEO_KEYS - {"seed"}
-            values = {key: value for key, value in values.items() if key not in unrelated}
-        return values
-
-    def folders(self, chain: Chain) -> list[Path]:
-        """The run."""
-        return [chain.logdir(self.name)]
-
-    def _changes(self, chain: Chain) -> list[str]:
-        quick = (*QUICK[self.name].overrides, "log_iters=1000000", "heldout_every=1000000")
-        return [*(quick if chain.quick else ()), *chain.overrides]
+    return stage
 
 
-def heldout_losses(metrics: Path) -> tuple[float, float]:
-    """First and last held-out loss of a run."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+class ChainTraining(Training):
+    """A training that is measured on held-out data and has an end."""
+
+    def make(self) -> str:
+        """See `Target`."""
+        if not (self.config.max_steps and self.config.heldout_every):
+            raise UserError(f"{self.key}: max_steps and heldout_every must be above 0")
+        return super().make()
+
+
+def judge_run(name: str, logdir: Path, *, checked: bool) -> str:
+    """How the held-out loss of a run went; if `checked`, UserError unless it fell enough."""
+    rows = [
+        json.loads(line)
+        for line in (logdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     losses = [row["heldout/loss"] for row in rows if "heldout/loss" in row]
-    return losses[0], losses[-1]
+    if checked:
+        check_margin(name, losses[0], losses[-1])
+    return f"held-out loss {losses[0]:.4f} -> {losses[-1]:.4f}"
 
 
 def check_margin(name: str, first: float, last: float) -> None:
@@ -272,25 +219,21 @@ def check_margin(name: str, first: float, last: float) -> None:
         )
 
 
-# --- the stages ----------------------------------------------------------------------------------
-
-
-def start_models(chain: Chain) -> str:
-    """Sizes, tokenizer and an untrained text encoder."""
-    folder = chain.own_models / MODEL
-    if not (folder / TEXT_ENCODER_FILE).exists():
-        init.main(["--folder", str(folder)])
-    return "sizes, tokenizer"
-
-
 def install_text_encoder(chain: Chain, exported: Path) -> None:
     """The text encoder, as it was exported."""
+    from wan.folders import TEXT_ENCODER_FILE
+
     with written(chain.own_models / MODEL / TEXT_ENCODER_FILE) as part:
         shutil.copyfile(exported / TEXT_ENCODER_FILE, part)
 
 
 def install_vae(chain: Chain, exported: Path) -> None:
     """The VAE, in half precision."""
+    import torch
+
+    from wan.folders import VAE_FILE
+    from wan.weights import converted, read_weights, save_weights
+
     source = exported / VAE_FILE
     halved = converted(read_weights(source, "a VAE"), source, dtype=torch.float16)
     save_weights(halved, chain.own_models / MODEL / VAE_FILE)
@@ -298,141 +241,158 @@ def install_vae(chain: Chain, exported: Path) -> None:
 
 def install_teacher(chain: Chain, exported: Path) -> None:
     """The teacher's average becomes the model folder's transformer."""
+    from wan.checkpoints import publish_model
+
     publish_model(exported / "model.pt", chain.own_models / MODEL)
 
 
-def install_student(name: str) -> Callable[[Chain, Path], None]:
-    """An installer of a published checkpoint."""
+def student(name: str, inputs: Callable[[Chain], Sequence[str]]) -> Stage:
+    """A training that ends in a published checkpoint."""
 
     def install(chain: Chain, exported: Path) -> None:
-        target = chain.folder / "checkpoints" / f"shapes_{name}.pt"
-        publish_student(exported / "model.pt", target)
+        from wan.checkpoints import publish_student
 
-    return install
+        publish_student(exported / "model.pt", chain.student(name))
+
+    return training(name, install, inputs)
+
+
+# --- the other stages ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Precomputing:
-    """A stage that stores data for training, and as `<name>_heldout` for its held-out loss.
+class Beginning(Target):
+    """Sizes, tokenizer and an untrained text encoder."""
 
-    `keys`: what the data depend on of `config`. `quick`: how many for training with `--quick`.
+    chain: Chain
+
+    def identity(self) -> dict[str, Any]:
+        """See `Target`."""
+        return {}
+
+    def make(self) -> str:
+        """See `Target`."""
+        from shapes import init
+        from wan.folders import TEXT_ENCODER_FILE
+
+        folder = self.chain.own_models / MODEL
+        if not (folder / TEXT_ENCODER_FILE).exists():
+            init.main(["--folder", str(folder)])
+        return "sizes, tokenizer"
+
+
+@dataclass(frozen=True)
+class Precomputing(Target):
+    """Data for training, and as `<name>_heldout` for the held-out loss.
+
+    `keys`: what the data depend on of `config`. `counts`: how many for training, and held out.
     """
 
+    chain: Chain
     name: str
     verb: str
     config: str
-    keys: tuple[str, ...]
-    training: int
-    heldout: int
-    quick: int
-    flags: tuple[str, ...]
-    quick_flags: tuple[str, ...]
+    keys: Sequence[str]
+    counts: tuple[int, int]
+    flags: Sequence[str]
 
-    def __call__(self, chain: Chain) -> str:
-        """Compute what is missing, and tell how much there is."""
-        counts = self._counts(chain)
-        runs = {
+    @property
+    def sources(self) -> dict[str, int]:
+        """How many of what."""
+        return dict(zip(("shapes:train", "shapes:heldout"), self.counts, strict=True))
+
+    def identity(self) -> dict[str, Any]:
+        """See `Target`."""
+        values = to_dict(load_config(self.chain.config(self.config), self.chain.overrides))
+        return {**{k: values[k] for k in self.keys}, "flags": list(self.flags), **self.sources}
+
+    def make(self) -> str:
+        """See `Target`."""
+        config = self.chain.config(self.config)
+        words = {
             folder.name: (
-                *(self.verb, "--config_path", chain.config(self.config), "--data_path", source),
-                *("--count", count, "--output_folder", folder),
-                *(self.quick_flags if chain.quick else self.flags),
-                *(f"model_root={chain.models}", *chain.overrides),
+                *(self.verb, "--config_path", config, "--data_path", source),
+                *("--count", count, "--output_folder", folder, *self.flags),
             )
-            for folder, (source, count) in zip(self.folders(chain), counts.items(), strict=True)
+            for folder, (source, count) in zip(self.folders(), self.sources.items(), strict=True)
         }
-        chain.run("scripts/precompute.py", runs)
-        return ", ".join(f"{count} of {source}" for source, count in counts.items())
+        self.chain.run("scripts/precompute.py", words)
+        return ", ".join(f"{count} of {source}" for source, count in self.sources.items())
 
-    def identity(self, chain: Chain) -> dict[str, Any]:
-        """What the data depend on, and how many they are."""
-        flags = self.quick_flags if chain.quick else self.flags
-        stored = {"flags": list(flags), **self._counts(chain)}
-        return {**chain.values(self.config, self.keys), **stored}
-
-    def folders(self, chain: Chain) -> list[Path]:
-        """The data for training, and the held-out ones."""
-        return [chain.data(self.name), chain.data(f"{self.name}_heldout")]
-
-    def _counts(self, chain: Chain) -> dict[str, int]:
-        train, heldout = (
-            (self.quick, QUICK_HELDOUT) if chain.quick else (self.training, self.heldout)
-        )
-        return {"shapes:train": train, "shapes:heldout": heldout}
+    def folders(self) -> Sequence[Path]:
+        """See `Target`."""
+        return [self.chain.data(self.name), self.chain.data(f"{self.name}_heldout")]
 
 
-LATENTS = Precomputing(
-    "latents",
-    "latents",
-    "teacher",
-    keys=("image_or_video_shape", "dtype"),
-    training=3072,
-    heldout=64,
-    quick=16,
-    flags=("--storage_dtype", "bfloat16", "--shard_size", "64"),
-    quick_flags=("--storage_dtype", "bfloat16", "--shard_size", "16"),
-)
-LONG_LATENTS = replace(
-    LATENTS, name="long_latents", config="causal_init", training=1024, heldout=32
-)
-ODE_PAIRS = Precomputing(
-    "ode_pairs",
-    "ode_pairs",
-    "rolling_forcing",
-    keys=(
+def latents(name: str, config: str, training: int, heldout: int) -> Stage:
+    """A stage that stores clips as latents."""
+
+    def stage(chain: Chain) -> Target:
+        counts = (16, QUICK_HELDOUT) if chain.quick else (training, heldout)
+        size = "16" if chain.quick else "64"
+        flags = ("--storage_dtype", "bfloat16", "--shard_size", size)
+        keys = ("image_or_video_shape", "dtype")
+        return Precomputing(chain, name, "latents", config, keys, counts, flags)
+
+    return stage
+
+
+def ode_pairs(chain: Chain) -> Target:
+    """Trajectories of the teacher."""
+    counts = (32, QUICK_HELDOUT) if chain.quick else (512, 32)
+    steps = "10" if chain.quick else "25"
+    flags = ("--num_steps", steps, "--batch_size", "16", "--shard_size", "16")
+    keys = (
         *("image_or_video_shape", "dtype", "seed", "num_frame_per_block"),
         *("independent_first_frame", "timestep_shift", "denoising_step_list"),
         *("warp_denoising_step", "guidance_scale", "negative_prompt", "model_kwargs"),
-    ),
-    training=512,
-    heldout=32,
-    quick=32,
-    flags=("--num_steps", "25", "--batch_size", "16", "--shard_size", "16"),
-    quick_flags=("--num_steps", "10", "--batch_size", "16", "--shard_size", "16"),
-)
+    )
+    return Precomputing(chain, "ode_pairs", "ode_pairs", "rolling_forcing", keys, counts, flags)
 
 
-def stored(name: str) -> Callable[[Chain], Sequence[str]]:
-    """Overrides for data that an earlier stage stored."""
-
-    def inputs(chain: Chain) -> Sequence[str]:
-        heldout = chain.data(f"{name}_heldout")
-        return [f"data_path={chain.data(name)}", f"heldout_data_path={heldout}"]
-
-    return inputs
-
-
-def start_from(name: str) -> Callable[[Chain], Sequence[str]]:
-    """Overrides for a student's first weights."""
-    return lambda chain: [f"generator_ckpt={chain.checkpoints / f'shapes_{name}.pt'}"]
-
-
-def evaluate(chain: Chain) -> str:
+@dataclass(frozen=True)
+class Comparison(Target):
     """Prompt accuracy of both initialisations and of the student, in the first five seconds."""
-    checkpoints = {name: chain.checkpoints / f"shapes_{name}.pt" for name in STARTS}
-    checkpoints["rolling_forcing"] = chain.folder / "checkpoints" / "shapes_rolling_forcing.pt"
-    results = {name: chain.folder / f"evaluation_{name}.json" for name in checkpoints}
-    runs = {
-        f"evaluation of {name}": (
-            *("--config_path", chain.config("rolling_forcing"), "--checkpoint_path", checkpoint),
-            *("--prompts", 4 if chain.quick else 16, "--seconds", 5, "--json", results[name]),
-            *(f"model_root={chain.models}", *chain.overrides),
-        )
-        for name, checkpoint in checkpoints.items()
-    }
-    chain.run("scripts/evaluate.py", runs)
-    reached = {name: prompt_accuracy(path) for name, path in results.items()}
-    after, before = reached["rolling_forcing"], max(reached[name] for name in STARTS)
-    if chain.quick:
-        check_moved(checkpoints["causal_init"], checkpoints["rolling_forcing"])
-        if after < MIN_KEPT_ACCURACY * before:
-            fell = f"from {before:.2f} (initialisation) to {after:.2f}"
-            raise UserError(f"prompt accuracy fell {fell}")
-    starts = " -> ".join(f"{reached[name]:.2f} ({title})" for name, title in STARTS.items())
-    return f"prompt accuracy {starts} -> {after:.2f} (student)"
+
+    chain: Chain
+
+    def identity(self) -> dict[str, Any]:
+        """See `Target`."""
+        from pipeline.setup import video_settings
+
+        config = self.chain.config("rolling_forcing")
+        return video_settings(to_dict(load_config(config, self.chain.overrides)))
+
+    def make(self) -> str:
+        """See `Target`."""
+        chain = self.chain
+        checkpoints = {name: chain.start(name) for name in STARTS}
+        checkpoints["rolling_forcing"] = chain.student("rolling_forcing")
+        results = {name: chain.folder / f"evaluation_{name}.json" for name in checkpoints}
+        words = {
+            f"evaluation of {name}": (
+                *("--config_path", chain.config("rolling_forcing")),
+                *("--checkpoint_path", checkpoint, "--prompts", 4 if chain.quick else 16),
+                *("--seconds", 5, "--json", results[name]),
+            )
+            for name, checkpoint in checkpoints.items()
+        }
+        chain.run("scripts/evaluate.py", words)
+        reached = {name: prompt_accuracy(path) for name, path in results.items()}
+        after, before = reached["rolling_forcing"], max(reached[name] for name in STARTS)
+        if chain.quick:
+            check_moved(checkpoints["causal_init"], checkpoints["rolling_forcing"])
+            if after < MIN_KEPT_ACCURACY * before:
+                fell = f"from {before:.2f} (initialisation) to {after:.2f}"
+                raise UserError(f"prompt accuracy fell {fell}")
+        starts = " -> ".join(f"{reached[name]:.2f} ({title})" for name, title in STARTS.items())
+        return f"prompt accuracy {starts} -> {after:.2f} (student)"
 
 
 def check_moved(start: Path, trained: Path) -> None:
     """UserError unless most weights of a student are others than those it began with."""
+    from wan.checkpoints import read_state_dict
+
     before, after = (read_state_dict(path) for path in (start, trained))
     moved = sum(int((after[name] != value).sum()) for name, value in before.items())
     if moved < 0.5 * sum(value.numel() for value in before.values()):
@@ -447,26 +407,25 @@ def prompt_accuracy(evaluation: Path) -> float:
 
 
 STAGES: dict[str, Stage] = {
-    "init": Step(start_models),
-    "text_encoder": Training("text_encoder", install_text_encoder, from_shipped=False),
-    "vae_images": Training("vae_images", install_vae, from_shipped=False),
-    "vae_short": Training("vae_short", install_vae, from_shipped=False),
-    "vae": Training("vae", install_vae, from_shipped=False),
-    "latents": LATENTS,
-    "teacher_short": Training("teacher_short", install_teacher, stored("latents")),
-    "teacher": Training("teacher", install_teacher, stored("latents")),
-    "ode_pairs": ODE_PAIRS,
-    "ode_init": Training("ode_init", install_student("ode_init"), stored("ode_pairs")),
-    "long_latents": LONG_LATENTS,
-    "causal_init": Training(
+    "init": Beginning,
+    "text_encoder": training("text_encoder", install_text_encoder, from_shipped=False),
+    "vae_images": training("vae_images", install_vae, from_shipped=False),
+    "vae_short": training("vae_short", install_vae, from_shipped=False),
+    "vae": training("vae", install_vae, from_shipped=False),
+    "latents": latents("latents", "teacher", 3072, 64),
+    "teacher_short": training("teacher_short", install_teacher, lambda c: c.stored("latents")),
+    "teacher": training("teacher", install_teacher, lambda c: c.stored("latents")),
+    "ode_pairs": ode_pairs,
+    "ode_init": student("ode_init", lambda c: c.stored("ode_pairs")),
+    "long_latents": latents("long_latents", "causal_init", 1024, 32),
+    "causal_init": student(
         "causal_init",
-        install_student("causal_init"),
-        lambda chain: [*stored("long_latents")(chain), *start_from("ode_init")(chain)],
+        lambda c: [*c.stored("long_latents"), f"generator_ckpt={c.start('ode_init')}"],
     ),
-    "rolling_forcing": Training(
-        "rolling_forcing", install_student("rolling_forcing"), start_from("causal_init")
+    "rolling_forcing": student(
+        "rolling_forcing", lambda c: [f"generator_ckpt={c.start('causal_init')}"]
     ),
-    "evaluate": Step(evaluate, "rolling_forcing"),
+    "evaluate": Comparison,
 }
 
 
@@ -523,7 +482,7 @@ class Record:
             stage["seconds"] += time.perf_counter() - start
             self._write()
 
-    def table(self) -> str:
+    def summary(self) -> str:
         """All stages so far, their cost and result."""
         lines = [f"{'stage':<16} {'minutes':>7}  result"]
         for name, stage in self.stages.items():
@@ -544,10 +503,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--redo", choices=STAGES, help="do this stage and all that follow anew; once is enough"
     )
     parser.add_argument("--quick", action="store_true", help="a few updates per stage, checked")
-    processes = default_processes()
-    parser.add_argument(
-        "--processes", type=int, default=processes, help="that share a stage (%(default)s here)"
-    )
+    add_processes(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every config")
     return parser
 
@@ -561,29 +517,27 @@ def go_back(chain: Chain, record: Record, name: str) -> None:
     before, again = list(STAGES)[:number], list(STAGES)[number:]
     record.check(before)
     record.forget(again)
-    for path in (path for name in again for path in STAGES[name].folders(chain)):
+    for path in (path for name in again for path in STAGES[name](chain).folders()):
         shutil.rmtree(path, ignore_errors=True)
-    whole, chain.own_models = chain.own_models, chain.own_models.with_suffix(".part")
-    shutil.rmtree(chain.own_models, ignore_errors=True)
-    for stage in (STAGES[name] for name in before):
-        if isinstance(stage, Training):
-            stage.restore(chain)
-        elif stage is STAGES["init"]:
-            stage(chain)
-    shutil.rmtree(whole, ignore_errors=True)
-    if chain.own_models.exists():
-        chain.own_models.rename(whole)
-    chain.own_models = whole
+    with written_folder(chain.own_models) as part:
+        for target in (STAGES[name](replace(chain, rebuilt=part)) for name in before):
+            if isinstance(target, Beginning):
+                target.make()
+            elif isinstance(target, Training) and target.exported is not None:
+                target.install(target.exported)
 
 
 def check_shipped(chain: Chain) -> dict[str, str]:
     """Hashes of the weights that `--quick` builds on; UserError unless they are there."""
+    from pipeline.batch import file_hash, network_files
+    from wan.folders import ModelFolder
+
     config = load_config(chain.config("rolling_forcing"), [f"model_root={chain.models}"])
     files = ModelFolder.find(config.model_root, MODEL)
     files.require(files.vae, files.text_encoder, files.tokenizer)
     if not network_files(files.path):
         raise UserError(f"{files.path} has no teacher, which --quick builds on.")
-    starts = [find_file(chain.checkpoints / f"shapes_{name}.pt", "checkpoint") for name in STARTS]
+    starts = [find_file(chain.start(name), "checkpoint") for name in STARTS]
     parts = [files.vae, files.text_encoder, *network_files(files.path), *starts]
     return {path.name: file_hash(path) for path in parts}
 
@@ -591,15 +545,15 @@ def check_shipped(chain: Chain) -> dict[str, str]:
 def main(argv: Sequence[str]) -> int:
     """Run the stages that are not done."""
     args = parse_command(build_parser(), argv)
-    if args.processes < 1:
-        raise UserError("--processes must be above 0")
+    processes = processes_of(args)
     if args.redo and args.until and list(STAGES).index(args.until) < list(STAGES).index(args.redo):
         raise UserError(f"--until {args.until} comes before --redo {args.redo}, which deletes more")
     folder = args.folder or Path("runs") / ("shapes_quick" if args.quick else "shapes")
-    chain = Chain(folder.absolute(), args.overrides, quick=args.quick, processes=args.processes)
+    chain = Chain(folder.absolute(), args.overrides, quick=args.quick, processes=processes)
     shipped = check_shipped(chain) if args.quick else {}
+    targets = {name: stage(chain) for name, stage in STAGES.items()}
     identities = {
-        name: fingerprint({**stage.identity(chain), **shipped}) for name, stage in STAGES.items()
+        name: fingerprint({**target.identity(), **shipped}) for name, target in targets.items()
     }
     names = list(STAGES)
     names = names[: names.index(args.until) + 1 if args.until else None]
@@ -613,10 +567,10 @@ def main(argv: Sequence[str]) -> int:
             continue
         print(f"--- {name}", flush=True)
         with record.timed(name):
-            result = STAGES[name](chain)
+            result = targets[name].make()
         record.finish(name, result)
         print(f"--- {name}: {result} ({record.stages[name]['seconds']:.0f} s)", flush=True)
-    print(record.table())
+    print(record.summary())
     return 0
 
 

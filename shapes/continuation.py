@@ -10,6 +10,8 @@ picture that stops. A model that has learned how a prompt goes, rather than how 
 on, does worse than that from the first moment.
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import sys
@@ -17,12 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from pipeline import load_pipeline
-from pipeline.batch import model_settings
 from shapes.meter import observe
 from shapes.world import COLOURS, FPS, Scene, render, sample_scene
 from utils.cli import check_outputs, parse_command, run_main, set_up_logging
@@ -61,6 +59,12 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = find_file(weights, "checkpoint") if weights else None
     if config.height != config.width:
         raise UserError(f"{args.config_path} makes no square videos, as the shapes world needs")
+    import torch
+    from tqdm import tqdm
+
+    from pipeline import load_pipeline
+    from pipeline.batch import model_settings
+
     pipe = load_pipeline(config, checkpoint, args.device, use_ema=args.use_ema)
     given = pipe.shape.video_frames(pipe.layout.start(args.blocks))
     frames = given + round(SECONDS[-1] * FPS)

@@ -17,9 +17,7 @@ from tokenizers.models import Unigram
 from shapes.world import sample_scene
 from utils.cli import run_main
 from utils.errors import UserError
-from utils.files import make_folder, write_json
-from wan.folders import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
-from wan.text_encoder import WanTextEncoder, WanTokenizer
+from utils.files import make_folder, write_json, written
 
 DIT = {
     "model_type": "t2v",
@@ -74,8 +72,8 @@ def write_tokenizer(folder: Path) -> int:
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
     tokenizer.add_special_tokens(list(SPECIAL))
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with written(folder / "tokenizer.json") as part:
+        tokenizer.save(str(part))
     write_json(folder / "tokenizer_config.json", TOKENIZER_SETTINGS)
     return len(vocab)
 
@@ -91,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Write the folder."""
     args = build_parser().parse_args(argv)
+    from wan.folders import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
+    from wan.text_encoder import WanTextEncoder, WanTokenizer
+
     if (args.folder / TEXT_ENCODER_FILE).exists():
         raise UserError(f"{args.folder} holds a text encoder already; give another --folder")
     make_folder(args.folder)

@@ -28,11 +28,6 @@ for name in sys.argv[1:]:
     except ImportError as error:
         print(name, error)
 """
-# These import PyTorch at their top: take the mark away where that is over.
-NOT_YET = {
-    name: pytest.mark.xfail(strict=True, reason="imports PyTorch at its top")
-    for name in ("shapes.chain", "shapes.ablate", "shapes.continuation", "shapes.init")
-}
 
 
 def run(*words: str, cwd: Path = ROOT) -> tuple[float, subprocess.CompletedProcess[str]]:
@@ -54,7 +49,7 @@ def parsers() -> dict[str, str]:
     return dict(line.split(" ", 1) for line in result.stdout.splitlines())
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=NOT_YET.get(n, ())) for n in MODULES])
+@pytest.mark.parametrize("name", MODULES)
 def test_help_needs_no_heavy_library(name, parsers):
     """`--help` took five to seven seconds: every command imported PyTorch at its top."""
     assert float(parsers[name]) < 0.4

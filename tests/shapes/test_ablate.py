@@ -15,7 +15,7 @@ import torch
 import scripts.evaluate
 import train
 from evaluation.results import summarise
-from shapes import ablate
+from shapes import ablate, build
 from shapes.ablate import (
     COLUMNS,
     INITIALISATIONS,
@@ -24,8 +24,8 @@ from shapes.ablate import (
     STUDENTS,
     VARIANTS,
     Measurement,
-    Training,
 )
+from shapes.build import Training
 from shapes.meter import METER_VERSION
 from shapes.truth import ShapesTruth
 from shapes.world import sample_scene
@@ -49,7 +49,7 @@ def options(*arguments):
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     """The same plan on every machine."""
-    monkeypatch.setattr(ablate, "default_processes", lambda: 1)
+    monkeypatch.setattr(build, "default_processes", lambda: 1)
 
 
 def touch(folder, *keys):
@@ -65,13 +65,13 @@ def touch(folder, *keys):
 def test_each_training_comes_once_and_before_what_needs_it(tmp_path):
     shipped = touch(tmp_path / "shipped", *INITIALISATIONS, "rolling_forcing")
     folder = tmp_path / "out"
-    parts = ablate.plan(options("--folder", folder, "--checkpoints", shipped))
+    parts = ablate.list_targets(options("--folder", folder, "--checkpoints", shipped))
     trainings = [part for part in parts if isinstance(part, Training)]
     measured = [part for part in parts if isinstance(part, Measurement)]
     assert {part.key for part in trainings} == TRAINED - {"rolling_forcing"}
     assert len(trainings) == len(TRAINED) - 1
     for part in trainings:
-        needing = [m for m in measured if m.weights == part.target]
+        needing = [m for m in measured if m.weights == part.result]
         assert needing
         assert all(parts.index(part) < parts.index(m) for m in needing)
     assert [(m.variant.key, m.seconds) for m in measured] == [
@@ -89,8 +89,8 @@ def test_each_training_comes_once_and_before_what_needs_it(tmp_path):
 def test_retraining_uses_nothing_that_ships_but_the_initialisation(tmp_path):
     shipped = touch(tmp_path / "shipped", *INITIALISATIONS, *TRAINED)
     given = ["--folder", tmp_path / "out", "--checkpoints", shipped]
-    assert not [p for p in ablate.plan(options(*given)) if isinstance(p, Training)]
-    parts = ablate.plan(options(*given, "--retrain"))
+    assert not [p for p in ablate.list_targets(options(*given)) if isinstance(p, Training)]
+    parts = ablate.list_targets(options(*given, "--retrain"))
     assert {part.key for part in parts if isinstance(part, Training)} == TRAINED
     weights = {m.weights for m in parts if isinstance(m, Measurement)}
     assert {path for path in weights if path.parent == shipped} == {
@@ -106,7 +106,7 @@ def test_another_config_is_another_training(tmp_path):
     given = ["--checkpoints", shipped, "--folder", tmp_path, "--only", "self_forcing"]
 
     def logdirs(*arguments):
-        parts = ablate.plan(options(*given, *arguments))
+        parts = ablate.list_targets(options(*given, *arguments))
         return {part.logdir for part in parts if isinstance(part, Training)}
 
     assert logdirs("--", "device=cpu", "model_root=elsewhere") == set()
@@ -127,11 +127,11 @@ def test_configs_of_ones_own_do_not_use_what_ships(tmp_path, monkeypatch):
     shutil.copytree(own, tmp_path / "configs" / "shapes")
     touch(tmp_path / "checkpoints", *INITIALISATIONS, *TRAINED)
     given = ["--configs", own, "--only", "self_forcing"]
-    assert not any(isinstance(part, Training) for part in ablate.plan(options(*given)))
+    assert not any(isinstance(part, Training) for part in ablate.list_targets(options(*given)))
     with (own / "self_forcing.yaml").open("a") as file:
         file.write("lr: 3.0e-04\n")
     for spelled in ([], ["--checkpoints", tmp_path / "checkpoints"]):
-        assert isinstance(ablate.plan(options(*given, *spelled))[0], Training)
+        assert isinstance(ablate.list_targets(options(*given, *spelled))[0], Training)
 
 
 def test_longer_rollouts_are_trained_for_each_sink(tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_longer_rollouts_are_trained_for_each_sink(tmp_path, monkeypatch):
     given = ["--checkpoints", shipped, "--folder", tmp_path / "out"]
 
     def trained(*arguments):
-        parts = ablate.plan(options(*given, *arguments))
+        parts = ablate.list_targets(options(*given, *arguments))
         return [part.key for part in parts if isinstance(part, Training)]
 
     assert trained() == ["rolling_forcing", "self_forcing", "rolling_levels_3"]
@@ -151,14 +151,14 @@ def test_longer_rollouts_are_trained_for_each_sink(tmp_path, monkeypatch):
     # a sibling that these overrides forbid is no reason to stop
     assert trained("--only", "self_forcing", "--", "max_attention_frames=12") == ["self_forcing"]
     own = touch(shipped, "infinite_forcing") / "shapes_infinite_forcing.pt"
-    (measured,) = ablate.plan(options(*given, "--only", "infinite_forcing"))
+    (measured,) = ablate.list_targets(options(*given, "--only", "infinite_forcing"))
     assert measured.weights == own
 
 
 def test_commands(tmp_path):
     shipped = touch(tmp_path, START)
     given = ["--checkpoints", shipped, "--folder", "out", "--only", "self_forcing"]
-    training, short, long = ablate.plan(options(*given, "--", "device=cpu"))
+    training, short, long = ablate.list_targets(options(*given, "--", "device=cpu"))
     logdir = training.command[5]
     assert re.fullmatch("out/train/self_forcing-[0-9a-f]{16}", logdir)
     own = f"{logdir}/shapes_self_forcing.pt"
@@ -181,7 +181,7 @@ def test_commands(tmp_path):
         *("--prompts", "8", "--seeds", "2", "--seconds", "300"),
         *("--json", "out/300s/self_forcing.json"),
     )
-    for part in ablate.plan(options(*given, "--processes", 2)):
+    for part in ablate.list_targets(options(*given, "--processes", 2)):
         spread = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
         assert part.command[1:5] == spread
 
@@ -267,7 +267,7 @@ def bench(tiny_world, tmp_path, monkeypatch):
         bench.ran.append(name)
         in_process(name, command)
 
-    monkeypatch.setattr(ablate, "run_command", run)
+    monkeypatch.setattr(build, "run_command", run)
     return bench
 
 
@@ -347,32 +347,32 @@ def test_a_lost_sheet_or_table_costs_no_video(bench):
 
 
 def test_a_stopped_run_goes_on(bench, monkeypatch):
-    run = ablate.run_command
+    run = build.run_command
 
     def dies_at_the_second(name, command):
         if len(bench.ran) == 1:
             raise KeyboardInterrupt
         run(name, command)
 
-    monkeypatch.setattr(ablate, "run_command", dies_at_the_second)
+    monkeypatch.setattr(build, "run_command", dies_at_the_second)
     assert bench(*BOTH) == 130
     assert (bench.out / "table.md").is_file()  # of what there was
     bench.ran.clear()
-    monkeypatch.setattr(ablate, "run_command", run)
+    monkeypatch.setattr(build, "run_command", run)
     assert bench(*BOTH) == 0
     assert bench.ran == PARTS[1:]
 
 
 def test_a_failure_stops_only_what_needs_it(bench, monkeypatch, capsys):
     (bench.root / "shapes_self_forcing.pt").unlink()
-    run = ablate.run_command
+    run = build.run_command
 
     def cannot_train(name, command):
         if Path(command[1]).name == "train.py":
             raise UserError(f"{name} failed with exit code 1")
         run(name, command)
 
-    monkeypatch.setattr(ablate, "run_command", cannot_train)
+    monkeypatch.setattr(build, "run_command", cannot_train)
     assert bench("--only", "self_forcing", "rolling_on_self_forcing", "rolling_forcing") == 2
     assert bench.ran == PARTS[:2]
     said = capsys.readouterr().err.splitlines()
@@ -421,7 +421,7 @@ def test_weights_that_do_not_ship_are_trained_to_the_end(bench, tmp_path, monkey
     assert bench.ran == []
     own.unlink()
     shutil.rmtree(run / "checkpoint_model_000002")
-    monkeypatch.setattr(ablate, "run_command", lambda name, command: bench.ran.append(name))
+    monkeypatch.setattr(build, "run_command", lambda name, command: bench.ran.append(name))
     assert bench("--only", "self_forcing") == 2
     assert bench.ran[:1] == ["training of self_forcing"]
     assert "training of self_forcing was stopped early" in capsys.readouterr().err
@@ -440,9 +440,9 @@ def test_processes_of_their_own_share_the_videos(bench, monkeypatch):
 
 
 def test_a_command_that_fails_is_said(tmp_path):
-    ablate.run_command("nothing", [sys.executable, "-c", "pass"])
+    build.run_command("nothing", [sys.executable, "-c", "pass"])
     with pytest.raises(UserError, match="counting failed with exit code 3"):
-        ablate.run_command("counting", [sys.executable, "-c", "raise SystemExit(3)"])
+        build.run_command("counting", [sys.executable, "-c", "raise SystemExit(3)"])
 
 
 # --- the table -----------------------------------------------------------------------------------

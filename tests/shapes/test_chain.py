@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,13 @@ import torch
 
 import shapes.chain as chain_script
 import train
+from shapes import build
+from shapes.build import Target, Training
 from shapes.chain import (
     QUICK,
     STAGES,
     Chain,
     Record,
-    Step,
-    Training,
     check_margin,
     check_moved,
     main,
@@ -31,6 +32,8 @@ from wan.checkpoints import publish_student
 from wan.folders import TEXT_ENCODER_FILE, VAE_FILE
 from wan.weights import read_weights
 
+ANY_CHAIN = Chain(Path("runs/any"), [], quick=False, processes=1)
+TRAININGS = {name for name, stage in STAGES.items() if isinstance(stage(ANY_CHAIN), Training)}
 SHIPPED = Path("checkpoints/shapes_rolling_forcing.pt")
 
 
@@ -59,8 +62,10 @@ def parse(script: str, arguments: list[str]) -> None:
     else:
         room = "shapes" if script == "init.py" else "scripts"
         module = importlib.import_module(f"{room}.{Path(script).stem}")
-        reader = module.parse if hasattr(module, "parse") else module.build_parser().parse_args
-        args = reader(arguments)
+        parser = module.build_parser()
+        if script == "precompute.py":
+            parser, arguments = module.verb_parsers()[arguments[0]], arguments[1:]
+        args = parser.parse_args(arguments)
     if "config_path" in args:
         load_config(args.config_path, args.overrides)
 
@@ -111,7 +116,7 @@ class Rehearsal:
 def rehearse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rehearsal]:
     def start(folder: Path, *, quick: bool) -> Rehearsal:
         rehearsal = Rehearsal(folder, quick=quick)
-        monkeypatch.setattr(chain_script, "run_command", rehearsal)
+        monkeypatch.setattr(build, "run_command", rehearsal)
         monkeypatch.setattr(chain_script, "run_together", rehearsal.together)
         return rehearsal
 
@@ -127,14 +132,14 @@ def test_every_stage_is_a_command_that_its_script_accepts(
 ) -> None:
     monkeypatch.setattr(chain_script, "check_moved", lambda start, trained: None)
     rehearsal = rehearse(tmp_path, quick=quick)
-    results = {name: stage(rehearsal.chain) for name, stage in STAGES.items()}
+    results = {name: stage(rehearsal.chain).make() for name, stage in STAGES.items()}
     assert results["teacher"] == "held-out loss 2.0000 -> 0.5000"
     assert results["evaluate"] == (
         "prompt accuracy 0.50 (ODE initialisation) -> 0.75 (causal initialisation) -> "
         "0.62 (student)"
     )
     trainings = [words for script, words in rehearsal.said if script == "train.py"]
-    assert len(trainings) == sum(isinstance(stage, Training) for stage in STAGES.values()) == 9
+    assert len(trainings) == len(TRAININGS) == 9
     assert all("seed=7" in words for words in trainings)
     assert (tmp_path / "checkpoints" / "shapes_rolling_forcing.pt").is_file()
     teacher = next(words for words in trainings if str(tmp_path / "train" / "teacher") in words)
@@ -148,7 +153,7 @@ def test_every_stage_is_a_command_that_its_script_accepts(
 
 
 def test_quick_changes_every_training() -> None:
-    assert {name for name, stage in STAGES.items() if isinstance(stage, Training)} == set(QUICK)
+    assert set(QUICK) == TRAININGS
     config = load_config("configs/shapes/rolling_forcing.yaml", QUICK["rolling_forcing"].overrides)
     blocks = config.image_or_video_shape[1] // config.num_frame_per_block
     assert blocks >= len(config.denoising_step_list), "a whole window"
@@ -186,10 +191,10 @@ def test_a_student_that_forgot_its_prompts_is_refused(
     monkeypatch.setattr(chain_script, "check_moved", lambda start, trained: None)
     rehearsal = rehearse(tmp_path, quick=True)
     rehearsal.accuracy = {"ode_init": 0.8, "causal_init": 0.8, "rolling_forcing": 0.7}
-    STAGES["evaluate"](rehearsal.chain)
+    STAGES["evaluate"](rehearsal.chain).make()
     rehearsal.accuracy[better] = 0.9
     with pytest.raises(UserError, match=r"fell from 0\.90"):
-        STAGES["evaluate"](rehearsal.chain)
+        STAGES["evaluate"](rehearsal.chain).make()
 
 
 def test_a_student_that_did_not_move_is_refused(tmp_path: Path) -> None:
@@ -210,9 +215,9 @@ def test_a_stage_without_end_or_measure_is_refused(
     rehearse: Callable[..., Rehearsal], tmp_path: Path, override: str
 ) -> None:
     rehearsal = rehearse(tmp_path, quick=False)
-    rehearsal.chain.overrides = [override]
+    chain = replace(rehearsal.chain, overrides=[override])
     with pytest.raises(UserError, match="must be above 0"):
-        STAGES["teacher"](rehearsal.chain)
+        STAGES["teacher"](chain).make()
 
 
 def test_a_stopped_chain_goes_on_where_it_was(
@@ -220,17 +225,21 @@ def test_a_stopped_chain_goes_on_where_it_was(
 ) -> None:
     ran = []
 
-    def failing(chain: Chain) -> str:
-        ran.append("second")
-        if len(ran) < 3:
-            raise UserError("stopped")
-        return "done"
+    @dataclass
+    class Counted(Target):
+        name: str
 
-    def first(chain: Chain) -> str:
-        ran.append("first")
-        return "started"
+        def identity(self) -> dict[str, object]:
+            return {}
 
-    monkeypatch.setattr(chain_script, "STAGES", {"first": Step(first), "second": Step(failing)})
+        def make(self) -> str:
+            ran.append(self.name)
+            if len(ran) == 2:
+                raise UserError("stopped")
+            return "done"
+
+    stages = {name: lambda chain, name=name: Counted(name) for name in ("first", "second")}
+    monkeypatch.setattr(chain_script, "STAGES", stages)
     command = ["--folder", str(tmp_path)]
     assert run_main(main, command) == 2
     assert run_main(main, command) == 0
@@ -302,7 +311,7 @@ def test_time_of_all_starts_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with again.timed("a"):
         pass
     again.finish("a", "good")
-    assert "a                    1.5  good" in again.table()
+    assert "a                    1.5  good" in again.summary()
 
 
 def test_a_published_student_holds_its_average_once_under_both_names(tmp_path: Path) -> None:
