@@ -155,12 +155,12 @@ def main(argv: Sequence[str]) -> int:
     config = read_config(args, ranks)
     import torch
 
-    from pipeline.batch import BatchRun, Outputs, plan_jobs
+    from pipeline.batch import BatchRun, Outputs, list_jobs
     from pipeline.setup import Setup
 
     if demo:
         demo.require_model(config, args.checkpoint_path)
-    jobs = plan_jobs(
+    jobs = list_jobs(
         i2v=config.i2v,
         num_samples=config.num_samples,
         seed=config.seed,

@@ -23,7 +23,7 @@ from evaluation.meters import (
 )
 from evaluation.results import ResultLog, summarise, summary_text
 from evaluation.statistics import BLOCK_FRAMES, FIRST_FRAMES
-from evaluation.trials import Evaluation, plan_trials, vbench_name
+from evaluation.trials import Evaluation, list_trials, vbench_name
 from pipeline.batch import Outputs, file_hash
 from pipeline.setup import Setup
 from utils.config import Config, fingerprint
@@ -156,7 +156,7 @@ def generated_run(args: argparse.Namespace, config: Config, ranks: Ranks) -> Run
                 f"{args.config_path} makes no videos that {package} can measure; give prompts "
                 "with --data_path, or a config of its size"
             )
-    trials = {t.key: t for t in plan_trials(prompts, args.seeds or 1, config.seed)}
+    trials = {t.key: t for t in list_trials(prompts, args.seeds or 1, config.seed)}
     names = {key: vbench_name(t.prompt, t.index) for key, t in trials.items()}
     check_exports(names, folder, judged=args.vbench is not None)
 

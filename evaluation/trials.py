@@ -33,7 +33,7 @@ class Trial:
         return f"{self.seed}: {self.prompt}"
 
 
-def plan_trials(prompts: Sequence[str], seeds: int, first_seed: int) -> list[Trial]:
+def list_trials(prompts: Sequence[str], seeds: int, first_seed: int) -> list[Trial]:
     """Every prompt with seeds `first_seed`, `first_seed + 1`, ...; all prompts of a seed first."""
     different = list(dict.fromkeys(prompts))
     return [Trial(p, first_seed + index, index) for index in range(seeds) for p in different]

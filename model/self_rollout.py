@@ -25,7 +25,7 @@ from wan.vae import WanVAE
 
 
 @dataclass(frozen=True)
-class RolloutPlan:
+class RolloutDraw:
     """What all ranks share in one update: a pure function of (seed, update)."""
 
     schedule: Literal["rolling", "block"]
@@ -71,7 +71,7 @@ class RolloutRecipe:
         """Latent frames of the longest rollout, whole blocks."""
         return layout.start(self.blocks(layout)[1])
 
-    def draw(self, layout: BlockLayout, update: int) -> RolloutPlan:
+    def draw(self, layout: BlockLayout, update: int) -> RolloutDraw:
         """Schedule, number of blocks and r of one update."""
         draw = philox(self.seed, Purpose.ROLLOUT_PLAN, (update,))
         rolling = bool(draw.random() < self.rolling_probability)
@@ -82,12 +82,12 @@ class RolloutRecipe:
             levels[:] = self.num_levels - 1
         if rolling or self.same_step_across_blocks:
             levels[:] = levels[0]
-        return RolloutPlan(
+        return RolloutDraw(
             "rolling" if rolling else "block", blocks, tuple(int(level) for level in levels)
         )
 
 
-def passes_of(setup: Setup, plan: RolloutPlan) -> Plan:
+def passes_of(setup: Setup, plan: RolloutDraw) -> Plan:
     """The passes of a training rollout; blocks of the block schedule stop at their own level."""
     levels = None
     if plan.schedule == "block":
@@ -95,14 +95,14 @@ def passes_of(setup: Setup, plan: RolloutPlan) -> Plan:
     return setup.plan(setup.schedule(plan.num_blocks, kind=plan.schedule, block_levels=levels))
 
 
-def is_output(plan: RolloutPlan, num_levels: int, window: Window) -> bool:
+def is_output(plan: RolloutDraw, num_levels: int, window: Window) -> bool:
     """Whether this window's x_0 is the output of its blocks."""
     if plan.schedule == "rolling":
         return window.index % num_levels == plan.exit_levels[0]
     return window.levels[0] == plan.exit_levels[window.blocks[-1]]
 
 
-def output_windows(setup: Setup, plan: RolloutPlan) -> list[Window]:
+def output_windows(setup: Setup, plan: RolloutDraw) -> list[Window]:
     """The windows whose x_0 is the output: they do not overlap and cover all blocks."""
     windows = (own.window for own in passes_of(setup, plan))
     return [w for w in windows if w is not None and is_output(plan, setup.levels.num, w)]
@@ -113,7 +113,7 @@ def self_rollout(
     dit: WanDiT,
     text: TextContext,
     noise: BlockNoise,
-    plan: RolloutPlan,
+    plan: RolloutDraw,
     *,
     scored_frames: int,
     grad: bool,
@@ -177,7 +177,7 @@ def _by_block(result: WindowResult, layout: BlockLayout) -> dict[int, Tensor]:
 def rollout_flops(
     setup: Setup,
     sizes: DiTConfig,
-    plan: RolloutPlan,
+    plan: RolloutDraw,
     *,
     scored_frames: int,
     grad: bool,

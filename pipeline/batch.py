@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.prefix import whole_blocks
-from pipeline.progress import Progress
+from pipeline.progress import VideoProgress
 from pipeline.setup import Setup
 from pipeline.stream import PrefixFrames
 from pipeline.text_to_video import VideoPipeline, load_generator
@@ -132,7 +132,7 @@ class Outputs:
         return latent, shape.video_frames(latent)
 
 
-def plan_jobs(
+def list_jobs(
     *,
     i2v: bool,
     num_samples: int,
@@ -355,7 +355,7 @@ class BatchRun:
             if self.outputs.folder is not None:
                 part = stack.enter_context(written(self._path(job)))
             with (
-                Progress(
+                VideoProgress(
                     title, video_frames, self.setup.fps, start=start, shown=self.ranks.is_main
                 ) as progress,
                 pipe.open_stream(

@@ -15,7 +15,7 @@ SECONDS_BETWEEN_LINES = {True: 0.1, False: 10.0}
 """How often the line is renewed: in a terminal, and in a log, where every renewal stays."""
 
 
-class Progress:
+class VideoProgress:
     """Times one video and shows, on stderr, how much of it is there and how fast it comes.
 
     Use as a context manager around the making. Speeds are end to end: all the time since `start`,

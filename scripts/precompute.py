@@ -139,7 +139,7 @@ def text(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks) -
     """Encode prompts, one at a time: the very numbers that the pipeline computes."""
     import torch
 
-    from trainer.precompute import Shard, ShardRun, plan_shards, read_prompts_of, weights_hash
+    from trainer.precompute import Shard, ShardRun, list_shards, read_prompts_of, weights_hash
     from utils.config import fingerprint
     from utils.devices import choose_device
     from utils.embeddings import write_shard
@@ -150,7 +150,7 @@ def text(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks) -
     device = choose_device(config.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     prompts = read_prompts_of(args.data_path, args.count, args.extended_prompt_path)
-    shards = plan_shards(args.output_folder, list(dict.fromkeys(prompts)), args.shard_size)
+    shards = list_shards(args.output_folder, list(dict.fromkeys(prompts)), args.shard_size)
     if args.negative_prompt:
         negatives = list(dict.fromkeys([config.negative_prompt, ""]))
         shards.append(Shard(Path(args.output_folder) / "negative.safetensors", 0, negatives))
@@ -189,7 +189,7 @@ def latents(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks
     import torch
 
     from pipeline.prefix import encode_prefix
-    from trainer.precompute import ShardRun, first_items, plan_shards, weights_hash
+    from trainer.precompute import ShardRun, first_items, list_shards, weights_hash
     from utils.config import fingerprint
     from utils.datasets import write_shard
     from utils.devices import choose_device, choose_dtype
@@ -201,7 +201,7 @@ def latents(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks
     dtype = choose_dtype(config.dtype, device)
     data, num_frames = open_videos(config, setup, args.data_path, args.num_frames)
     prompts = [data.prompt(index) for index in range(first_items(data, args.count))]
-    shards = plan_shards(args.output_folder, prompts, args.shard_size)
+    shards = list_shards(args.output_folder, prompts, args.shard_size)
     settings = {
         "vae": weights_hash(files.vae),
         "dtype": str(dtype),
@@ -259,7 +259,7 @@ def ode_pairs(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ran
     import torch
 
     from pipeline.trajectories import ode_grid
-    from trainer.precompute import ShardRun, plan_shards, read_prompts_of
+    from trainer.precompute import ShardRun, list_shards, read_prompts_of
     from utils.config import fingerprint
     from utils.datasets import write_shard
 
@@ -269,7 +269,7 @@ def ode_pairs(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ran
     grid = ode_grid(levels, args.num_steps, setup.levels.shift)
     prompts = read_prompts_of(args.data_path, args.count, args.extended_prompt_path)
     check_before_loading(config, setup, args, prompts)
-    shards = plan_shards(args.output_folder, prompts, args.shard_size)
+    shards = list_shards(args.output_folder, prompts, args.shard_size)
     made_by = fingerprint(pair_settings(config, setup, args, levels, grid))
     run = ShardRun(config, made_by, ranks)
     missing = run.missing(shards)

@@ -50,7 +50,7 @@ from utils.cli import parse_command, require_matplotlib, run_main
 from utils.config import ROOT, Config, find_file, fingerprint, load_config
 from utils.errors import UserError
 from utils.files import write_text
-from utils.launch import script_command
+from utils.processes import script_command
 
 CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
 START = "causal_init"  # of every training here
@@ -331,13 +331,13 @@ class Measurement(CommandTarget):
 
     def identity(self) -> dict[str, Any]:
         """See `Target`: the settings of the figures, and as `videos` whose they are."""
-        from evaluation.trials import Evaluation, plan_trials
+        from evaluation.trials import Evaluation, list_trials
         from pipeline.setup import Setup
 
         config = load_config(self.config, self.overrides)
         setup = Setup.of(config)
         settings = Evaluation(setup, self.weights, use_ema=False, seconds=self.seconds).settings
-        trials = plan_trials(held_out_prompts(self.prompts), self.seeds, config.seed)
+        trials = list_trials(held_out_prompts(self.prompts), self.seeds, config.seed)
         videos = [(trial.prompt, trial.seed) for trial in trials]
         return {**settings, "meter": TRUTH.version, "videos": videos}
 

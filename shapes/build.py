@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config import VIDEO_KEYS, Config, load_config
 from utils.errors import UserError
-from utils.launch import default_processes, final_export, run_command, training_command
+from utils.processes import default_processes, final_export, run_command, training_command
 
 if TYPE_CHECKING:
     import argparse

@@ -36,7 +36,7 @@ from utils.cli import parse_command, run_main
 from utils.config import ROOT, find_file, fingerprint, load_config, to_dict
 from utils.errors import UserError
 from utils.files import make_folder, write_json, written, written_folder
-from utils.launch import run_together, script_command
+from utils.processes import run_together, script_command
 
 MODEL = "Shapes"
 ACCURACIES = ("background", "colour", "kind", "direction")

@@ -11,7 +11,7 @@ from pipeline.setup import Setup
 from shapes.captions import CaptionReader, caption_loss
 from shapes.dataset import ShapesVideos
 from shapes.world import token_classes, token_labels
-from trainer.data import BatchPlan
+from trainer.data import BatchSplit
 from trainer.export import gathered, weights_of
 from trainer.metrics import Timer
 from trainer.networks import Player, compute_dtype, make_player
@@ -35,7 +35,7 @@ class TextEncoderTraining(Task):
         config: Config,
         setup: Setup,
         world: World,
-        plan: BatchPlan,
+        plan: BatchSplit,
         timer: Timer,
         data: Dataset,
     ) -> None:

@@ -13,7 +13,7 @@ from pipeline.memory import memory_report
 from pipeline.setup import Setup
 from tests import readme
 from tests.golden_cases import load_json
-from trainer.data import plan_batches
+from trainer.data import split_batches
 from trainer.estimate import planned_setup, sizes_of
 from trainer.tasks.base import rollout_recipe
 from utils.config import ROOT, Config, load_config
@@ -165,7 +165,7 @@ def test_time_of_a_training():
     """Operations as the loop counts them, at the rate that the README assumes."""
     config = load_config("configs/rolling_forcing_dmd.yaml")
     generator, critic, mean = mean_step(config)
-    seconds = plan_batches(config, 8).accumulation * mean / 400
+    seconds = split_batches(config, 8).accumulation * mean / 400
     for text in (f"{mean:.0f} TF", f"{critic:.0f} for the critic", f"{generator:.0f} for the"):
         assert text in README
     assert f"about {seconds:.0f} s at 400 TFLOP/s" in README

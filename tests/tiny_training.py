@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from model.self_rollout import RolloutPlan
+from model.self_rollout import RolloutDraw
 from pipeline.schedule import BlockLayout
 from tests.tiny_models import write_tiny_text_encoder, write_tiny_vae
 from tests.tiny_pipeline import TINY_DIT, random_dit, write_config, write_dit_folder
@@ -173,7 +173,7 @@ def layout_of(config: Config) -> BlockLayout:
     return BlockLayout(config.num_frame_per_block, config.independent_first_frame)
 
 
-def drawn(config: Config, update: int) -> RolloutPlan:
+def drawn(config: Config, update: int) -> RolloutDraw:
     """The rollout that a config draws for an update."""
     return rollout_recipe(config).draw(layout_of(config), update)
 

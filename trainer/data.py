@@ -24,7 +24,7 @@ from utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchSplit:
     """How the videos of one update are spread: ranks x micro-batches x rows."""
 
     per_rank: int
@@ -50,7 +50,7 @@ class BatchPlan:
         )
 
 
-def plan_batches(config: Config, ranks: int) -> BatchPlan:
+def split_batches(config: Config, ranks: int) -> BatchSplit:
     """Accumulation from `global_batch_size` > `total_batch_size` > the given accumulation."""
     notes: list[str] = []
     wanted = config.global_batch_size or config.total_batch_size
@@ -78,13 +78,13 @@ def plan_batches(config: Config, ranks: int) -> BatchPlan:
                 f"{' and '.join(disagreeing)} disagree with {wanted} videos per update, "
                 f"which means {accumulation} micro-batches; the latter holds"
             )
-    plan = BatchPlan(config.batch_size, accumulation, ranks)
+    plan = BatchSplit(config.batch_size, accumulation, ranks)
     if config.recipe_batch_size and plan.videos < config.recipe_batch_size:
         notes.append(
             f"{plan.videos} videos per update are fewer than the recipe's "
             f"{config.recipe_batch_size}: set global_batch_size={config.recipe_batch_size}"
         )
-    return BatchPlan(config.batch_size, accumulation, ranks, tuple(notes))
+    return BatchSplit(config.batch_size, accumulation, ranks, tuple(notes))
 
 
 class Batches:
@@ -94,16 +94,16 @@ class Batches:
     so it means the same on any number of ranks.
     """
 
-    def __init__(self, dataset: Dataset, plan: BatchPlan, rank: int, seed: int) -> None:
+    def __init__(self, dataset: Dataset, plan: BatchSplit, rank: int, seed: int) -> None:
         self.dataset = dataset
-        self.batch_plan = plan
+        self.batch_split = plan
         self.rank = rank
         self.order = GlobalOrder(len(dataset), seed)
         self.position = 0
 
     def micro_batch(self, micro: int, draws: Draws) -> tuple[dict[str, Any], Draws]:
         """This rank's items of one micro-batch of the current update, and their draws."""
-        indices = self.batch_plan.indices(micro, self.rank)
+        indices = self.batch_split.indices(micro, self.rank)
         own = draws.for_indices(indices)
         rows = [self.order.index(self.position + index) for index in indices]
         if isinstance(self.dataset, VideoDataset):
@@ -115,7 +115,7 @@ class Batches:
 
     def advance(self) -> None:
         """The update is done: go on to the next global batch."""
-        self.position += self.batch_plan.videos
+        self.position += self.batch_split.videos
 
 
 def open_training_data(config: Config, setup: Setup) -> Dataset:

@@ -11,7 +11,7 @@ from pipeline.setup import Setup
 from trainer.data import (
     open_heldout_data,
     open_training_data,
-    plan_batches,
+    split_batches,
 )
 from trainer.sharding import shards_of, strategy_of
 from trainer.tasks import find_task
@@ -138,7 +138,7 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
     What has to be fetched first, weights or data, is said and need not be here.
     """
     check_training(config)
-    plan, setup = plan_batches(config, world), planned_setup(config)
+    plan, setup = split_batches(config, world), planned_setup(config)
     lines = [*data_lines(config, setup), plan.describe(), *plan.notes]
     memory = memory_lines(config, setup, world, local_world or min(world, 8))
     if memory:

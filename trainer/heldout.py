@@ -43,8 +43,8 @@ class HeldOut:
         ranks, items = self.task.world.ranks, self.items
         sums: dict[str, Tensor] = {}
         with evaluating(player.module for player in self.task.players.values()):
-            for turn in range(-(-items // ranks.world)):
-                number = turn * ranks.world + ranks.rank
+            for first in range(0, items, ranks.world):
+                number = first + ranks.rank
                 weight = ranks.world / items if number < items else 0.0
                 for name, value in self._item(number % items).items():
                     sums[name] = sums.get(name, 0) + weight * value.float()

@@ -305,7 +305,7 @@ class Timer:
         self._since = now
 
 
-class Progress:
+class TrainingProgress:
     """A line with steps done, rate, time left, the newest losses and the health verdict."""
 
     def __init__(self, total: int | None, start: int = 0, *, enabled: bool = True) -> None:

@@ -69,7 +69,7 @@ class Shard:
             yield self.items[first : first + size], self.prompts[first : first + size]
 
 
-def plan_shards(folder: str | Path, prompts: Sequence[str], size: int) -> list[Shard]:
+def list_shards(folder: str | Path, prompts: Sequence[str], size: int) -> list[Shard]:
     """All shards of a run, named by their number; their contents do not depend on the ranks."""
     if size < 1:
         raise UserError(f"--shard_size {size} must be at least 1")

@@ -28,8 +28,8 @@ class SampleVideos:
     def __call__(self, step: int) -> dict[str, Path]:
         """Make the videos of this rank: `{name: path}`."""
         made = {}
-        for turn in range(-(-len(self.prompts) // self.ranks.world)):
-            number = turn * self.ranks.world + self.ranks.rank
+        for first in range(0, len(self.prompts), self.ranks.world):
+            number = first + self.ranks.rank
             wanted = number < len(self.prompts)
             prompt = self.prompts[number % len(self.prompts)]
             name = f"{number:02d} {safe_stem(prompt, 60)}"

@@ -27,15 +27,15 @@ from trainer.data import (
     first_prompts,
     open_heldout_data,
     open_training_data,
-    plan_batches,
+    split_batches,
 )
 from trainer.health import HealthMonitor
 from trainer.heldout import HeldOut
 from trainer.metrics import (
     METRICS_FILE,
     MetricsLog,
-    Progress,
     Timer,
+    TrainingProgress,
     WandbSettings,
     mean_over_ranks,
 )
@@ -47,7 +47,7 @@ from utils.config import FREE_KEYS, Config, check_training, save_config, to_dict
 from utils.draws import Draws
 from utils.errors import UserError
 from utils.files import check_file, check_folder, remove_leftovers, write_json
-from utils.launch import export_folder, videos_per_update
+from utils.processes import export_folder, videos_per_update
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,9 @@ class Trainer:
         self.world = world
         self.logdir = logdir
         self.saves = save
-        self.batch_plan = plan_batches(config, world.size)
-        logger.info(self.batch_plan.describe())
-        for note in self.batch_plan.notes if world.is_main else ():
+        self.batch_split = split_batches(config, world.size)
+        logger.info(self.batch_split.describe())
+        for note in self.batch_split.notes if world.is_main else ():
             logger.warning(note)
         self.timer = Timer(world.device)
         self.step = 0
@@ -100,9 +100,9 @@ class Trainer:
         dataset = open_training_data(config, setup)
         task = find_task(config.trainer)
         heldout = open_heldout_data(config, setup, task.check_items)
-        self.task = task(config, setup, world, self.batch_plan, self.timer, dataset)
+        self.task = task(config, setup, world, self.batch_split, self.timer, dataset)
         self.batches = {
-            name: Batches(dataset, self.batch_plan, world.ranks.rank, config.seed + number)
+            name: Batches(dataset, self.batch_split, world.ranks.rank, config.seed + number)
             for number, name in enumerate(self.task.players)
         }
         self.heldout = HeldOut(self.task, heldout) if heldout else None
@@ -129,7 +129,7 @@ class Trainer:
 
         On every way out the state being written gets its name and the logs are closed.
         """
-        progress = Progress(self.config.max_steps, self.step, enabled=self.world.is_main)
+        progress = TrainingProgress(self.config.max_steps, self.step, enabled=self.world.is_main)
         self.timer.read()  # what loading took belongs to no step
         with self._asked_to_stop(progress), self._closed_on_error():
             try:
@@ -144,7 +144,7 @@ class Trainer:
             said = f"saved at step {self.step}" if self.saves else "nothing was saved (--no_save)"
             logger.info("asked to stop: %s; the same command goes on there", said)
 
-    def _do_step(self, progress: Progress) -> None:
+    def _do_step(self, progress: TrainingProgress) -> None:
         """A step and what is due after it."""
         metrics = self.train_step()
         progress.update(metrics, str(metrics["health"]).partition(":")[0])
@@ -184,7 +184,7 @@ class Trainer:
             draws = Draws(self.config.seed, self._update_number(name), ())
             measured |= self._update(self.task.players[name], draws)
             share = self.task.flops(name, draws)
-            operations += math.nan if share is None else share * self.batch_plan.videos
+            operations += math.nan if share is None else share * self.batch_split.videos
         self.step += 1
         active = self.step >= self.config.ema_start_step
         for name, player in self.task.players.items():
@@ -226,7 +226,7 @@ class Trainer:
     def _update(self, player: Player, draws: Draws) -> dict[str, Tensor | float]:
         """One optimiser step of a player over all its micro-batches."""
         sums: dict[str, Tensor] = {}
-        batches, parts = self.batches[player.name], self.batch_plan.accumulation
+        batches, parts = self.batches[player.name], self.batch_split.accumulation
         for micro in range(parts):
             with self.timer.phase("data"):
                 batch, own_draws = batches.micro_batch(micro, draws)
@@ -308,7 +308,7 @@ class Trainer:
             "step": self.step,
             "positions": {name: batches.position for name, batches in self.batches.items()},
             "has_ema": [name for name, p in self.task.players.items() if p.ema is not None],
-            "videos": self.batch_plan.videos,
+            "videos": self.batch_split.videos,
             "ranks": self.world.size,
             "config": to_dict(self.config),
             "computed_in": self.computed_in,
@@ -392,8 +392,8 @@ class Trainer:
             for key in sorted(ours.keys() | theirs.keys())
             if key not in free and ours.get(key) != theirs.get(key)
         ]
-        if self.batch_plan.videos != run["videos"]:
-            differing.append(f"videos per update ({run['videos']} -> {self.batch_plan.videos})")
+        if self.batch_split.videos != run["videos"]:
+            differing.append(f"videos per update ({run['videos']} -> {self.batch_split.videos})")
         theirs_in = run.get("computed_in", self.computed_in)  # older states do not say
         if self.computed_in != theirs_in:
             differing.append(f"what is computed in ({theirs_in} -> {self.computed_in})")
@@ -414,7 +414,7 @@ class Trainer:
         return self.step * len(self.task.players) + list(self.task.players).index(player)
 
     @contextmanager
-    def _asked_to_stop(self, progress: Progress) -> Iterator[None]:
+    def _asked_to_stop(self, progress: TrainingProgress) -> Iterator[None]:
         """SIGTERM and Ctrl-C end the loop after the current step; a second Ctrl-C ends at once."""
 
         def remember(number: int, frame: FrameType | None) -> None:

@@ -36,13 +36,13 @@ class FullContext:
         device: torch.device,
         backend: Backend = "auto",
     ) -> None:
-        self.turn = rotation(tuple(range(frames)), grid, head_dim, device)
+        self.rotation = rotation(tuple(range(frames)), grid, head_dim, device)
         self.backend: Backend = backend
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `AttentionContext`."""
         return attention(
-            apply_rope(q, self.turn), apply_rope(k, self.turn), v, backend=self.backend
+            apply_rope(q, self.rotation), apply_rope(k, self.rotation), v, backend=self.backend
         )
 
 
@@ -90,7 +90,7 @@ class MaskedContext:
         head_dim: int,
         device: torch.device,
     ) -> None:
-        self.turn = rotation(positions, grid, head_dim, device)
+        self.rotation = rotation(positions, grid, head_dim, device)
         tokens = grid[0] * grid[1]
         self.dense: Tensor | None = None
         self.sparse: BlockMask | None = None
@@ -101,7 +101,7 @@ class MaskedContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `AttentionContext`."""
-        q, k = apply_rope(q, self.turn), apply_rope(k, self.turn)
+        q, k = apply_rope(q, self.rotation), apply_rope(k, self.rotation)
         if self.sparse is None:
             return attention(q, k, v, mask=self.dense)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
@@ -121,7 +121,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def view_turns(
+def view_rotations(
     view: View, grid: tuple[int, int], head_dim: int, device: torch.device
 ) -> tuple[Rotation, Rotation]:
     """Rotations of a pass's queries, and of all its keys, the past first."""
@@ -153,7 +153,7 @@ class CachedContext:
         self.view = view
         self.backend: Backend = backend
         self.past = cache.slots(view.frames, upcoming=upcoming) if view.frames else None
-        self.query_turn, self.key_turn = view_turns(view, grid, head_dim, cache.device)
+        self.query_rotation, self.key_rotation = view_rotations(view, grid, head_dim, cache.device)
         queries = len(view.positions) - len(view.frames)
         self.destination = cache.next_slots(queries) if write else None
 
@@ -172,7 +172,7 @@ class CachedContext:
             keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         if self.destination is not None:
             self.cache.write(layer, self.destination, k, v)
-        return apply_rope(q, self.query_turn), apply_rope(keys, self.key_turn), values
+        return apply_rope(q, self.query_rotation), apply_rope(keys, self.key_rotation), values
 
 
 class SplitContext:
@@ -224,7 +224,7 @@ class ForcedContext:
                 view = policy.view(span.start, len(span), clean_pass=clean_pass)
                 keys = torch.tensor([*view.frames, *(offset + frame for frame in span)])
                 index = (keys[:, None] * tokens + torch.arange(tokens)).flatten().to(device)
-                self.parts.append((index, *view_turns(view, grid, head_dim, device)))
+                self.parts.append((index, *view_rotations(view, grid, head_dim, device)))
                 self.views.append(view)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -232,9 +232,9 @@ class ForcedContext:
         queries = q.split([len(own.cos) for _, own, _ in self.parts], dim=1)
         outputs = [
             attention(
-                *(apply_rope(query, own), apply_rope(k[:, index], turn), v[:, index]),
+                *(apply_rope(query, own), apply_rope(k[:, index], keys), v[:, index]),
                 backend=self.backend,
             )
-            for query, (index, own, turn) in zip(queries, self.parts, strict=True)
+            for query, (index, own, keys) in zip(queries, self.parts, strict=True)
         ]
         return torch.cat(outputs, dim=1)

@@ -64,9 +64,9 @@ def rotation(
     return Rotation(table([p.cos() for p in parts]), table([p.sin() for p in parts]))
 
 
-def apply_rope(x: Tensor, turn: Rotation) -> Tensor:
+def apply_rope(x: Tensor, by: Rotation) -> Tensor:
     """Rotate each channel pair of `x` `[B, tokens, heads, head_dim]` by its token's angle."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, L, H, D/2] each
-    cos, sin = turn.cos[:, None], turn.sin[:, None]  # [L, 1, D/2]
+    cos, sin = by.cos[:, None], by.sin[:, None]  # [L, 1, D/2]
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).to(x.dtype)

@@ -15,7 +15,7 @@ import evaluation.runs
 import pipeline.batch
 from evaluation.meters import FRAMES, Judge
 from evaluation.results import ResultLog, mean_and_spread, numbers, summarise
-from evaluation.trials import Evaluation, plan_trials
+from evaluation.trials import Evaluation, list_trials
 from pipeline import VideoPipeline, load_pipeline
 from pipeline.setup import Setup
 from scripts.evaluate import main
@@ -308,7 +308,7 @@ def test_the_first_stream_does_not_pay_for_loading(tiny_world, tmp_path, monkeyp
     )
     config = load_config(tiny_world.config, [*SQUARE, "device=cpu"])
     evaluation = Evaluation(Setup.of(config), tiny_world.checkpoint, use_ema=False, seconds=0.5)
-    evaluation(plan_trials(held_out_prompts(1), 1, 0), lambda trial, result: None)
+    evaluation(list_trials(held_out_prompts(1), 1, 0), lambda trial, result: None)
     assert events == ["load", "open"]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.self_rollout import (
-    RolloutPlan,
+    RolloutDraw,
     scored_clip,
     self_rollout,
 )
@@ -70,7 +70,7 @@ def test_recorded_training_rollout(
     frames = case.meta["frames"]
     blocks = frames // config.num_frame_per_block
     rolling = facts["inference"].endswith("rolling_forcing")
-    plan = RolloutPlan("rolling" if rolling else "block", blocks, (facts["exit_flag"],) * blocks)
+    plan = RolloutDraw("rolling" if rolling else "block", blocks, (facts["exit_flag"],) * blocks)
     starts = [block * config.num_frame_per_block for block in range(blocks + 1)]
     source = RecordedNoise(recorded["noise"], recorded["eps"], starts)
     noise = BlockNoise(source, range(len(recorded["noise"])), "cpu")
@@ -181,7 +181,7 @@ def test_rolling_training_gives_inference_latents_for_every_r(
     dit = random_dit(3)
     text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
     inference = rollout_x0_by_window(rolling, dit, text, 8)
-    plan = RolloutPlan("rolling", 8, (exit_level,) * 8)
+    plan = RolloutDraw("rolling", 8, (exit_level,) * 8)
     output = rolled(rolling, dit, text, seeded_noise(rolling, dit), plan, grad=False)
     for block, x0 in enumerate(output.split(3, dim=1)):
         window = next(w for w in range(block, block + 5) if w % 5 == exit_level)
@@ -204,7 +204,7 @@ def test_self_training_equals_inference_with_the_first_levels(
     dit = random_dit(3)
     text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
     inference = rollout_x0_by_window(short, dit, text, 4)
-    plan = RolloutPlan("block", 4, (exit_level,) * 4)
+    plan = RolloutDraw("block", 4, (exit_level,) * 4)
     output = rolled(config, dit, text, seeded_noise(config, dit), plan, grad=False)
     for block, x0 in enumerate(output.split(3, dim=1)):
         assert torch.equal(x0, inference[block * (exit_level + 1) + exit_level, block])
@@ -216,8 +216,8 @@ def test_each_block_may_stop_at_its_own_level(tmp_path: Path) -> None:
     dit = random_dit(3)
     text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
     noise = seeded_noise(config, dit)
-    mixed = rolled(config, dit, text, noise, RolloutPlan("block", 4, (2, 0, 4, 1)), grad=False)
-    same = rolled(config, dit, text, noise, RolloutPlan("block", 4, (2, 2, 2, 2)), grad=False)
+    mixed = rolled(config, dit, text, noise, RolloutDraw("block", 4, (2, 0, 4, 1)), grad=False)
+    same = rolled(config, dit, text, noise, RolloutDraw("block", 4, (2, 2, 2, 2)), grad=False)
     assert torch.equal(mixed[:, :3], same[:, :3])
     assert not torch.equal(mixed[:, 3:6], same[:, 3:6])
 
@@ -241,7 +241,7 @@ def test_a_sink_matters_only_where_a_rollout_drops_frames(
         values = {"image_or_video_shape": [1, 21, 16, 4, 6], "num_training_frames": longest}
         config = load_config(write_config(tmp_path / "c.yaml", **ROLLING | values | sink))
         assert rollout_recipe(config).longest_frames(layout_of(config)) == longest
-        plan = RolloutPlan(schedule, longest // 3, (1,) * (longest // 3))
+        plan = RolloutDraw(schedule, longest // 3, (1,) * (longest // 3))
         noise = seeded_noise(config, dit)
         seen.add(rolled(config, dit, text, noise, plan, grad=False).numpy().tobytes())
     assert config.attention_frames == 21
@@ -253,7 +253,7 @@ def test_gradient_of_a_window_by_finite_differences(rolling: Config) -> None:
     torch.manual_seed(0)  # a draw with a small gradient would drown in float32 differences
     dit = random_dit(5).double().requires_grad_(True)
     text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim).double())
-    plan = RolloutPlan("rolling", 7, (0,) * 7)
+    plan = RolloutDraw("rolling", 7, (0,) * 7)
     weight: Tensor = torch.randn(1, 3, 16, 4, 6)
 
     def first_block(bias: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ def test_checkpointed_rollout_recomputes_what_it_read(rolling: Config) -> None:
         dit = random_dit(5).requires_grad_(True)
         dit.gradient_checkpointing = checkpointing
         text = dit.encode_text(torch.ones(1, 4, dit.config.text_dim))
-        plan = RolloutPlan("rolling", 9, (2,) * 9)
+        plan = RolloutDraw("rolling", 9, (2,) * 9)
         output = rolled(rolling, dit, text, seeded_noise(rolling, dit), plan, grad=True)
         output.square().sum().backward()
         gradients.append([p.grad for p in dit.parameters() if p.grad is not None])

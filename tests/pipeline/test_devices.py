@@ -15,7 +15,7 @@ from model.dmd import (
 )
 from model.flow_matching import flow_matching_loss
 from model.ode_regression import ode_regression_loss
-from model.self_rollout import RolloutPlan, scored_clip, self_rollout
+from model.self_rollout import RolloutDraw, scored_clip, self_rollout
 from pipeline.prefix import Prefix
 from pipeline.sampling import BlockNoise
 from pipeline.setup import Setup
@@ -63,7 +63,7 @@ def test_distillation_stays_on_its_device(
     noise = BlockNoise(CounterNoise(0, (16, 4, 6), 3), [0, 1], META)
     cond = dit.encode_text(torch.zeros(2, 4, dit.config.text_dim, device=META))
     both = dit.encode_text(torch.zeros(4, 4, dit.config.text_dim, device=META))
-    plan = RolloutPlan("rolling" if schedule == "rolling" else "block", 3, (2,) * 3)
+    plan = RolloutDraw("rolling" if schedule == "rolling" else "block", 3, (2,) * 3)
     setup = Setup.of(config, sizes=dit.config)
     latents = self_rollout(setup, dit, cond, noise, plan, scored_frames=7, grad=True)
     clip, counts = scored_clip(latents, WanVAE.random(4).to(META), scored=7, block_frames=3)

@@ -22,7 +22,7 @@ from pipeline.trajectories import ode_grid, solve_trajectories
 from scripts import precompute
 from tests.conftest import TinyWorld
 from tests.tiny_pipeline import TINY_DIT, random_dit, write_dit_folder
-from trainer.precompute import ShardRun, plan_shards
+from trainer.precompute import ShardRun, list_shards
 from utils.cli import run_main
 from utils.config import Config, load_config
 from utils.datasets import LatentDataset, OdePairDataset, open_dataset
@@ -386,7 +386,7 @@ def test_a_rank_makes_its_own_shards_whatever_others_have_done_already(
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
     """A rank that started late left shards to nobody: it dealt out only those still missing."""
-    shards = plan_shards(tmp_path, [str(n) for n in range(6)], 1)
+    shards = list_shards(tmp_path, [str(n) for n in range(6)], 1)
     config = load_config(tiny_world.config)
     ranks = [ShardRun(config, "x", Ranks(rank, 2, rank)) for rank in (0, 1)]
     early = ranks[1].missing(shards)

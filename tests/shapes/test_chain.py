@@ -27,7 +27,7 @@ from shapes.chain import (
 from utils.cli import run_main
 from utils.config import ROOT, load_config
 from utils.errors import UserError
-from utils.launch import split_batch
+from utils.processes import split_batch
 from wan.checkpoints import publish_student
 from wan.folders import TEXT_ENCODER_FILE, VAE_FILE
 from wan.weights import read_weights

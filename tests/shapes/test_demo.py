@@ -13,7 +13,7 @@ import torch
 
 import inference
 from pipeline.batch import SHEET_COLUMNS, SHEET_GAP
-from pipeline.progress import Progress
+from pipeline.progress import VideoProgress
 from scripts import download, evaluate
 from shapes import demo
 from shapes import init as shapes_init
@@ -267,7 +267,7 @@ def test_any_command_draws_a_contact_sheet(
 
 def test_progress_shows_seconds_of_video_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     start = time.perf_counter() - 100
-    with Progress("a title " * 9, 1600, 16, start=start, shown=True) as progress:
+    with VideoProgress("a title " * 9, 1600, 16, start=start, shown=True) as progress:
         progress.add(400)
         time.sleep(0.05)
         progress.add(400)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.setup import Setup
 from tests.tiny_training import FRAMES, LATENT, PROMPTS, TrainingWorld
-from trainer.data import Batches, open_training_data, plan_batches
+from trainer.data import Batches, open_training_data, split_batches
 from trainer.tasks import find_task
 from utils.draws import Draws
 from utils.errors import UserError
@@ -32,7 +32,7 @@ def test_videos_per_update(
     training_world: TrainingWorld,
     tmp_path: Path,
 ) -> None:
-    plan = plan_batches(training_world.config(tmp_path, batch_size=2, **keys), ranks)
+    plan = split_batches(training_world.config(tmp_path, batch_size=2, **keys), ranks)
     assert (plan.videos, plan.accumulation, plan.notes) == (videos, accumulation, ())
     assert plan.describe() == (
         f"{ranks} ranks x 2 videos x {accumulation} micro-batches = {videos} videos per update"
@@ -66,7 +66,7 @@ def test_a_disagreement_is_one_line(
     training_world: TrainingWorld,
     tmp_path: Path,
 ) -> None:
-    plan = plan_batches(training_world.config(tmp_path, batch_size=2, **keys), 2)
+    plan = split_batches(training_world.config(tmp_path, batch_size=2, **keys), 2)
     assert plan.videos == videos
     (note,) = plan.notes
     assert all(name in note for name in named)
@@ -76,12 +76,12 @@ def test_a_disagreement_is_one_line(
 def test_fewer_videos_than_the_recipe_are_said(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
-    plan = plan_batches(training_world.config(tmp_path, recipe_batch_size=64), 2)
+    plan = split_batches(training_world.config(tmp_path, recipe_batch_size=64), 2)
     assert plan.notes == (
         "4 videos per update are fewer than the recipe's 64: set global_batch_size=64",
     )
     enough = training_world.config(tmp_path, recipe_batch_size=64, global_batch_size=64)
-    assert not plan_batches(enough, 2).notes
+    assert not split_batches(enough, 2).notes
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(
@@ -89,7 +89,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(
 ) -> None:
     config = training_world.config(tmp_path, batch_size=3, global_batch_size=16)
     with pytest.raises(UserError, match=r"16 videos cannot be split over 2 ranks .* multiple of 6"):
-        plan_batches(config, 2)
+        split_batches(config, 2)
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 1), (2, 1), (1, 2), (2, 3), (3, 2)])
@@ -98,7 +98,7 @@ def test_every_item_comes_once_per_epoch_however_it_is_dealt(
 ) -> None:
     """Seven items and twelve videos per update, so updates straddle epochs."""
     config = training_world.config(tmp_path, batch_size=batch_size, global_batch_size=12)
-    plan, dataset = plan_batches(config, ranks), open_training_data(config, Setup.of(config))
+    plan, dataset = split_batches(config, ranks), open_training_data(config, Setup.of(config))
     dealt = [Batches(dataset, plan, rank, seed=3) for rank in range(ranks)]
     sequence: list[str] = []
     for update in range(7):
@@ -113,7 +113,7 @@ def test_every_item_comes_once_per_epoch_however_it_is_dealt(
     for epoch in range(12):
         assert Counter(sequence[epoch * 7 : epoch * 7 + 7]) == Counter(PROMPTS)
     assert sequence[:7] != sequence[7:14]
-    alone = Batches(dataset, plan_batches(config, 1), 0, seed=3)
+    alone = Batches(dataset, split_batches(config, 1), 0, seed=3)
     assert sequence[:5] == [dataset[alone.order.index(n)]["prompt"] for n in range(5)]
 
 

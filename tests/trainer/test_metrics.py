@@ -17,9 +17,9 @@ import torch
 from tests.tiny_pipeline import write_config
 from trainer.metrics import (
     MetricsLog,
-    Progress,
     Timer,
     TimestepBuckets,
+    TrainingProgress,
     WandbSettings,
     flatten,
     latent_statistics,
@@ -310,14 +310,14 @@ def test_a_phase_ends_with_an_error_too():
 
 
 def test_progress_shows_the_newest_losses_and_the_verdict(capsys):
-    progress = Progress(10, start=4)
+    progress = TrainingProgress(10, start=4)
     progress.update({"generator/loss": 0.25, "critic/loss": 0.5, "lr": 1.0})
     progress.update({"critic/loss": 0.125}, "static")
     progress.close()
     line = capsys.readouterr().err
     assert "6/10" in line
     assert "generator 0.25, critic 0.125, static" in line
-    Progress(10, enabled=False).update({"critic/loss": 1.0})
+    TrainingProgress(10, enabled=False).update({"critic/loss": 1.0})
     assert capsys.readouterr().err == ""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.dmd import Scores, dmd_gradient, generator_loss
-from model.self_rollout import RolloutPlan
+from model.self_rollout import RolloutDraw
 from tests.tiny_training import (
     FRAMES,
     LATENT,
@@ -267,7 +267,7 @@ def test_ts_schedule_without_warp_and_with_levels_of_their_own(
 ) -> None:
     """It shifted levels that were shifted already, and took block 0's level for all blocks."""
     changes: dict[str, Any] = {"method": "self_forcing", "ts_schedule": True, "timestep_shift": 3.0}
-    stops = RolloutPlan("block", 3, (0, 0, 0))
+    stops = RolloutDraw("block", 3, (0, 0, 0))
     with trainer_of(training_world, tmp_path, **changes, warp_denoising_step=False) as trainer:
         assert isinstance(trainer.task, Distillation)
         lowest = torch.tensor(trainer.task._lowest(stops))

@@ -15,7 +15,7 @@ from model.result import LossResult
 from model.self_rollout import RolloutRecipe
 from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline
-from trainer.data import BatchPlan, check_embeddings
+from trainer.data import BatchSplit, check_embeddings
 from trainer.export import export_generator
 from trainer.metrics import Timer
 from trainer.networks import Player, build_generator, build_text, build_vae
@@ -43,13 +43,13 @@ class Task(ABC):
         config: Config,
         setup: Setup,
         world: World,
-        plan: BatchPlan,
+        plan: BatchSplit,
         timer: Timer,
         data: Dataset,
     ) -> None:
         self.config = config
         self.world = world
-        self.batch_plan = plan
+        self.batch_split = plan
         self.timer = timer
         self.data = data
         self.setup = setup
@@ -137,7 +137,7 @@ class GeneratorTask(Task):
         config: Config,
         setup: Setup,
         world: World,
-        plan: BatchPlan,
+        plan: BatchSplit,
         timer: Timer,
         data: Dataset,
     ) -> None:

@@ -9,14 +9,14 @@ from torch import Tensor
 from model.dmd import critic_loss, generator_loss, predict_scores, raw_timesteps, score_timesteps
 from model.result import LossResult
 from model.self_rollout import (
-    RolloutPlan,
+    RolloutDraw,
     rollout_flops,
     scored_clip,
     self_rollout,
 )
 from pipeline.sampling import BlockNoise
 from pipeline.setup import Setup
-from trainer.data import BatchPlan
+from trainer.data import BatchSplit
 from trainer.metrics import Timer, TimestepBuckets, latent_statistics
 from trainer.networks import build_score, make_player
 from trainer.sharding import World
@@ -39,7 +39,7 @@ class Distillation(GeneratorTask):
         config: Config,
         setup: Setup,
         world: World,
-        plan: BatchPlan,
+        plan: BatchSplit,
         timer: Timer,
         data: Dataset,
     ) -> None:
@@ -113,7 +113,7 @@ class Distillation(GeneratorTask):
 
     def _rollout(
         self, embeddings: Tensor, draws: Draws, *, grad: bool
-    ) -> tuple[Tensor, Tensor | None, RolloutPlan]:
+    ) -> tuple[Tensor, Tensor | None, RolloutDraw]:
         source = TrainingNoise(
             draws.seed,
             draws.update,
@@ -151,7 +151,7 @@ class Distillation(GeneratorTask):
         on = clip.device
         return timesteps.to(on)[:, None].expand(-1, clip.shape[1]), noise.to(on)
 
-    def _lowest(self, plan: RolloutPlan) -> int:
+    def _lowest(self, plan: RolloutDraw) -> int:
         """With `ts_schedule`, scores stay above the next level of a Self Forcing rollout.
 
         In timesteps before the shift. There is no such level where every block has its own.

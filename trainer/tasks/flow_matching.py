@@ -10,7 +10,7 @@ from model.ode_regression import block_levels
 from model.result import LossResult
 from model.self_rollout import output_windows
 from pipeline.setup import Setup
-from trainer.data import BatchPlan, check_latents
+from trainer.data import BatchSplit, check_latents
 from trainer.metrics import Timer
 from trainer.networks import make_player
 from trainer.sharding import World
@@ -32,7 +32,7 @@ class FlowMatching(GeneratorTask):
         config: Config,
         setup: Setup,
         world: World,
-        plan: BatchPlan,
+        plan: BatchSplit,
         timer: Timer,
         data: Dataset,
     ) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.ode_regression import block_levels, ode_regression_loss
 from model.result import LossResult
 from pipeline.setup import Setup
-from trainer.data import BatchPlan, check_trajectories
+from trainer.data import BatchSplit, check_trajectories
 from trainer.metrics import Timer
 from trainer.networks import make_player
 from trainer.sharding import World
@@ -28,7 +28,7 @@ class OdeInitialisation(GeneratorTask):
         config: Config,
         setup: Setup,
         world: World,
-        plan: BatchPlan,
+        plan: BatchSplit,
         timer: Timer,
         data: Dataset,
     ) -> None:
@@ -46,9 +46,9 @@ class OdeInitialisation(GeneratorTask):
 
     def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
-        counted = self._noisy_frames(draws.for_indices(range(self.batch_plan.videos)))
+        counted = self._noisy_frames(draws.for_indices(range(self.batch_split.videos)))
         return self._regression(
-            batch, draws, counted / (self.batch_plan.ranks * self.batch_plan.accumulation)
+            batch, draws, counted / (self.batch_split.ranks * self.batch_split.accumulation)
         )
 
     def heldout_size(self, prompts: Sequence[str], draws: Draws) -> float:

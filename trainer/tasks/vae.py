@@ -5,7 +5,7 @@ from pathlib import Path
 from model.result import LossResult
 from model.vae import vae_loss
 from pipeline.setup import Setup
-from trainer.data import BatchPlan, check_videos
+from trainer.data import BatchSplit, check_videos
 from trainer.export import export_vae
 from trainer.metrics import Timer
 from trainer.networks import build_trained_vae, make_player
@@ -24,7 +24,7 @@ class VaeTraining(Task):
         config: Config,
         setup: Setup,
         world: World,
-        plan: BatchPlan,
+        plan: BatchSplit,
         timer: Timer,
         data: Dataset,
     ) -> None:

@@ -12,7 +12,13 @@ import pytest
 from utils import launch
 from utils.config import ROOT, load_config
 from utils.errors import UserError
-from utils.launch import final_export, run_together, script_command, split_batch, training_command
+from utils.processes import (
+    final_export,
+    run_together,
+    script_command,
+    split_batch,
+    training_command,
+)
 
 SIXTEEN = ["total_batch_size=16"]
 
