@@ -70,9 +70,10 @@ def test_published_command_makes_playable_videos(tiny_world: TinyWorld, tmp_path
 
 
 def test_killed_batch_goes_on_and_keeps_what_is_done(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    flags = [*model_flags(tiny_world), "--prompt", "a", "--prompt", "b", "--num_output_frames"]
+    flags = [*model_flags(tiny_world), "--prompt", "a", "--prompt", "b"]
+    flags += ["--num_output_frames", "120", "--output_folder", str(tmp_path)]
     first, second = tmp_path / "a-0.mp4", tmp_path / "b-0.mp4"
-    process = start([*flags, "300", "--output_folder", str(tmp_path)])
+    process = start(flags)
     deadline = time.monotonic() + 120
     while not (first.exists() and list(tmp_path.glob("b-0.*.part.mp4"))):
         assert process.poll() is None, process.communicate()[1]
@@ -83,9 +84,9 @@ def test_killed_batch_goes_on_and_keeps_what_is_done(tiny_world: TinyWorld, tmp_
     assert not second.exists(), "a half-written video never has its final name"
     done = first.stat().st_mtime_ns
 
-    assert run_main(main, [*flags, "300", "--output_folder", str(tmp_path)]) == 0
+    assert run_main(main, flags) == 0
     assert first.stat().st_mtime_ns == done
-    assert probe_video(second).frames == 1 + 4 * 299
+    assert probe_video(second).frames == 1 + 4 * 119
     assert not list(tmp_path.glob("*.part*")), "what the killed run left is gone"
 
 

@@ -33,7 +33,7 @@ from wan.flow import denoising_timesteps
 ROOT = Path(__file__).resolve().parent.parent
 
 PROMPTS = ["a red ball", "a blue cat", "the sky", "the sea", "a dog", "grass", "a square"]
-SIZES = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 3}
+SIZES = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 2}
 FRAMES, LATENT = 3, (16, 2, 4)  # of a scored clip; one token is 2 x 2
 UNEQUAL = ("seconds", "time", "tflops_per_second", "memory_gib")  # metrics of the machine
 
@@ -83,7 +83,7 @@ class TrainingWorld:
             "denoising_step_list": [1000, 600, 300],
             "warp_denoising_step": True,
             "negative_prompt": "blue",
-            "batch_size": 1,
+            "batch_size": 2,
             "global_batch_size": 4,
             "recipe_batch_size": None,
             "max_steps": 4,
@@ -146,7 +146,7 @@ def write_training_world(root: Path) -> TrainingWorld:
     """Student (with text encoder and VAE), teacher and critic, and data."""
     world = TrainingWorld(root)
     for seed, name in enumerate(("Student", "Teacher", "Critic"), start=1):
-        sizes = SIZES | ({"num_layers": 4} if name == "Teacher" else {})
+        sizes = SIZES | ({"num_layers": 3} if name == "Teacher" else {})
         folder = world.models / name
         write_dit_folder(folder, TINY_DIT | sizes, random_dit(seed, **sizes).state_dict())
     write_tiny_vae(world.models / "Student" / "Wan2.1_VAE.pth")
@@ -268,11 +268,11 @@ def assert_goes_on_bit_for_bit(
     ema: bool = True,
 ) -> None:
     """A training of seven steps, stopped after three, against one that was not stopped."""
-    values = {**values, "lr_warmup_steps": 3, "batch_size": 2}
+    values = {**values, "lr_warmup_steps": 3}
     once = world.config(folder, max_steps=7, **values)
     train(once, folder / "once")
     train(world.config(folder, max_steps=3, **values), folder / "twice")
-    assert json.loads(final_state(folder / "twice")["/run"])["step"] == 3
+    assert [path.name for path in states(folder / "twice")] == ["step_000003"]
     train(once, folder / "twice")
 
     left, right = final_state(folder / "once"), final_state(folder / "twice")

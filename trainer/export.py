@@ -57,12 +57,10 @@ def export_vae(folder: Path, player: Player, data: Dataset, world: World) -> Non
 
 
 @torch.no_grad()
-def latent_moments(
-    vae: WanVAE, data: Dataset, clips: int = STATISTICS_CLIPS
-) -> tuple[Tensor, Tensor]:
+def latent_moments(vae: WanVAE, data: Dataset) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation `[C]` of the latents' means over the first clips of the data."""
     means = []
-    for index in range(min(clips, len(data))):
+    for index in range(min(STATISTICS_CLIPS, len(data))):
         video = to_float(data[index]["video"])[None].to(vae.device, vae.dtype)
         means.append(encode_moments(vae.model, video)[0].movedim(2, 0).flatten(1))  # [C, n]
     together = torch.cat(means, dim=1).float()

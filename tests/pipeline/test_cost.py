@@ -83,6 +83,7 @@ class CacheTraffic(TorchDispatchMode):
 
 
 @pytest.fixture(
+    scope="module",
     params=[
         {"method": "rolling_forcing"},
         {"method": "self_forcing", "model_kwargs": {"local_attn_size": 12, "sink_size": 3}},
@@ -90,8 +91,14 @@ class CacheTraffic(TorchDispatchMode):
     ],
     ids=lambda values: values["method"],
 )
-def pipe(request, tmp_path):
-    return tiny_pipeline(tmp_path, **request.param)
+def pipe(request, tmp_path_factory):
+    return tiny_pipeline(tmp_path_factory.mktemp("pipe"), **request.param)
+
+
+@pytest.fixture(scope="module")
+def steady(pipe):
+    """A stream in its steady state, which the tests that only watch its blocks share."""
+    return steady_stream(pipe)
 
 
 def views_of(rollout):
@@ -121,35 +128,32 @@ def test_a_steady_block_copies_of_the_cache_only_what_attention_reads(pipe):
     assert traffic.written == 2 * config.num_layers * pipe.layout.block_frames * frame
 
 
-def test_a_steady_block_never_waits_for_the_device(pipe):
+def test_a_steady_block_never_waits_for_the_device(steady):
     """No `.item()`, no `nonzero`: from noise to uint8 frames, the last copy to the host aside."""
-    stream = steady_stream(pipe)
     with CacheTraffic(0, 0) as traffic:
-        stream.next_block()
+        steady.next_block()
     assert traffic.calls[aten.addmm.default] > 0
     for waiting in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default):
         assert traffic.calls[waiting] == 0
 
 
-def test_every_steady_block_runs_the_same_operators(pipe):
+def test_every_steady_block_runs_the_same_operators(steady):
     """With a contiguous sink positions never change either, so one captured graph would serve."""
-    stream = steady_stream(pipe)
     rotation.cache_clear()  # of what other tests left there
-    stream.next_block()
+    steady.next_block()
     seen = []
     for _ in range(2):
         with CacheTraffic(0, 0) as traffic:
-            stream.next_block()
+            steady.next_block()
         seen.append(traffic.calls)
     assert seen[0] == seen[1]
 
 
-def test_the_cache_stays_where_it_is(pipe):
-    stream = steady_stream(pipe)
-    cache = stream.rollout.cache
+def test_the_cache_stays_where_it_is(steady):
+    cache = steady.rollout.cache
     before = [(t, t.data_ptr()) for t in (cache._keys, cache._values, cache._latents)]
     for _ in range(8):
-        stream.next_block()
+        steady.next_block()
     now = (cache._keys, cache._values, cache._latents)
     for tensor, (same, place) in zip(now, before, strict=True):
         assert tensor is same
@@ -165,13 +169,13 @@ def live():
     return len(tensors), sum(storages.values()), len(objects)
 
 
-def test_fifty_blocks_leave_nothing_behind(tmp_path):
+def test_thirty_blocks_leave_nothing_behind(tmp_path):
     """Latents, decoder features, noise, views, rotations: nothing grows with the video."""
     stream = steady_stream(tiny_pipeline(tmp_path))
     stream.next_block()
     live()  # the first full collection changes what the collector tracks
     tensors, size, objects = live()
-    for _ in range(50):
+    for _ in range(30):
         stream.next_block()
     tensors_after, size_after, objects_after = live()
     assert tensors_after == tensors
@@ -196,7 +200,7 @@ def test_the_text_is_encoded_once_in_a_stream(pipe, monkeypatch):
     monkeypatch.setattr(pipe.dit, "encode_text", lambda text: calls.append(1) or encode(text))
     for _ in range(2):
         stream = pipe.open_stream(text_of(pipe))
-        for _ in range(9):
+        for _ in range(3):
             stream.next_block()
     assert len(calls) == 2
 

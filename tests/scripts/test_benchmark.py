@@ -1,9 +1,6 @@
-"""The script is run as a user runs it; its figures must agree with each other."""
+"""The figures of the script must agree with each other."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,18 +19,6 @@ BLOCK, LEVELS = 3, 4
 TOKENS = 4  # 32x32 pixels
 
 
-def benchmark(tmp_path, *arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts/benchmark.py"), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 @pytest.fixture
 def files(tmp_path):
     config = write_config(
@@ -49,11 +34,11 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["rolling_forcing", "self_forcing"])
-def test_figures_agree_with_each_other(tmp_path, files, method):
+def test_figures_agree_with_each_other(tmp_path, files, capsys, method):
     out = tmp_path / "out.json"
     given = ["--json", out, "--blocks", 4, "--warmup", 1, f"method={method}"]
-    result = benchmark(tmp_path, *files, *given)
-    assert result.returncode == 0, result.stderr
+    assert run_main(main, list(map(str, [*files, *given]))) == 0
+    said = capsys.readouterr().out
     report = json.loads(out.read_text())
     seconds, fps, flops = report["seconds"], report["fps"], report["flops"]
 
@@ -86,13 +71,7 @@ def test_figures_agree_with_each_other(tmp_path, files, method):
     assert setting["warmup_blocks"] == 1
     assert setting["measured_blocks"] == 4
     for line in ("window pass", "clean pass", "vae decode", "first frame", "end to end"):
-        assert line in result.stdout
-
-
-def test_bad_input_ends_the_script_with_code_2(tmp_path, files):
-    result = benchmark(tmp_path, *files, "--blocks", 0)
-    assert result.returncode == 2
-    assert result.stderr == "error: --blocks must be at least 1 and --warmup at least 0\n"
+        assert line in said
 
 
 def test_bad_input_is_one_sentence(tmp_path, files, capsys):
@@ -105,6 +84,7 @@ def test_bad_input_is_one_sentence(tmp_path, files, capsys):
     bare.write_text(json.dumps(TINY_DIT))
     random = [*config, "--random_weights", "--model"]
     for arguments, message in [
+        ([*files, "--blocks", 0], "error: --blocks must be at least 1 and --warmup at least 0"),
         ([*files, "--warmup", -1], "--warmup at least 0"),
         ([*config, "--model", bare], "add that flag"),
         ([*random, "nowhere.json"], "nowhere.json does not exist"),

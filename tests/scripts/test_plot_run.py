@@ -32,10 +32,9 @@ def write_run(folder, steps=12, **extra):
     return folder
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_one_png_of_one_or_several_runs(tmp_path, number):
+def test_one_png_of_several_runs(tmp_path):
     pytest.importorskip("matplotlib")
-    folders = [write_run(tmp_path / f"run{i}") for i in range(number)]
+    folders = [write_run(tmp_path / f"run{i}") for i in range(2)]
     out = tmp_path / "pictures" / "run.png"
     assert main([*map(str, folders), "--out", str(out), "--smooth", "3"]) == 0
     with Image.open(out) as image:

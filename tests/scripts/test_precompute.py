@@ -348,8 +348,7 @@ def start(arguments: Sequence[str], launcher: Sequence[str] = ()) -> subprocess.
 def test_killed_run_goes_on_where_it_was(
     tiny_world: TinyWorld, prompt_file: Path, tmp_path: Path
 ) -> None:
-    flags = [*ode_flags(prompt_file), "--num_steps", 60]
-    flags += ["--shard_size", 1]
+    flags = [*ode_flags(prompt_file), "--num_steps", 30, "--shard_size", 1]
     out = tmp_path / "out"
     process = start(command(tiny_world, out, *flags))
     deadline = time.monotonic() + 120

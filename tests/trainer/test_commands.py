@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,27 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
+@cache
+def measured(name: str, *, trained: bool) -> tuple[DiTConfig, int, int]:
+    """Sizes of a preset, and the bytes of its weights and of the moments AdamW gives them."""
+    preset = ROOT / "configs" / "models" / f"{name}.json"
+    sizes = DiTConfig.from_dict(json.loads(preset.read_text(encoding="utf-8")))
+    dit = empty_dit(sizes)
+    held: list[torch.Tensor] = []
+    if trained:
+        optimiser = torch.optim.AdamW(dit.parameters(), foreach=False)
+        for parameter in dit.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimiser.step()
+        held = [t for state in optimiser.state.values() for t in state.values() if t.ndim]
+    else:
+        dit.to(torch.bfloat16)
+    weights, moments = (
+        sum(t.numel() * t.element_size() for t in each) for each in (dit.parameters(), held)
+    )
+    return sizes, weights, moments
+
+
 @pytest.mark.parametrize("strategy", ["full", "hybrid_full", "none"])
 def test_estimate_is_what_the_networks_take(strategy: str) -> None:
     """Against modules of the real sizes without storage, and the moments AdamW gives them."""
@@ -103,21 +125,8 @@ def test_estimate_is_what_the_networks_take(strategy: str) -> None:
         ("real_score", "Wan2.1-T2V-14B"),
         ("fake_score", "Wan2.1-T2V-1.3B"),
     ):
-        preset = ROOT / "configs" / "models" / f"{name}.json"
-        sizes = DiTConfig.from_dict(json.loads(preset.read_text(encoding="utf-8")))
+        sizes, weights, moments = measured(name, trained=role != "real_score")
         memory = network_memory(config, role, name, sizes, 16, 8)
-        dit = empty_dit(sizes)
-        if role == "real_score":
-            dit.to(torch.bfloat16)
-        weights = sum(p.numel() * p.element_size() for p in dit.parameters())
-        moments = 0
-        if role != "real_score":
-            optimiser = torch.optim.AdamW(dit.parameters(), foreach=False)
-            for parameter in dit.parameters():
-                parameter.grad = torch.empty_like(parameter)
-            optimiser.step()
-            held = [t for state in optimiser.state.values() for t in state.values() if t.ndim]
-            moments = sum(t.numel() * t.element_size() for t in held)
         assert memory.weights == pytest.approx(weights / shards, abs=8)
         assert memory.optimiser == pytest.approx(moments / shards, abs=16)
         total += memory.weights + memory.optimiser

@@ -128,8 +128,9 @@ def test_it_falls_when_the_training_reads_the_same_data(
     video = torch.randn(1, 3, 16, 2, 4, generator=torch.Generator().manual_seed(3))
     write_shard(tmp_path / "latents" / "a.safetensors", video, ["the sea"])
     path = str(tmp_path / "latents")
-    values = training_world.flow(data_path=path, heldout_data_path=path, lr=3e-3, max_steps=40)
-    config = training_world.config(tmp_path, **values, heldout_every=20, heldout_videos=16)
+    values = training_world.flow(data_path=path, heldout_data_path=path, lr=3e-3)
+    values |= {"max_steps": 40, "batch_size": 4, "heldout_every": 20, "heldout_videos": 16}
+    config = training_world.config(tmp_path, **values)
     trainer = train(config, tmp_path / "run", save=False)
     assert trainer.heldout is not None
     assert trainer.heldout.items == 1, "the data hold no more"

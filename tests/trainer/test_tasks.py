@@ -81,7 +81,8 @@ def test_flow_matching_learns_a_video(
     (tmp_path / "latents").mkdir()
     video = torch.randn(1, FRAMES, *LATENT, generator=torch.Generator().manual_seed(3))
     write_shard(tmp_path / "latents" / "a.safetensors", video, ["the sea"])
-    changes = training_world.flow(**SWITCHES[mode], data_path=str(tmp_path / "latents"), lr=3e-3)
+    values = {"data_path": str(tmp_path / "latents"), "lr": 3e-3, "batch_size": 4}
+    changes = training_world.flow(**SWITCHES[mode], **values)
     with trainer_of(training_world, tmp_path, **changes) as trainer:
         item = trainer.batches["generator"].dataset[0]
         before = losses(trainer, item, 10**6)

@@ -71,7 +71,7 @@ def test_generator_comes_before_the_critic_every_n_steps_on_batches_of_its_own(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
     config = training_world.config(
-        tmp_path, max_steps=11, dfake_gen_update_ratio=5, global_batch_size=1
+        tmp_path, max_steps=11, dfake_gen_update_ratio=5, batch_size=1, global_batch_size=1
     )
     seen: list[tuple[int, str, tuple[str, ...]]] = []
     with open_world("cpu") as world:
