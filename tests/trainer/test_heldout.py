@@ -189,7 +189,6 @@ def test_the_log_of_a_run_without_a_state_is_dropped(
 @pytest.mark.parametrize(
     ("task", "changes", "said"),
     [
-        ("ode", {"heldout_data_path": "nowhere"}, "heldout_data_path: nowhere does not exist"),
         ("ode", {"heldout_data_path": "{latents}"}, "heldout_data_path: .* holds no trajectories"),
         ("diffusion", {"heldout_data_path": "{prompts}"}, "heldout_data_path: .* no latents"),
         ("distillation", {"heldout_data_path": "{other}"}, "heldout_data_path: .* 'a tree'"),
@@ -214,6 +213,18 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
     with pytest.raises(UserError, match=said):
         dry_run_report(training_world.config(tmp_path, **values), 1)
     with pytest.raises(UserError, match=said), trainer_of(training_world, tmp_path, **values):
+        pass
+
+
+def test_missing_heldout_data_stops_a_run_and_is_named_by_a_dry_run(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    values = task_values(training_world, "ode") | {"heldout_data_path": "nowhere"}
+    assert "nowhere" in dry_run_report(training_world.config(tmp_path, **values), 1)
+    with (
+        pytest.raises(UserError, match="heldout_data_path: nowhere does not exist"),
+        trainer_of(training_world, tmp_path, **values),
+    ):
         pass
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import launch
+from utils import processes
 from utils.config import ROOT, load_config
 from utils.errors import UserError
 from utils.processes import (
@@ -38,8 +38,8 @@ def test_accumulation_alone_makes_the_same_update_on_any_number_of_processes() -
     path = ROOT / "configs" / "teacher_finetune.yaml"
     given = ["total_batch_size=null", "batch_size=4", "gradient_accumulation_steps=4"]
     config = load_config(path, given)
-    for processes in (1, 2):
-        assert training_command(config, path, Path("logs"), given, processes)[-1] == (
+    for count in (1, 2):
+        assert training_command(config, path, Path("logs"), given, count)[-1] == (
             "global_batch_size=16"
         )
 
@@ -95,7 +95,7 @@ def test_no_more_commands_at_once_than_asked_for(tmp_path: Path):
 
 
 def test_each_has_its_share_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch, "usable_cores", lambda: 8)
+    monkeypatch.setattr(processes, "usable_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     script = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])"
 
