@@ -158,7 +158,7 @@ def test_plain_python_with_and_without_the_lone_dashes(
 
 @pytest.mark.slow
 def test_the_published_command_line(training_world: TrainingWorld, tmp_path: Path) -> None:
-    config = training_world.write(tmp_path / "c.yaml", max_steps=2)
+    config = training_world.write(tmp_path / "c.yaml", max_steps=2, batch_size=1)
     launch = ["--rdzv_backend=c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
     command = ["train.py", "--", *flags(config, tmp_path / "run")]
     code, said = finish(start(command, 2, *launch))

@@ -51,7 +51,7 @@ def run_jobs(
     for name, changes in jobs.items():
         for_worker = changes.get("job", {})
         values = {key: value for key, value in changes.items() if key != "job"}
-        config = world.write(folder / f"{name}.yaml", **values)
+        config = world.write(folder / f"{name}.yaml", **{"batch_size": 1, **values})
         listed.append({"config": str(config), "logdir": str(folder / name), **for_worker})
     file = folder / "jobs.json"
     file.write_text(json.dumps(listed), encoding="utf-8")
