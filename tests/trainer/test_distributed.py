@@ -27,6 +27,7 @@ from tests.tiny_training import (
 
 pytestmark = pytest.mark.slow
 
+SMALL = {"batch_size": 1}  # four ranks share a batch of four; two accumulate
 LORA = {"lora": {"rank": 2, "alpha": 4, "targets": ["q", "v", "ffn.0"]}}
 WORKER = ROOT / "tests" / "trainer" / "run_jobs.py"
 
@@ -51,7 +52,7 @@ def run_jobs(
     for name, changes in jobs.items():
         for_worker = changes.get("job", {})
         values = {key: value for key, value in changes.items() if key != "job"}
-        config = world.write(folder / f"{name}.yaml", **{"batch_size": 1, **values})
+        config = world.write(folder / f"{name}.yaml", **SMALL, **values)
         listed.append({"config": str(config), "logdir": str(folder / name), **for_worker})
     file = folder / "jobs.json"
     file.write_text(json.dumps(listed), encoding="utf-8")
@@ -98,7 +99,7 @@ def two(training_world: TrainingWorld, tmp_path_factory: pytest.TempPathFactory)
 def one(training_world: TrainingWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     for name, changes in variants(training_world).items():
-        train(training_world.config(folder / name, **changes), folder / name / "run")
+        train(training_world.config(folder / name, **SMALL, **changes), folder / name / "run")
     return folder
 
 
@@ -137,7 +138,7 @@ def test_a_sharded_state_goes_on_on_one_rank(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    config = training_world.config(tmp_path, max_steps=6)
+    config = training_world.config(tmp_path, **SMALL, max_steps=6)
     train(config, tmp_path / "once")
     shutil.copytree(two.folder / "full", tmp_path / "run")
     train(config, tmp_path / "run")
@@ -155,7 +156,7 @@ def test_a_state_of_one_rank_goes_on_on_two(
     runs = run_jobs(training_world, tmp_path, 2, jobs)
     assert "2 ranks instead of 1" in runs.said
     for name, changes in jobs.items():
-        train(training_world.config(tmp_path, **changes), tmp_path / f"{name} once")
+        train(training_world.config(tmp_path, **SMALL, **changes), tmp_path / f"{name} once")
         assert_close_states(runs.state(name), final_state(tmp_path / f"{name} once"))
 
 
