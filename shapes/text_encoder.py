@@ -11,12 +11,10 @@ from pipeline.setup import Setup
 from shapes.captions import CaptionReader, caption_loss
 from shapes.dataset import ShapesVideos
 from shapes.world import token_classes, token_labels
-from trainer.data import BatchSplit
 from trainer.export import gathered, weights_of
-from trainer.metrics import Timer
 from trainer.networks import Player, compute_dtype, make_player
 from trainer.sharding import World, make_mesh, shard_module, strategy_of
-from trainer.tasks.base import Batch, Task
+from trainer.tasks.base import Batch, Task, TaskInputs
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws
@@ -30,17 +28,10 @@ from wan.weights import save_weights
 class TextEncoderTraining(Task):
     """A umt5 encoder whose tokens know their subject, where no pretrained one fits (shapes)."""
 
-    def __init__(
-        self,
-        config: Config,
-        setup: Setup,
-        world: World,
-        plan: BatchSplit,
-        timer: Timer,
-        data: Dataset,
-    ) -> None:
-        super().__init__(config, setup, world, plan, timer, data)
-        self.check_data(config, setup, data)
+    def __init__(self, given: TaskInputs) -> None:
+        config, setup, world = given.config, given.setup, given.world
+        super().__init__(given)
+        self.check_data(config, setup, given.data)
         self.encoder = build_text_encoder(setup, world)
         self.reader = build_caption_reader(config, world, self.encoder, token_classes())
         self.players = {"text": make_player(config, "text", self.reader)}

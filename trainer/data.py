@@ -94,9 +94,9 @@ class Batches:
     so it means the same on any number of ranks.
     """
 
-    def __init__(self, dataset: Dataset, plan: BatchSplit, rank: int, seed: int) -> None:
+    def __init__(self, dataset: Dataset, batch_split: BatchSplit, rank: int, seed: int) -> None:
         self.dataset = dataset
-        self.batch_split = plan
+        self.batch_split = batch_split
         self.rank = rank
         self.order = GlobalOrder(len(dataset), seed)
         self.position = 0

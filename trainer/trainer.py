@@ -43,6 +43,7 @@ from trainer.networks import Player, compute_dtype
 from trainer.samples import SampleVideos
 from trainer.sharding import World, agreed, any_rank, full_tensor, highest
 from trainer.tasks import find_task
+from trainer.tasks.base import TaskInputs
 from utils.config import FREE_KEYS, Config, check_training, save_config, to_dict
 from utils.draws import Draws
 from utils.errors import UserError
@@ -100,7 +101,7 @@ class Trainer:
         dataset = open_training_data(config, setup)
         task = find_task(config.trainer)
         heldout = open_heldout_data(config, setup, task.check_items)
-        self.task = task(config, setup, world, self.batch_split, self.timer, dataset)
+        self.task = task(TaskInputs(config, setup, world, self.batch_split, self.timer, dataset))
         self.batches = {
             name: Batches(dataset, self.batch_split, world.ranks.rank, config.seed + number)
             for number, name in enumerate(self.task.players)

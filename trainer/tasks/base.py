@@ -5,6 +5,7 @@ The objectives themselves are in `model/`; a task feeds them with networks, text
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +32,18 @@ from wan.dit import WanDiT
 Batch = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class TaskInputs:
+    """What a training hands to its task: the experiment, this rank's share of it, and the data."""
+
+    config: Config
+    setup: Setup
+    world: World
+    batch_split: BatchSplit
+    timer: Timer
+    data: Dataset
+
+
 class Task(ABC):
     """Trained networks (`players`), and what one update of each does with a micro-batch."""
 
@@ -38,22 +51,14 @@ class Task(ABC):
     roles: ClassVar[tuple[str, ...]] = ()
     """The transformers it holds: of `generator`, `real_score`, `fake_score`."""
 
-    def __init__(
-        self,
-        config: Config,
-        setup: Setup,
-        world: World,
-        plan: BatchSplit,
-        timer: Timer,
-        data: Dataset,
-    ) -> None:
-        self.config = config
-        self.world = world
-        self.batch_split = plan
-        self.timer = timer
-        self.data = data
-        self.setup = setup
-        if config.i2v:
+    def __init__(self, given: TaskInputs) -> None:
+        self.config = given.config
+        self.setup = given.setup
+        self.world = given.world
+        self.batch_split = given.batch_split
+        self.timer = given.timer
+        self.data = given.data
+        if self.config.i2v:
             raise UserError("training starts from noise, not from images: set i2v=false")
 
     @classmethod
@@ -132,19 +137,12 @@ class GeneratorTask(Task):
 
     roles: ClassVar[tuple[str, ...]] = ("generator",)
 
-    def __init__(
-        self,
-        config: Config,
-        setup: Setup,
-        world: World,
-        plan: BatchSplit,
-        timer: Timer,
-        data: Dataset,
-    ) -> None:
-        super().__init__(config, setup, world, plan, timer, data)
+    def __init__(self, given: TaskInputs) -> None:
+        super().__init__(given)
+        config, setup, world = given.config, given.setup, given.world
         self.shape, self.layout = setup.shape, setup.layout
         self.frames = config.image_or_video_shape[1]
-        self.check_data(config, setup, data)
+        self.check_data(config, setup, given.data)
         self.generator: WanDiT = build_generator(config, setup, world)
         self.text = build_text(config, setup, world)
         self.vae = build_vae(setup, world) if self._needs_vae() else None

@@ -16,11 +16,9 @@ from model.self_rollout import (
 )
 from pipeline.sampling import BlockNoise
 from pipeline.setup import Setup
-from trainer.data import BatchSplit
-from trainer.metrics import Timer, TimestepBuckets, latent_statistics
+from trainer.metrics import TimestepBuckets, latent_statistics
 from trainer.networks import build_score, make_player
-from trainer.sharding import World
-from trainer.tasks.base import Batch, GeneratorTask, rollout_recipe
+from trainer.tasks.base import Batch, GeneratorTask, TaskInputs, rollout_recipe
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws, Purpose, TrainingNoise
@@ -34,18 +32,11 @@ class Distillation(GeneratorTask):
 
     roles = ("generator", "real_score", "fake_score")
 
-    def __init__(
-        self,
-        config: Config,
-        setup: Setup,
-        world: World,
-        plan: BatchSplit,
-        timer: Timer,
-        data: Dataset,
-    ) -> None:
+    def __init__(self, given: TaskInputs) -> None:
+        config, setup, world = given.config, given.setup, given.world
         if config.denoising_step_list is None:
             raise UserError("distillation needs a denoising_step_list in the config")
-        super().__init__(config, setup, world, plan, timer, data)
+        super().__init__(given)
         self.real_score = build_score(config, setup, world, "real_score", trained=False).eval()
         self.fake_score = build_score(config, setup, world, "fake_score", trained=True)
         self.players = {

@@ -10,11 +10,9 @@ from model.ode_regression import block_levels
 from model.result import LossResult
 from model.self_rollout import output_windows
 from pipeline.setup import Setup
-from trainer.data import BatchSplit, check_latents
-from trainer.metrics import Timer
+from trainer.data import check_latents
 from trainer.networks import make_player
-from trainer.sharding import World
-from trainer.tasks.base import Batch, GeneratorTask, rollout_recipe
+from trainer.tasks.base import Batch, GeneratorTask, TaskInputs, rollout_recipe
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws, Purpose
@@ -27,16 +25,9 @@ from wan.flow import add_noise, shift_timesteps
 class FlowMatching(GeneratorTask):
     """Flow matching of a bidirectional (`schedule: full`) or block-causal network."""
 
-    def __init__(
-        self,
-        config: Config,
-        setup: Setup,
-        world: World,
-        plan: BatchSplit,
-        timer: Timer,
-        data: Dataset,
-    ) -> None:
-        super().__init__(config, setup, world, plan, timer, data)
+    def __init__(self, given: TaskInputs) -> None:
+        config = given.config
+        super().__init__(given)
         self.forced = config.teacher_forcing or config.window_forcing
         if self.forced and config.schedule == "full":
             raise UserError(

@@ -8,11 +8,9 @@ from torch import Tensor
 from model.ode_regression import block_levels, ode_regression_loss
 from model.result import LossResult
 from pipeline.setup import Setup
-from trainer.data import BatchSplit, check_trajectories
-from trainer.metrics import Timer
+from trainer.data import check_trajectories
 from trainer.networks import make_player
-from trainer.sharding import World
-from trainer.tasks.base import Batch, GeneratorTask
+from trainer.tasks.base import Batch, GeneratorTask, TaskInputs
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws, Purpose
@@ -23,18 +21,11 @@ from wan.flops import forward_flops, training_flops
 class OdeInitialisation(GeneratorTask):
     """Regression of the block-causal student on the teacher's trajectories."""
 
-    def __init__(
-        self,
-        config: Config,
-        setup: Setup,
-        world: World,
-        plan: BatchSplit,
-        timer: Timer,
-        data: Dataset,
-    ) -> None:
+    def __init__(self, given: TaskInputs) -> None:
+        config, setup = given.config, given.setup
         if config.denoising_step_list is None:
             raise UserError("ODE initialisation needs a denoising_step_list in the config")
-        super().__init__(config, setup, world, plan, timer, data)
+        super().__init__(given)
         self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
         self.timesteps = torch.cat([setup.levels.tensor(), torch.zeros(1)])  # [S]
         self.context = self._parallel_context()

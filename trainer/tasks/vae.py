@@ -5,12 +5,10 @@ from pathlib import Path
 from model.result import LossResult
 from model.vae import vae_loss
 from pipeline.setup import Setup
-from trainer.data import BatchSplit, check_videos
+from trainer.data import check_videos
 from trainer.export import export_vae
-from trainer.metrics import Timer
 from trainer.networks import build_trained_vae, make_player
-from trainer.sharding import World
-from trainer.tasks.base import Batch, Task
+from trainer.tasks.base import Batch, Task, TaskInputs
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws, Purpose
@@ -19,17 +17,10 @@ from utils.draws import Draws, Purpose
 class VaeTraining(Task):
     """Reconstruction and KL of a causal video VAE; its statistics are folded in at export."""
 
-    def __init__(
-        self,
-        config: Config,
-        setup: Setup,
-        world: World,
-        plan: BatchSplit,
-        timer: Timer,
-        data: Dataset,
-    ) -> None:
-        super().__init__(config, setup, world, plan, timer, data)
-        self.check_data(config, setup, data)
+    def __init__(self, given: TaskInputs) -> None:
+        config, setup, world = given.config, given.setup, given.world
+        super().__init__(given)
+        self.check_data(config, setup, given.data)
         self.autoencoder = build_trained_vae(config, setup, world)
         self.players = {"vae": make_player(config, "vae", self.autoencoder, ema=True)}
 
