@@ -5,7 +5,7 @@ names the block before whose windows it is made.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal, get_args
 
@@ -213,7 +213,7 @@ class Direction:
             raise UserError(f"only a prompt under keep or recache can blend, not {policy}")
         if self.rollout.plan.schedule.kind == "full":
             raise UserError(
-                "a bidirectional model makes all blocks at once: its prompt cannot change in between"
+                "a bidirectional model makes all blocks at once: its prompt cannot change meanwhile"
             )
         if row is not None:
             if type(row) is not int or not 0 <= row < batch:
@@ -333,9 +333,7 @@ class Direction:
             "scenes": list(self.scenes),
             "changes": [asdict(change) for change in self.changes],
             "pending": [[asdict(change), text] for change, text in self._pending],
-            "blends": [
-                {f.name: getattr(blend, f.name) for f in fields(blend)} for blend in self._blends
-            ],
+            "blends": [dict(vars(blend)) for blend in self._blends],
             "seeds": [
                 [block, source.seed]
                 for block, source in sources[1:]
