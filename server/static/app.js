@@ -381,6 +381,7 @@ class Page {
       ? `Go back to ${this.chosen.seconds.toFixed(1)} s, the branch point at or before ${seconds.toFixed(1)} s, and go on from there?`
       : "No branch point at or before this moment is kept; choose a later one.";
     byId("branch-words").textContent = words;
+    if (this.chosen) this.timeline.setCursor(this.chosen.seconds);
     byId("branch-go").hidden = !this.chosen;
     byId("branch").hidden = false;
     byId(this.chosen ? "branch-go" : "branch-cancel").focus();

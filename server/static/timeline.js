@@ -17,7 +17,7 @@ import { clock, element } from "./dom.js";
 
 /** Colours of spans in `style.css`, in turn. */
 const COLOURS = 6;
-/** No more pixels than this for a thumbnail, and no fewer for a second. */
+/** Pixels of a thumbnail, and no fewer than this for a second. */
 const THUMBNAIL = 48;
 const SECOND = 5;
 /** Lengths, in seconds, that the whole width may stand for. */
@@ -88,7 +88,8 @@ export class TimelineView {
     this.played = 0;
     /** @type {number | null} chosen moment */
     this.cursor = null;
-    this.drawn = "";
+    /** @type {Record<string, string>} what each part was last drawn from */
+    this.drawn = {};
     this.root.scrollLeft = 0;
     this.draw();
   }
@@ -131,17 +132,23 @@ export class TimelineView {
     const followed = this.root.scrollLeft + width >= this.track.offsetWidth - 40;
     this.scale = scale;
     this.#drawNow();
-    const seconds = Math.floor(this.made);
-    const parts = [scale, seconds, this.points.length, this.points[0]?.id, this.thumbnails.length];
-    const drawn = JSON.stringify([parts, this.changes]);
-    if (drawn === this.drawn) return;
-    this.drawn = drawn;
+    const ids = this.points.map(({ id }) => id);
+    if (!this.#changed("all", [scale, this.made, ids, this.changes])) return;
     this.track.style.width = `${Math.max(width, (this.made + 1) * scale)}px`;
     if (followed) this.root.scrollLeft = this.track.offsetWidth;
-    this.#drawThumbnails();
+    this.layers.thumbs.style.width = `${this.made * scale}px`;
+    if (this.#changed("thumbs", [scale, this.thumbnails.length])) this.#drawThumbnails();
     this.#drawSpans();
     this.#drawPoints();
     this.#drawAxis(width);
+  }
+
+  /** Whether a part is to be drawn anew, since other values decide it than the last time. */
+  #changed(part, values) {
+    const text = JSON.stringify(values);
+    const changed = this.drawn[part] !== text;
+    this.drawn[part] = text;
+    return changed;
   }
 
   #drawNow() {
@@ -165,13 +172,12 @@ export class TimelineView {
   }
 
   #drawThumbnails() {
+    const shown = this.thumbnails.toSorted((a, b) => a.seconds - b.seconds);
     const kept = [];
-    let next = -Infinity;
-    for (const thumbnail of this.thumbnails.toSorted((a, b) => a.seconds - b.seconds)) {
-      const left = thumbnail.seconds * this.scale;
-      if (left < next) continue;
-      next = left + THUMBNAIL;
-      const image = element("img", "", { src: thumbnail.jpeg, alt: "" });
+    const last = shown.at(-1);
+    for (let left = 0; left <= (last?.seconds ?? -1) * this.scale + THUMBNAIL; left += THUMBNAIL) {
+      const { jpeg } = shown.findLast(({ seconds }) => seconds * this.scale <= left) ?? shown[0];
+      const image = element("img", "", { src: jpeg, alt: "" });
       image.style.left = `${left}px`;
       kept.push(image);
     }
