@@ -460,14 +460,17 @@ async function copyText(source) {
 }
 
 async function begin() {
+  let config;
   try {
     const answer = await fetch(new URL("v1/config", document.baseURI));
     if (!answer.ok) throw new Error(`it answered ${answer.status}`);
-    new Page(await answer.json());
+    config = await answer.json();
   } catch (error) {
     byId("alert").hidden = false;
     byId("alert-text").textContent = `The server cannot be reached (${error.message}). Load the page again once it runs.`;
+    return;
   }
+  new Page(config);
 }
 
 begin();

@@ -174,8 +174,8 @@ export class TimelineView {
   #drawThumbnails() {
     const shown = this.thumbnails.toSorted((a, b) => a.seconds - b.seconds);
     const kept = [];
-    const last = shown.at(-1);
-    for (let left = 0; left <= (last?.seconds ?? -1) * this.scale + THUMBNAIL; left += THUMBNAIL) {
+    const end = shown.length ? shown.at(-1).seconds * this.scale + THUMBNAIL : 0;
+    for (let left = 0; left < end; left += THUMBNAIL) {
       const { jpeg } = shown.findLast(({ seconds }) => seconds * this.scale <= left) ?? shown[0];
       const image = element("img", "", { src: jpeg, alt: "" });
       image.style.left = `${left}px`;
