@@ -16,10 +16,11 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
+from pipeline.changes import POLICIES
 from server.access import Access, Guard
 from server.connection import Connection, Rate
 from server.pool import SessionPool
-from server.protocol import FORMATS, POLICIES, Limits
+from server.protocol import FORMATS, Limits
 from utils.errors import UserError
 
 STATIC = Path(__file__).parent / "static"

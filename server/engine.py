@@ -6,9 +6,14 @@ encoded in another.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline import VideoPipeline
 
 
 class Timeline(Protocol):
@@ -26,7 +31,7 @@ class Change(Protocol):
     policy: str
     prompt: str | None
     seed: int | None
-    first_block: int
+    first_block: int | None
     whole_from: int | None
     status: str
 
@@ -202,10 +207,11 @@ def take_step(session: Session, requests: Sequence[Request], fps: int) -> Step:
 
 def told_of(change: Change, timeline: Timeline, fps: int) -> dict[str, Any]:
     """What `session.prompt_update.applied` says of a change."""
-    frame = timeline.start(change.first_block)
+    block = change.block if change.first_block is None else change.first_block
+    frame = timeline.start(block)
     whole = None if change.whole_from is None else timeline.start(change.whole_from)
     return {
-        "block": change.first_block,
+        "block": block,
         "frame": frame,
         "seconds": frame / fps,
         "whole_from_block": change.whole_from,
@@ -219,10 +225,28 @@ def told_of(change: Change, timeline: Timeline, fps: int) -> dict[str, Any]:
 
 def in_words(error: Exception) -> str:
     """An exception as a sentence for a client: its own words only where they are meant for it."""
-    from utils.errors import UserError
-
     if isinstance(error, UserError):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "the machine has too little memory for this now; try again when fewer people watch"
     return f"the step failed ({type(error).__name__}); the server's log says more"
+
+
+class PipelineEngine:
+    """The engine of a `VideoPipeline`."""
+
+    def __init__(self, pipe: "VideoPipeline") -> None:
+        self._pipe = pipe
+        self.size = pipe.shape.height, pipe.shape.width
+        self.fps = pipe.setup.fps
+        self.block_frames = pipe.layout.block_frames * pipe.shape.strides.time
+
+    def encode(self, prompt: str) -> Tensor:
+        """See `Engine`."""
+        return self._pipe.encode_prompts([prompt])
+
+    def start(self, prompt: str, seed: int | None, seconds: float | None, text: Tensor) -> Session:
+        """See `Engine`."""
+        from server.shim import ShimSession
+
+        return ShimSession(self._pipe, prompt, seed, seconds, text)

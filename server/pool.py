@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from server.engine import Engine, Request, Session, in_words, take_step
-from server.live import Client, LiveSession, Reason
+from server.live import LiveSession, Reason
 from server.protocol import Branch, ProtocolError, Start, Update
 from server.recording import Recording
 from server.storage import Storage
 from utils.errors import UserError
-from utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -261,9 +260,7 @@ class SessionPool:
                 await self._wake.wait()
                 self._wake.clear()
                 continue
-            step = await self._in(
-                self._steps, take_step, live.session, live.begin_turn(), live.fps
-            )
+            step = await self._in(self._steps, take_step, live.session, live.begin_turn(), live.fps)
             live.end_turn(step)
 
     def _next_turn(self) -> LiveSession | None:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pipeline.changes import POLICIES, Policy
 from utils.errors import UserError
 from utils.prompts import check_text
 
-Policy = Literal["keep", "recache", "renoise", "cut"]
 Format = Literal["mp4", "jpeg"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 LARGEST_MESSAGE = 2**16  # characters

@@ -6,7 +6,6 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -18,7 +17,6 @@ from PIL import Image
 
 from server.fragments import FragmentEncoder, codec_string
 from server.storage import Storage
-from utils.errors import UserError
 from utils.files import cannot_write, write_json, written
 
 COPIED_AT_ONCE = 2**20

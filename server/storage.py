@@ -6,9 +6,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from pipeline.memory import readable
 from utils.errors import UserError
 from utils.files import make_folder
-from pipeline.memory import readable
 
 _ID = re.compile(r"[0-9a-f]{32}")
 
