@@ -198,7 +198,7 @@ def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
                 title="Rolling Forcing",
                 model="random weights" if args.random_weights else config.generator_name,
                 levels=pipe.setup.levels.num,
-                methods=[config.method],
+                methods=[config.method] if config.method else [],
                 examples=read_prompts(prompts),
                 composer=read_composer(pipe.setup),
             ),

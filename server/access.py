@@ -84,7 +84,7 @@ class Access:
         except CookieError:
             kept = None
         shown += [] if kept is None else [kept.value]
-        return self.query_has_token(query) or any([self._equals(word) for word in shown])
+        return self.query_has_token(query) or any(map(self._equals, shown))
 
     def _equals(self, word: str) -> bool:
         return hmac.compare_digest(word.encode("utf-8", "replace"), (self.token or "").encode())
@@ -105,6 +105,7 @@ class Guard:
         self.app, self.access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return

@@ -35,9 +35,10 @@ class AppOptions:
     """
 
     access: Access
-    limits: Limits = Limits()
-    rate: Rate = Rate()
+    limits: Limits = field(default_factory=Limits)
+    rate: Rate = field(default_factory=Rate)
     about: Mapping[str, Any] = field(default_factory=dict)
+    static: Path = STATIC
 
 
 def build_app(pool: SessionPool, options: AppOptions) -> Starlette:
@@ -56,7 +57,7 @@ def build_app(pool: SessionPool, options: AppOptions) -> Starlette:
             Route("/v1/sessions/{name}/video.mp4", routes.video),
             Route("/v1/sessions/{name}/video.json", routes.record),
             WebSocketRoute("/v1/realtime/video", routes.realtime),
-            Mount("/", StaticFiles(directory=STATIC, html=True)),
+            Mount("/", StaticFiles(directory=options.static, html=True)),
         ],
         middleware=[Middleware(Guard, access=options.access)],
         exception_handlers={HTTPException: _told},

@@ -10,7 +10,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from server.engine import Asked, BranchPoint, Request, Session, Step, in_words
+from pipeline.session import BranchPoint, Session
+
+from pipeline.changes import Change, Policy
+from server.engine import Request, Step, in_words
 from server.playback import Pace, Playback
 from server.protocol import ProtocolError, Update
 from server.recording import Recording, thumbnail
@@ -59,7 +62,7 @@ class LiveSession:
         recording: Recording,
         *,
         address: str,
-        policy: str,
+        policy: Policy,
         lead: float,
         block_seconds: float,
         clock: Callable[[], float],
@@ -67,7 +70,7 @@ class LiveSession:
         self.name, self.session, self.recording = name, session, recording
         self.address, self.policy, self.lead = address, policy, lead
         self.fps, self.block_seconds, self.clock = recording.fps, block_seconds, clock
-        self.seed, self.prompt = session.seed, session.prompt  # that the video begins with
+        self.seed, self.prompt = session.seed, session.first_prompt  # that the video begins with
         self.state: State = "playing"
         self.left = False  # for a branch: it gives way when there is no room
         self.client: Client | None = None
@@ -82,7 +85,7 @@ class LiveSession:
         self.steps: asyncio.Queue[Step] = asyncio.Queue()
         self.undelivered = 0
         self._requests: deque[Request] = deque()
-        self._asked: list[Asked] = []
+        self._asked: list[tuple[str, Change]] = []  # and not yet applied
         self._encoding = 0
         self._stop_reason: Reason | None = None
         self._wanted_at: float | None = None
@@ -249,9 +252,10 @@ class LiveSession:
         self._asked += step.asked
         for id, message in step.refused:
             self.tell(ProtocolError("refused", message, id).reply())
-        for asked in [own for own in self._asked if own.change.status == "superseded"]:
-            self._asked.remove(asked)
-            self.tell({"type": "session.prompt_update.superseded", "id": asked.id})
+        for id, change in self._asked:
+            if change.status == "superseded":
+                self.tell({"type": "session.prompt_update.superseded", "id": id})
+        self._asked = [asked for asked in self._asked if asked[1].status != "superseded"]
         if step.error is not None:
             logger.error("session %s: a step failed", self.name, exc_info=step.error)
             self.tell(ProtocolError("step_failed", in_words(step.error)).reply())
@@ -283,14 +287,9 @@ class LiveSession:
     def announce(self, step: Step) -> None:
         """A block is about to be encoded: tell what changes with it."""
         for change, told in step.applied:
-            own = next((asked for asked in self._asked if asked.change is change), None)
-            if own is not None:
-                self._asked.remove(own)
-            message = {
-                "type": "session.prompt_update.applied",
-                "id": None if own is None else own.id,
-                **told,
-            }
+            id = next((id for id, asked in self._asked if asked is change), None)
+            self._asked = [asked for asked in self._asked if asked[1] is not change]
+            message = {"type": "session.prompt_update.applied", "id": id, **told}
             self._told_changes.append(message)
             self.tell(message)
 
@@ -342,7 +341,7 @@ class LiveSession:
         if self._stop_reason is None or self.stopped or self.in_turn or self.undelivered:
             return
         self.state = "stopped"
-        for id in [request.id for request in self._requests] + [own.id for own in self._asked]:
+        for id in [request.id for request in self._requests] + [id for id, _ in self._asked]:
             text = "the video ended before this change was heard"
             self.tell(ProtocolError("stopped", text, id).reply())
         self._requests.clear()
@@ -373,7 +372,6 @@ class LiveSession:
     def inherit(self, parent: "LiveSession", frames: int) -> None:
         """What was told of the first frames of a branch, which are its parent's."""
         seconds = frames / self.fps
-        self.seed, self.prompt = parent.seed, parent.prompt
         self._thumbnails = [m for m in parent._thumbnails if m["seconds"] < seconds]
         self._thumbnail_every = parent._thumbnail_every
         self._told_changes.extend(m for m in parent._told_changes if m["frame"] < frames)

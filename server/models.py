@@ -43,7 +43,7 @@ def open_model(config: Config, checkpoint: str | None, *, use_ema: bool) -> Vide
 
 
 def open_random_model(config: Config, preset: Path) -> VideoPipeline:
-    """A pipeline with random weights of the sizes in `preset`, which hears every prompt as noise."""
+    """A pipeline with random weights of the sizes in `preset`; every prompt is noise to it."""
     sizes = read_preset(preset)
     setup = Setup.of(config, sizes=DiTConfig.from_dict(sizes, source=preset))
     with torch.random.fork_rng():

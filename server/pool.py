@@ -18,7 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from server.engine import Engine, Request, Session, in_words, take_step
+from pipeline.session import Session
+
+from pipeline.changes import Policy
+from server.engine import Engine, Request, in_words, take_step
 from server.live import LiveSession, Reason
 from server.protocol import Branch, ProtocolError, Start, Update
 from server.recording import Recording
@@ -123,7 +126,10 @@ class SessionPool:
             text = None
             if asked.prompt is not None:
                 text = await self._in(self._texts, self.engine.encode, asked.prompt)
-            make = partial(parent.session.branch, point, asked.prompt, asked.seed, text)
+            policy = asked.policy or parent.policy
+            make = partial(
+                parent.session.branch, point, asked.prompt, asked.seed, policy=policy, text=text
+            )
             recording = await self._in(
                 self._media, Recording.of_branch, parent.recording, name, point.frame
             )
@@ -207,7 +213,7 @@ class SessionPool:
         make: Callable[[], Session],
         recording: Recording,
         address: str,
-        policy: str,
+        policy: Policy,
     ) -> LiveSession:
         try:
             session = await self._in(self._steps, make)
@@ -244,11 +250,12 @@ class SessionPool:
 
     async def _close_one(self, may: Callable[[LiveSession], bool]) -> bool:
         """Close a session that is over, else one that was left for a branch; whether one was."""
-        for gives_way in (LiveSession.stopped.fget, lambda live: live.left and not live.client):
-            for live in self._live.values():
-                if gives_way(live) and may(live):
-                    await self.close(live, "room")
-                    return True
+        lives = [live for live in self._live.values() if may(live)]
+        over = [live for live in lives if live.stopped]
+        left = [live for live in lives if live.left and live.client is None]
+        for live in (over + left)[:1]:
+            await self.close(live, "room")
+            return True
         return False
 
     # --- what runs all the time ------------------------------------------------------------------

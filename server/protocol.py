@@ -76,6 +76,7 @@ class Branch:
     snapshot: int
     prompt: str | None
     seed: int | None
+    policy: Policy | None
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _update(fields: _Fields, limits: Limits) -> Update:
 
 def _branch(fields: _Fields, limits: Limits) -> Branch:
     prompt = fields.maybe("prompt", lambda: fields.prompt(limits))
-    return Branch(fields.whole("snapshot", 2**53), prompt, fields.seed())
+    return Branch(fields.whole("snapshot", 2**53), prompt, fields.seed(), fields.policy())
 
 
 _READERS: dict[str, Callable[[_Fields, Limits], Message]] = {

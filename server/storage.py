@@ -1,10 +1,8 @@
 """The folder of videos: what lies there by id, and how much may."""
 
-import json
 import re
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from pipeline.memory import readable
 from utils.errors import UserError
@@ -56,8 +54,3 @@ class Storage:
         """A file of a session that was finished, now or by an earlier server."""
         path = self.path(name, suffix) if name in self._finished else None
         return path if path is not None and path.is_file() else None
-
-    def finished_record(self, name: str) -> dict[str, Any] | None:
-        """The record of a session that was finished."""
-        path = self.finished(name, ".json")
-        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
