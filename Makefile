@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Threads that wait without spinning: many times faster where cores are shared.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: venv demo test test-slow test-long test-all lint docs clean
+.PHONY: venv demo app test test-slow test-long test-all lint docs clean
 
 venv: $(VENV)/.ready
 
@@ -17,9 +17,16 @@ $(VENV)/.runtime: requirements.txt constraints.txt pyproject.toml
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.ready: $(VENV)/.runtime requirements-dev.txt
+$(VENV)/.ready: $(VENV)/.runtime requirements-dev.txt requirements-app.txt
 	$(PIP) -c constraints.txt -r requirements-dev.txt
 	touch $@
+
+$(VENV)/.app: $(VENV)/.runtime requirements-app.txt
+	$(PIP) -c constraints.txt -r requirements-app.txt
+	touch $@
+
+app: $(VENV)/.app  ## a page that shows video while it is generated
+	@$(BIN)/python app.py
 
 demo: $(VENV)/.runtime  ## stream videos of the shapes world with the weights that ship
 	@$(BIN)/python inference.py --overwrite

@@ -9,9 +9,9 @@ another plan: one that starts at a later block, with the past that is stored, or
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, count, islice
+from itertools import accumulate, count, groupby, islice
 from typing import NamedTuple
 
 from pipeline.schedule import BlockLayout, Schedule, Window
@@ -106,6 +106,44 @@ class Plan:
         while (found := self.at(index)) is not None:
             yield found
             index += 1
+
+    def windows(self, start: int = 0) -> Iterator[Window]:
+        """The windows from pass `start` on, in order."""
+        for index in count(start):
+            found = self.at(index)
+            if found is None:
+                return
+            if found.window is not None:
+                yield found.window
+
+    def restarted(self, block: int, *, stored: int, scene: bool = False) -> "Plan":
+        """The plan that goes on at `block`, none of whose levels are done.
+
+        `stored`: the cache holds the blocks before this one. With `scene` the past begins at
+        `block`, and nothing is stored.
+        """
+        schedule = replace(self.schedule, first_block=block)
+        if scene:
+            return replace(self, schedule=schedule, origin=block, stored=block)
+        return replace(self, schedule=schedule, stored=stored)
+
+    def recache(self, finished: int) -> Iterator[tuple[int, Part]]:
+        """Clean passes that store anew what is read of the first `finished` frames of the past.
+
+        In order, each with its first frame; it sees what it saw but for frames that are no longer
+        stored. Of a block of which only some frames are stored these alone go through the network.
+        """
+        frames = self.policy.stored(finished, self.layout.block_frames)
+        oldest = finished - self.policy.recent_capacity(self.layout.block_frames)
+        begin = self.layout.start(self.origin)
+
+        def run(place: int) -> tuple[int, int]:  # stored frames of one block lie side by side
+            return self.layout.block_of(begin + frames[place]), frames[place] - place
+
+        for (block, _), places in groupby(range(len(frames)), run):
+            own = [frames[place] for place in places]
+            view = self.policy.view(own[0], len(own), clean_pass=True, oldest=oldest)
+            yield own[0], Part(range(block, block + 1), view)
 
     @property
     def period(self) -> int:

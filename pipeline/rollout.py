@@ -3,9 +3,8 @@
 Inference, self-rollouts in training, prompt changes and continuation are callers of `Rollout.step`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +22,9 @@ ContextWrapper = Callable[[CachedContext, Window | None], AttentionContext]
 """Puts another context around that of a pass: of a window, or (None) of a clean pass."""
 
 
-STATE_KEYS = frozenset(["index", "in_flight", "unwritten", "timesteps", "policy", "rule", "cache"])
+STATE_KEYS = frozenset(
+    ["index", "plan", "in_flight", "unwritten", "timesteps", "policy", "rule", "cache"]
+)
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,17 @@ class Rollout:
     @property
     def next_window(self) -> Window | None:
         """The window that the next step runs; None when the plan has ended."""
-        return self._next_window(self.index)
+        return next(self.coming_windows(), None)
 
-    def _next_window(self, start: int) -> Window | None:
-        for index in count(start):
-            coming = self.plan.at(index)
-            if coming is None or coming.window is not None:
-                return None if coming is None else coming.window
-        return None
+    @property
+    def next_block(self) -> int | None:
+        """The block that is finished next; None when the plan has ended."""
+        window = self.next_window
+        return None if window is None else window.first_block
+
+    def coming_windows(self) -> Iterator[Window]:
+        """The windows that are still to run, in order."""
+        return self.plan.windows(self.index)
 
     def step(self, *, grad: bool = False) -> WindowResult | None:
         """Run passes up to the next window, that one with gradient if `grad`.
@@ -109,34 +113,111 @@ class Rollout:
                 return result
         return None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, but the text and the noise."""
+    # --- changes of direction -------------------------------------------------------------------
+
+    @torch.no_grad()
+    def recache(self, rows: Sequence[int] | None = None) -> None:
+        """Give what is stored the keys and values that its clean passes would have under `text`.
+
+        Clean passes in order over the stored clean latents, with their true frame numbers, sink
+        included. What a pass once saw of frames that are no longer stored is left out.
+        `rows`: of the text's batch; those of the others stay as they are. By default all.
+        """
+        cache, batch, finished = self.cache, len(self.noise.samples), self.cache.finished
+        parts = list(self.plan.recache(finished))
+        frames = tuple(f for first, part in parts for f in range(first, first + part.frames))
+        if not frames:
+            return
+        stored = cache.latents(frames)[:batch].split([part.frames for _, part in parts], dim=1)
+        others = [] if rows is None else [i for i in range(cache.batch) if i % batch not in rows]
+        kept = cache.rows(others)
+        try:
+            for (first, part), clean in zip(parts, stored, strict=True):
+                block = part.blocks[0]
+                begin = self.layout.start(block) - self.layout.start(self.plan.origin)
+                cache.seek(first)
+                self._flows([part], [self._noised_clean(block, clean, first - begin)])
+                cache.commit(self._rows(clean))
+        finally:
+            cache.seek(finished)
+            cache.put_rows(others, kept)
+
+    def restart(self, *, scene: bool = False) -> None:
+        """Blocks in flight start again from their noise; of a new `scene`, without a past.
+
+        What is finished stays finished. Raises ValueError when the plan has ended.
+        """
+        block = self.next_block
+        if block is None:
+            raise ValueError("the plan has ended: nothing is left to start again")
+        if scene:
+            self._unwritten.clear()
+            self.cache.seek(0)
+        stored = min(self._unwritten, default=block)
+        self.plan = self.plan.restarted(block, stored=stored, scene=scene)
+        self.index = 0
+        self._in_flight.clear()
+        self.rule.load_state_dict({}, self.cache.device)
+
+    def recent_latents(self, frames: int) -> Tensor:
+        """The newest clean latents that are held, at most `frames`: `[B, n, C, h, w]`."""
+        finished, batch = self.cache.finished, len(self.noise.samples)
+        room = range(max(0, finished - frames), finished)
+        held = tuple(frame for frame in room if self.cache.holds(frame))
+        newest = [self.cache.latents(held)[:batch]] if held else []
+        newest += [self._unwritten[block] for block in sorted(self._unwritten)]
+        return torch.cat(newest, dim=1)[:, -frames:]
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def state_dict(self, *, latents_only: bool = False) -> dict[str, Any]:
+        """Everything that the next step depends on, but the text and the noise.
+
+        With `latents_only` keys and values are left out, to be made anew by `recache`, and the rest
+        is on the CPU.
+        """
+
+        def copied(blocks: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            return {
+                block: x.to("cpu" if latents_only else x.device, copy=True)
+                for block, x in blocks.items()
+            }
+
+        plan = self.plan
         return {
             "index": self.index,
-            "in_flight": {block: x.clone() for block, x in self._in_flight.items()},
-            "unwritten": {block: x.clone() for block, x in self._unwritten.items()},
+            "plan": [plan.schedule.first_block, plan.origin, plan.stored],
+            "in_flight": copied(self._in_flight),
+            "unwritten": copied(self._unwritten),
             "timesteps": self.rule.timesteps.tolist(),
-            "policy": asdict(self.plan.policy),
+            "policy": asdict(plan.policy),
             "rule": self.rule.state_dict(),
-            "cache": self.cache.state_dict(),
+            "cache": self.cache.latents_state() if latents_only else self.cache.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another rollout of the same plan and sizes stood.
 
+        Of a state of latents only the keys and values are made anew, under `text`.
+
         Raises:
             ValueError: it was another one; nothing has changed then.
         """
         device = self.cache.device
-        self._check_state(state)
-        self.cache.load_state_dict(state["cache"])
+        self.plan = self.check_state(state)
+        if "keys" in state["cache"]:
+            self.cache.load_state_dict(state["cache"])
+        else:
+            self.cache.load_latents_state(state["cache"])
         self.rule.load_state_dict(state["rule"], device)
         self.index = state["index"]
         self._in_flight = {block: x.to(device) for block, x in state["in_flight"].items()}
         self._unwritten = {block: x.to(device) for block, x in state["unwritten"].items()}
+        if "keys" not in state["cache"]:
+            self.recache()
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        """ValueError, naming the first difference, unless this rollout can go on from a state."""
+    def check_state(self, state: Mapping[str, Any]) -> Plan:
+        """The plan of a state; ValueError, naming the first difference, if it is of another one."""
         if not isinstance(state, Mapping) or not state.keys() >= STATE_KEYS:
             raise ValueError("this is no state of a rollout: give what state_dict returned")
         pairs = {
@@ -146,7 +227,14 @@ class Rollout:
         for what, (theirs, ours) in pairs.items():
             if theirs != ours:
                 raise ValueError(f"this state was made with {what} {theirs}, not {ours}")
-        window = self._next_window(state["index"])
+        first, origin, stored = state["plan"]
+        plan = replace(
+            self.plan,
+            schedule=replace(self.plan.schedule, first_block=first),
+            origin=origin,
+            stored=stored,
+        )
+        window = next(plan.windows(state["index"]), None)
         needed = [block for block, level in window or () if level > 0]
         if sorted(state["in_flight"]) != needed:
             raise ValueError(
@@ -158,6 +246,7 @@ class Rollout:
             if list(x.shape) != expected:
                 raise ValueError(f"block {block} of this state is {list(x.shape)}, not {expected}")
         self.cache.check_state(state["cache"])
+        return plan
 
     def _run(self, own: Pass, *, grad: bool) -> WindowResult | None:
         """One pass; what its window gave, if it has one."""
@@ -168,11 +257,17 @@ class Rollout:
             if window is not None:
                 noisy, timesteps = inputs[-1]
                 x0 = x0_from_flow(noisy, flows[-1], timesteps)
+        moved = {} if window is None else self._advanced(window, noisy, flows[-1].detach())
+        # nothing has changed so far: after an error the same pass can run again
         if own.stores is not None:
-            self.cache.commit(self._rows(self._unwritten.pop(own.stores)))
+            self.cache.commit(self._rows(self._unwritten[own.stores]))
+            del self._unwritten[own.stores]
         if window is None:
             return None
-        return WindowResult(window, x0, self._advance(window, noisy, flows[-1].detach()))
+        finished = {block: moved.pop(block) for block in self.plan.schedule.finishes(window)}
+        self._in_flight = moved
+        self._unwritten.update(finished)
+        return WindowResult(window, x0, finished)
 
     def _input(self, part: Part) -> tuple[Tensor, Tensor]:
         """What goes through the network `[B, q, C, H, W]`, and its timesteps `[B, q]`."""
@@ -190,11 +285,15 @@ class Rollout:
         return joined, torch.cat(times).to(joined.device).expand(joined.shape[:2])
 
     def _clean_input(self, block: int) -> tuple[Tensor, Tensor]:
-        clean = self._unwritten[block]
+        return self._noised_clean(block, self._unwritten[block])
+
+    def _noised_clean(self, block: int, clean: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Input of the clean pass of frames of a block, from its frame `offset` on."""
         timesteps = torch.full(clean.shape[:2], float(self.context_noise), device=clean.device)
         if self.context_noise > 0:
             noise = self.noise(block, len(self.rule.timesteps))
-            clean = add_noise(clean, noise, timesteps)
+            own = noise[:, offset : offset + clean.shape[1]]
+            clean = add_noise(clean, own, timesteps)
         return clean, timesteps
 
     def _flows(
@@ -232,23 +331,15 @@ class Rollout:
         sizes = [part.frames * tokens for part in parts]
         return SplitContext(list(zip(sizes, contexts, strict=True)))
 
-    def _advance(self, window: Window, noisy: Tensor, flow: Tensor) -> dict[int, Tensor]:
-        """Move every block of the window one level on; those that are clean now, by block."""
+    def _advanced(self, window: Window, noisy: Tensor, flow: Tensor) -> dict[int, Tensor]:
+        """Every block of the window one level on, by block; those that are clean then, too."""
         finishing = self.plan.schedule.finishes(window)
         frames = [self.layout.frames(block) for block in window.blocks]
-        finished = {}
-        for (block, level), x, v in zip(
-            window, noisy.split(frames, dim=1), flow.split(frames, dim=1), strict=True
-        ):
-            last = block in finishing
-            moved = self.rule.advance(block, level, x, v, last=last)
-            if last:
-                self._in_flight.pop(block, None)
-                finished[block] = moved
-            else:
-                self._in_flight[block] = moved
-        self._unwritten.update(finished)
-        return finished
+        pairs = zip(noisy.split(frames, dim=1), flow.split(frames, dim=1), strict=True)
+        return {
+            block: self.rule.advance(block, level, x, v, last=block in finishing)
+            for (block, level), (x, v) in zip(window, pairs, strict=True)
+        }
 
     def _rows(self, x: Tensor) -> Tensor:
         """The network's batch: the rollout's rows, twice where there is guidance."""

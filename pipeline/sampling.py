@@ -14,19 +14,28 @@ Sampler = Literal["unipc", "dpm++", "euler"]
 
 
 class BlockNoise:
-    """Noise of a batch: row i is the noise of `samples[i]`, whatever else is in the batch."""
+    """Noise of a batch: row i is the noise of `samples[i]`, whatever else is in the batch.
+
+    `sources`: the block from which each source is drawn from, in order.
+    """
 
     def __init__(
         self, source: NoiseSource, samples: Sequence[int], device: torch.device | str
     ) -> None:
-        self.source = source
+        self.sources: list[tuple[int, NoiseSource]] = [(0, source)]
         self.samples = tuple(samples)
         self.device = device
 
     def __call__(self, block: int, level: int) -> Tensor:
         """`[B, f, C, H, W]`, float32."""
-        draws = {sample: self.source(sample, block, level) for sample in set(self.samples)}
+        source = next(source for first, source in reversed(self.sources) if block >= first)
+        draws = {sample: source(sample, block, level) for sample in set(self.samples)}
         return torch.stack([draws[sample] for sample in self.samples]).to(self.device)
+
+    def change(self, source: NoiseSource, block: int) -> None:
+        """Draw from another source from `block` on."""
+        kept = [(first, old) for first, old in self.sources if first < block]
+        self.sources = [*kept, (block, source)]
 
 
 class StepRule(Protocol):

@@ -120,6 +120,10 @@ class BlockLayout:
             return block * self.block_frames
         return 1 + (block - 1) * self.block_frames
 
+    def block_of(self, frame: int) -> int:
+        """The block that a latent frame belongs to."""
+        return self.blocks_for(frame + 1) - 1
+
     def blocks_for(self, frames: int) -> int:
         """Blocks needed to hold `frames` latent frames."""
         if not self.independent_first_frame:

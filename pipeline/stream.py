@@ -1,13 +1,16 @@
 """Streams: finished blocks as they come, as latents or as video frames."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pipeline import inputs
+from pipeline.changes import Change, Direction, Policy, Timeline
 from pipeline.rollout import Rollout
 from utils.errors import UserError
 from utils.video import to_uint8
@@ -19,19 +22,27 @@ NOT_FINITE = (
     "large for this dtype; try dtype=float32"
 )
 
-STREAM_KEYS = frozenset(["seed", "next_index", "latents", "decoder"])
+STREAM_KEYS = frozenset(["seed", "weights", "next_index", "latents"])
+WARM_UP_FRAMES = 6
+"""Latent frames from which the decoder of a branch takes up the past."""
 
 
 class LatentStream:
     """Clean latents of one block after the other, cut to the requested length.
 
-    Blocks of a prefix come first. Iterating gives `(block, latents [B, n, C, h, w])`.
+    Blocks of a prefix come first. Iterating gives `(block, latents [B, n, C, h, w])`. Changes of
+    prompt go through `direction`.
     """
 
     def __init__(
-        self, rollout: Rollout, *, prefix: Sequence[Tensor] = (), num_latent_frames: int | None
+        self,
+        direction: Direction,
+        *,
+        prefix: Sequence[Tensor] = (),
+        num_latent_frames: int | None,
     ) -> None:
-        self.rollout = rollout
+        self.direction = direction
+        self.rollout = direction.rollout
         self.num_latent_frames = num_latent_frames
         self._ready: deque[tuple[int, Tensor]] = deque(enumerate(prefix))
 
@@ -39,25 +50,47 @@ class LatentStream:
         return self
 
     def __next__(self) -> tuple[int, Tensor]:
+        item = self.peek()
+        if item is None:
+            raise StopIteration
+        self.take()
+        return item
+
+    def peek(self) -> tuple[int, Tensor] | None:
+        """The next block, computed if it is not there yet; None at the end of the video."""
         while not self._ready:
+            self.direction.prepare()
             result = self.rollout.step()
             if result is None:
-                raise StopIteration
+                return None
             self._ready.extend(sorted(result.finished.items()))
-        block, latents = self._ready.popleft()
+        block, latents = self._ready[0]
         if self.num_latent_frames is not None:
             latents = latents[:, : self.num_latent_frames - self.rollout.layout.start(block)]
-        if latents.shape[1] == 0:
-            raise StopIteration
-        return block, latents
+        return (block, latents) if latents.shape[1] else None
 
-    def state_dict(self) -> dict[str, Any]:
+    def take(self) -> None:
+        """What `peek` gave has been handed out."""
+        self._ready.popleft()
+
+    @property
+    def next_block(self) -> int | None:
+        """The next block to be handed out; None where that is not known or there is none."""
+        return self._ready[0][0] if self._ready else self.rollout.next_block
+
+    def state_dict(self, *, latents_only: bool = False) -> dict[str, Any]:
         """Where the stream stands, for `load_state_dict` on one opened the same way."""
         ready = [(block, latents.clone()) for block, latents in self._ready]
-        return {"rollout": self.rollout.state_dict(), "ready": ready}
+        return {
+            "rollout": self.rollout.state_dict(latents_only=latents_only),
+            "direction": self.direction.state_dict(),
+            "ready": ready,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another stream stood."""
+        self.rollout.check_state(state["rollout"])
+        self.direction.load_state_dict(state["direction"])
         self.rollout.load_state_dict(state["rollout"])
         device = self.rollout.cache.device
         self._ready = deque((block, latents.to(device)) for block, latents in state["ready"])
@@ -67,7 +100,8 @@ class Stream:
     """Video frames block by block: an iterator and a context manager.
 
     Each item is uint8 `[n, H, W, 3]` on the CPU, in order; a block is handed out before the next
-    one is computed. Without a prefix n is 9 for a first block of 3 latent frames, then 12.
+    one is computed. Without a prefix n is 9 for a first block of 3 latent frames, then 12. After an
+    error within a step the stream stands before that block, and can be asked for it again.
     `close` (or leaving the `with`) frees cache and decoder state; other streams are not touched.
     """
 
@@ -75,12 +109,23 @@ class Stream:
         self,
         latents: LatentStream,
         decoder: StreamingDecoder,
+        timeline: Timeline,
         *,
         seed: int,
+        encode: Callable[[str], Tensor],
+        weights: Callable[[], str],
         first_emitted_block: int = 0,
     ) -> None:
+        """`encode` gives the text embeddings `[1, L, dim]` of a prompt.
+
+        `timeline`: of a video of one scene. `weights` gives a name of the weights: a state goes on
+        under the same ones alone.
+        """
         self._latents: LatentStream | None = latents
         self._decoder = decoder
+        self._timeline = timeline
+        self._encode = encode
+        self._weights = weights
         self._first_emitted_block = first_emitted_block
         self.seed = seed
         self.next_index = 0
@@ -108,8 +153,25 @@ class Stream:
 
     @property
     def rollout(self) -> Rollout:
-        """The engine behind the stream; its `text` may be replaced between blocks."""
+        """The engine behind the stream."""
         return self._open().rollout
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where blocks lie in the frames of the video, the frames of a prefix included."""
+        return replace(self._timeline, scenes=self._open().direction.scenes)
+
+    @property
+    def changes(self) -> list[Change]:
+        """The changes of prompt and seed that were made, in order."""
+        return list(self._open().direction.changes)
+
+    @property
+    def pending(self) -> list[Change]:
+        """The changes that will be made before the next window."""
+        return self._open().direction.pending
+
+    # --- frames ---------------------------------------------------------------------------------
 
     def next_block(self) -> Tensor | None:
         """Frames of the next block, uint8 `[n, H, W, 3]`; None when the video is complete."""
@@ -118,47 +180,131 @@ class Stream:
 
     def next_batch(self) -> Tensor | None:
         """The same for every video of the batch: `[B, n, H, W, 3]`."""
-        while True:
-            item = next(self._open(), None)
-            if item is None:
-                return None
+        stream = self._open()
+        while (item := stream.peek()) is not None:
             block, latents = item
-            self.next_index = block + 1
             frames = self._decode(block, latents)
+            stream.take()
+            self.next_index = block + 1
             if block >= self._first_emitted_block:
                 return frames
+        return None
 
     def close(self) -> None:
         """Free everything the stream holds; it cannot be used afterwards. Idempotent."""
         self._latents = None
         self._decoder.close()
 
+    # --- direction ------------------------------------------------------------------------------
+
+    def set_prompt(
+        self,
+        prompt: str | None,
+        policy: Policy = "keep",
+        blend_blocks: int = 0,
+        *,
+        row: int | None = None,
+        seed: int | None = None,
+        text: Tensor | None = None,
+    ) -> Change:
+        """Another prompt before the next window; what the policies do is told in `Change`.
+
+        `row`: of a batch, the only video that hears it. `seed`: a new one, for blocks that have not
+        begun; with None for `prompt` that alone changes. `text`: the prompt's embeddings
+        `[1, L, dim]`, if they are there already.
+
+        Changes before one window are made in their order; one that another replaces before it was
+        heard becomes `superseded`. Raises UserError, before anything changes, for one that is not
+        possible.
+        """
+        direction = self._open().direction
+        if seed is not None:
+            seed = inputs.seed_of(seed, self.seed)
+        if prompt is not None:
+            (prompt,) = inputs.texts([prompt])
+            text = self._encode(prompt) if text is None else self._embeddings(text)
+        return direction.add(
+            text, prompt=prompt, policy=policy, blend_blocks=blend_blocks, row=row, seed=seed
+        )
+
+    def set_text(
+        self,
+        text: Tensor,
+        policy: Policy = "keep",
+        blend_blocks: int = 0,
+        *,
+        row: int | None = None,
+        seed: int | None = None,
+    ) -> Change:
+        """The same for text embeddings: `[1 or B, L, dim]`."""
+        return self._open().direction.add(
+            self._embeddings(text), policy=policy, blend_blocks=blend_blocks, row=row, seed=seed
+        )
+
+    def _embeddings(self, text: Any) -> Tensor:
+        sizes = self.rollout.dit.config
+        return inputs.embeddings(text, sizes.text_dim, sizes.text_len, "text")
+
+    # --- state ----------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Any]:
-        """Cache, blocks in flight, decoder features and position: tensors and plain values."""
-        return {
-            "seed": self.seed,
-            "next_index": self.next_index,
-            "latents": self._open().state_dict(),
-            "decoder": self._decoder.state_dict(),
-        }
+        """Cache, text, blocks in flight, decoder and position: tensors and plain values."""
+        return self._state(self._open().state_dict()) | {"decoder": self._decoder.state_dict()}
+
+    def branch_state(self) -> dict[str, Any]:
+        """A small state: clean latents that are stored and blocks in flight, on the CPU.
+
+        A stream that loads it makes its cache anew (`Rollout.recache`), and its decoder by decoding
+        the newest `WARM_UP_FRAMES` of these latents; so does `rebuild`, at the same place.
+        """
+        return self._state(self._open().state_dict(latents_only=True))
+
+    def rebuild(self) -> None:
+        """Make cache and decoder anew from what a `branch_state` holds."""
+        rollout = self._open().rollout
+        rollout.recache()
+        self._warm_up()
+        self._open().direction.rebuilt()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where the stream that gave `state` stood.
 
-        This stream must have been opened with the same seed, schedule and sizes; otherwise
+        This stream must have been opened with the same seed, weights, schedule and sizes; otherwise
         ValueError, before anything changes.
         """
         if not isinstance(state, Mapping) or not state.keys() >= STREAM_KEYS:
             raise ValueError("this is no state of a stream: give what state_dict returned")
         if state["seed"] != self.seed:
             raise ValueError(f"this state has seed {state['seed']}, the stream {self.seed}")
+        if state["weights"] != self._weights():
+            raise ValueError("this state was made with other weights, or in another dtype")
         self._open().load_state_dict(state["latents"])
-        self._decoder.load_state_dict(state["decoder"])
+        if "decoder" in state:
+            self._decoder.load_state_dict(state["decoder"])
+        else:
+            self._warm_up()
+            self._open().direction.rebuilt()
         self.next_index = state["next_index"]
+
+    def _state(self, latents: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "weights": self._weights(),
+            "next_index": self.next_index,
+            "latents": latents,
+        }
+
+    def _warm_up(self) -> None:
+        latents = self._open().rollout.recent_latents(WARM_UP_FRAMES)
+        self._decoder.restart()
+        if latents.shape[1]:
+            self._decoder.decode(latents)
 
     @torch.no_grad()
     def _decode(self, block: int, latents: Tensor) -> Tensor:
         """Frames on the CPU; raises UserError where they are made of NaN or Inf."""
+        if block > 0 and block in self._open().direction.scenes:
+            self._decoder.restart()
         video = self._decoder.decode(latents)
         finite = torch.stack([_extent(latents), _extent(video)])  # read once the copy has waited
         frames = to_uint8(video).cpu()

@@ -1,8 +1,10 @@
 """The public pipeline: prompts in, video out, as a stream or whole."""
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import inputs
+from pipeline.changes import Direction, Timeline
 from pipeline.memory import memory_report
 from pipeline.prefix import Frames, Prefix, encode_prefix, image_clip, video_clip
 from pipeline.sampling import BlockNoise
@@ -31,6 +34,8 @@ from wan.geometry import VideoShape
 from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
+
+SAMPLED_VALUES = 256  # of each tensor, to tell weights from others
 
 Noise = NoiseSource | tuple[Tensor, Tensor]
 
@@ -148,6 +153,17 @@ class VideoPipeline:
             self._vae = WanVAE.from_official(folder.vae, device=self.device, dtype=self.dit.dtype)
         return self._vae
 
+    @cached_property
+    def weights_name(self) -> str:
+        """16 hex digits that tell these weights, in this dtype, from others: of samples of all."""
+        digest = hashlib.sha256()
+        for module in (self.dit, self.vae.model):
+            for name, value in module.state_dict().items():
+                step = max(1, value.numel() // SAMPLED_VALUES)
+                sampled = value.flatten()[::step].double().sum().cpu()
+                digest.update(f"{name} {value.dtype} {list(value.shape)} {sampled}".encode())
+        return digest.hexdigest()[:16]
+
     # --- whole videos ---------------------------------------------------------------------------
 
     def generate(
@@ -250,8 +266,13 @@ class VideoPipeline:
         samples: Sequence[int] | None = None,
         prefix: Prefix | None = None,
         prefix_frames: PrefixFrames = "reconstructed",
+        repeatable: bool = False,
     ) -> Stream:
-        """A stream of a batch, from text embeddings `[B, L, text_dim]`; see `stream`."""
+        """A stream of a batch, from text embeddings `[B, L, text_dim]`; see `stream`.
+
+        `repeatable`: whatever fails within a step, the same step can be tried again. It costs the
+        memory of one more block in the cache.
+        """
         inputs.check_prefix(None, None, prefix_frames)
         seed = inputs.seed_of(seed, self.setup.seed)
         skipped = 0
@@ -263,8 +284,17 @@ class VideoPipeline:
             seed=seed,
             samples=samples,
             prefix=prefix,
+            recent_frames=self._room_for_another() if repeatable else None,
         )
-        return Stream(latents, self.vae.streaming_decoder(), seed=seed, first_emitted_block=skipped)
+        return Stream(
+            latents,
+            self.vae.streaming_decoder(),
+            Timeline(self.layout, self.shape),
+            seed=seed,
+            encode=lambda prompt: self.encode_prompts([prompt]),
+            weights=lambda: self.weights_name,
+            first_emitted_block=skipped,
+        )
 
     # --- inputs ---------------------------------------------------------------------------------
 
@@ -314,6 +344,7 @@ class VideoPipeline:
         samples: Sequence[int] | None = None,
         prefix: Prefix | None = None,
         negative_embeddings: Tensor | None = None,
+        recent_frames: int | None = None,
     ) -> LatentStream:
         text_embeddings = self._checked_text(text_embeddings)
         setup, batch = self.setup, len(text_embeddings)
@@ -323,7 +354,7 @@ class VideoPipeline:
         blocks = prefix.blocks(self.layout) if prefix is not None else []
         blocks = [block.expand(batch, -1, -1, -1, -1) for block in blocks]
         schedule = setup.schedule(self._num_blocks(num_latent_frames, blocks), len(blocks))
-        guidance = setup.guidance_scale
+        guidance, negative, rows = setup.guidance_scale, None, text_embeddings
         if guidance is not None:
             negative = (
                 self._negative(batch)
@@ -332,17 +363,24 @@ class VideoPipeline:
             )
             if len(negative) != batch:
                 raise UserError(f"negative_embeddings must be {batch} rows, not {len(negative)}")
-            text_embeddings = pad_batch([*text_embeddings, *negative.to(text_embeddings)])
+            rows = pad_batch([*text_embeddings, *negative.to(text_embeddings)])
         self._say_what_is_dropped(num_latent_frames)
         rollout = setup.rollout(
             self.dit,
             schedule,
-            text=self.dit.encode_text(text_embeddings.to(self.device)),
+            text=self.dit.encode_text(rows.to(self.device)),
             noise=self._block_noise(noise, seed, samples, batch),
             guidance_scale=guidance,
+            recent_frames=recent_frames,
             prefix=blocks,
         )
-        return LatentStream(rollout, prefix=blocks, num_latent_frames=num_latent_frames)
+        direction = Direction(rollout, text_embeddings, negative)
+        return LatentStream(direction, prefix=blocks, num_latent_frames=num_latent_frames)
+
+    def _room_for_another(self) -> int:
+        """Recent frames of a cache whose clean passes overwrite nothing that they read."""
+        block = self.layout.block_frames
+        return self.setup.policy.recent_capacity(block) + block
 
     def _check(
         self, seed: int | None, num_latent_frames: int | None, samples: Any, batch: int

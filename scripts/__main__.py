@@ -11,6 +11,7 @@ from pathlib import Path
 from utils.cli import run_main
 
 MODULES = (
+    "app",
     "inference",
     "train",
     "scripts.download",
@@ -20,6 +21,7 @@ MODULES = (
     "scripts.benchmark",
     "scripts.attention_maps",
     "scripts.plot_run",
+    "scripts.live_client",
     "shapes.chain",
     "shapes.ablate",
     "shapes.continuation",

@@ -112,8 +112,11 @@ def test_lists_of_packages_agree():
     and constraints.txt holds an allowed version of everything."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     bounds = [Requirement(line) for line in project["dependencies"]]
-    bounds += [Requirement(line) for line in project["optional-dependencies"]["dev"]]
-    wanted = read_requirements("requirements.txt") | read_requirements("requirements-dev.txt")
+    extras = project["optional-dependencies"]
+    bounds += [Requirement(line) for line in (*extras["app"], *extras["dev"])]
+    wanted = {}
+    for name in ("requirements.txt", "requirements-app.txt", "requirements-dev.txt"):
+        wanted |= read_requirements(name)
     pins = read_requirements("constraints.txt")
     assert {normal(bound.name) for bound in bounds} == set(wanted)
     assert str(wanted["torch"].specifier) == "==2.13.0"
@@ -127,7 +130,8 @@ def test_lists_of_packages_agree():
 
 def test_what_is_imported_is_required():
     """A library that only another one brought along may be gone with its next version."""
-    known = {normal(name) for name in read_requirements("requirements.txt")}
+    lists = read_requirements("requirements.txt") | read_requirements("requirements-app.txt")
+    known = {normal(name) for name in lists}
     known |= {"pil", "yaml", "peft", "tensorboard", "wandb", "flash-attn", "vbench"}
     known |= {"flash-attn-interface", "setuptools"}
     ours = {path.name.removesuffix(".py") for path in ROOT.iterdir()}

@@ -39,6 +39,7 @@ from utils.images import (
 if TYPE_CHECKING:
     import av
     from av.container import InputContainer, OutputContainer
+    from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
 
 __all__ = [
@@ -143,39 +144,42 @@ class VideoWriter:
             raise ValueError(f"frames of {size} after frames of {self._size}")
         if len(pixels) == 0:
             return
-        height, width = size
-        if height % 2 or width % 2:
-            pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        pixels = pad_to_even(pixels)
         if self._encoder is None:
             opened = _opened_encoder(self.path, pixels.shape[1:3], self.fps, self.crf)
             self._encoder = self._open.enter_context(opened)
         self._size = size
         with _write_errors(self.path):
             for frame in pixels:
-                self._encoder.add(np.ascontiguousarray(frame))
+                self._encoder.add(frame)
         self.frames_written += len(pixels)
 
 
-class _Encoder:
-    """RGB frames into the one stream of an open mp4 file."""
+def pad_to_even(pixels: np.ndarray) -> np.ndarray:
+    """Frames uint8 `[F, H, W, 3]` with an even height and width: the edge is repeated, if need be.
 
-    def __init__(
-        self, file: "OutputContainer", size: Sequence[int], fps: Fraction, crf: int
-    ) -> None:
+    yuv420p needs even sizes.
+    """
+    height, width = pixels.shape[1:3]
+    if height % 2 or width % 2:
+        pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    return np.ascontiguousarray(pixels)
+
+
+class YuvFrames:
+    """RGB frames as yuv420p ones in the colours of BT.709, numbered from 0, for an encoder."""
+
+    def __init__(self, context: "VideoCodecContext", fps: Fraction) -> None:
+        """Tell the encoder `context` what it will be given."""
         from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, VideoReformatter
 
-        stream = file.add_stream("libx264", rate=fps, options={"crf": str(crf)})
-        stream.height, stream.width = size
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context
-        context.thread_count = 0  # as many as there are cores
         context.color_range, context.colorspace = ColorRange.MPEG, 1  # limited, matrix of BT.709
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        self._file, self._stream, self._fps, self._frames = file, stream, fps, 0
+        self._period, self._frames = 1 / fps, 0
         self._reformatter = VideoReformatter()
 
-    def add(self, pixels: np.ndarray) -> None:
-        """Append one frame uint8 `[H, W, 3]`."""
+    def next(self, pixels: np.ndarray) -> "av.VideoFrame":
+        """The next frame, of uint8 `[H, W, 3]`."""
         import av
         from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
@@ -190,9 +194,27 @@ class _Encoder:
             | Interpolation.ACCURATE_RND
             | Interpolation.FULL_CHR_H_INT,
         )
-        frame.pts, frame.time_base = self._frames, 1 / self._fps
+        frame.pts, frame.time_base = self._frames, self._period
         self._frames += 1
-        self._file.mux(self._stream.encode(frame))
+        return frame
+
+
+class _Encoder:
+    """RGB frames into the one stream of an open mp4 file."""
+
+    def __init__(
+        self, file: "OutputContainer", size: Sequence[int], fps: Fraction, crf: int
+    ) -> None:
+        stream = file.add_stream("libx264", rate=fps, options={"crf": str(crf)})
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 0  # as many as there are cores
+        self._frames = YuvFrames(stream.codec_context, fps)
+        self._file, self._stream = file, stream
+
+    def add(self, pixels: np.ndarray) -> None:
+        """Append one frame uint8 `[H, W, 3]`."""
+        self._file.mux(self._stream.encode(self._frames.next(pixels)))
 
     def finish(self) -> None:
         """Write what the encoder still holds, and the index."""

@@ -4,7 +4,7 @@ The policy is the only place that knows distances: which finished frames a pass 
 temporal positions. The cache is storage alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -40,13 +40,20 @@ class ContextPolicy:
     sink_position: Literal["contiguous", "original"] = "contiguous"
     clean_pass_sees_sink: bool = True
 
-    def view(self, finished: int, queries: int, *, clean_pass: bool = False) -> View:
-        """The view of a pass over frames `finished ... finished + queries - 1`."""
+    def view(
+        self, finished: int, queries: int, *, clean_pass: bool = False, oldest: int = 0
+    ) -> View:
+        """The view of a pass over frames `finished ... finished + queries - 1`.
+
+        Frames between the sink and `oldest` are no longer stored and are left out.
+        """
         keeps_sink = self.clean_pass_sees_sink or not clean_pass
         sink = min(self.sink_frames, finished) if keeps_sink else 0
         room = max(0, self.max_frames - queries - (self.sink_frames if keeps_sink else 0))
         oldest_recent = max(sink, finished - room)
         frames = (*range(sink), *range(oldest_recent, finished))
+        if oldest > 0:
+            frames = tuple(f for f in frames if f < self.sink_frames or f >= oldest)
         if self.sink_position == "original":
             first = frames[0] if frames else finished
             return View(frames, tuple(f - first for f in (*frames, *_span(finished, queries))))
@@ -55,6 +62,12 @@ class ContextPolicy:
     def reads(self, first: int, frames: int) -> bool:
         """Whether any later pass looks back at frames `first ... first + frames - 1`."""
         return first < self.sink_frames or self.recent_capacity(frames) > 0
+
+    def stored(self, finished: int, block_frames: int) -> tuple[int, ...]:
+        """Of the first `finished` frames, those that a later pass may look back at, in order."""
+        oldest = max(0, finished - self.recent_capacity(block_frames))
+        sink = min(self.sink_frames, finished)
+        return (*range(sink), *range(max(sink, oldest), finished))
 
     def recent_capacity(self, block_frames: int) -> int:
         """Most non-sink frames that any pass over at least `block_frames` frames looks back at."""
@@ -165,6 +178,26 @@ class KVCache:
         self._latents.index_copy_(1, slots, latents.to(self._latents.dtype))
         self.finished += latents.shape[1]
 
+    def seek(self, frame: int) -> None:
+        """The frames from `frame` on are to be written anew, those before it count as finished.
+
+        Those between the sink and `frame` that were never written must not be read.
+        """
+        self.finished = frame
+
+    @property
+    def batch(self) -> int:
+        """Videos whose frames are stored."""
+        return self._keys.shape[1]
+
+    def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """A copy of what is stored of some videos of the batch, for `put_rows`."""
+        return self._keys[:, rows], self._values[:, rows], self._latents[rows]
+
+    def put_rows(self, rows: Sequence[int], stored: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Put back what `rows` gave."""
+        self._keys[:, rows], self._values[:, rows], self._latents[rows] = stored
+
     def latents(self, frames: tuple[int, ...]) -> Tensor:
         """Clean latents of stored frames: `[B, n, C, h, w]`, float32."""
         return self._latents.index_select(1, self.slots(frames))
@@ -178,6 +211,15 @@ class KVCache:
             "latents": self._latents.clone(),
         }
 
+    def latents_state(self) -> dict[str, Any]:
+        """The part of `state_dict` from which keys and values can be computed anew; on the CPU."""
+        return {"finished": self.finished, "latents": self._latents.to("cpu", copy=True)}
+
+    def load_latents_state(self, state: Mapping[str, Any]) -> None:
+        """Take over the clean latents of another cache; keys and values have to follow."""
+        self.finished = state["finished"]
+        self._latents.copy_(state["latents"])
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state; raises ValueError if it comes from a cache of another size."""
         self.check_state(state)
@@ -189,7 +231,7 @@ class KVCache:
     def check_state(self, state: Mapping[str, Any]) -> None:
         """ValueError unless a state is of a cache of this size."""
         for name, own in (("keys", self._keys), ("latents", self._latents)):
-            if state[name].shape != own.shape:
+            if name in state and state[name].shape != own.shape:
                 raise ValueError(
                     f"this state is of a cache of {tuple(state[name].shape)}, "
                     f"not {tuple(own.shape)}"

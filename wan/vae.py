@@ -260,7 +260,14 @@ class StreamingDecoder:
         self._check(latents)
         mean, std = vae.statistics()
         mu = latents.to(vae.device).float() * std + mean
-        return decode_moments(vae.model, mu.to(vae.dtype), self._features).clamp(-1, 1)
+        features = list(self._features)  # after an error the stream stands where it stood
+        video = decode_moments(vae.model, mu.to(vae.dtype), features).clamp(-1, 1)
+        self._features = features
+        return video
+
+    def restart(self) -> None:
+        """Forget what was decoded: the next latent frame is the first of a video."""
+        self._features = _empty_features(self._open().model.decoder)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as a flat dict of tensors: `features.{i}`, the past of convolution i.

@@ -1,0 +1,383 @@
+"""Changes of prompt while a video is made: what they are, when they are heard, how they are done.
+
+A video is a function of its config, weights and seed, and of the list of its changes, each of which
+names the block before whose windows it is made.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.rollout import Rollout
+from pipeline.schedule import BlockLayout, Window
+from utils.errors import UserError
+from utils.noise import CounterNoise
+from wan.geometry import VideoShape
+
+Policy = Literal["keep", "recache", "renoise", "cut"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+BRANCH: Literal["branch"] = "branch"
+"""In the list of changes: here cache and decoder were made anew (see `Stream.rebuild`)."""
+Status = Literal["pending", "applied", "superseded"]
+
+
+@dataclass
+class Change:
+    """A change of prompt or seed, made when `block` is the next block to be finished.
+
+    Policies:
+
+    - `keep`: the new text for every pass from now on; the past and the blocks in flight stay.
+    - `recache`: and what is stored of the past, the sink included, gets the keys and values that
+      its clean passes would have under the new text (see `Rollout.recache`).
+    - `renoise`: and the blocks in flight start again from their noise.
+    - `cut`: a new scene, without a past, in the decoder neither.
+
+    With `blend_blocks` n (the first two) the text embeddings go from the old to the new ones in
+    n steps of a block each; with `recache` the past follows at the end. `prompt`: None where only
+    the seed changes. `seed`: None where it stays; a new one counts for the blocks that have not
+    begun. `row`: of a batch, the only video that hears it; None for all.
+
+    `first_block`: the first one that hears it. `whole_from`: from this block on blocks
+    have heard nothing else; None if the video ends before. `windows_without_block`: so many more
+    windows run before a block comes. `status`: a change that another one replaced before it was
+    heard is `superseded` and was never made.
+    """
+
+    block: int
+    prompt: str | None = None
+    policy: Policy | Literal["branch"] = "keep"
+    blend_blocks: int = 0
+    row: int | None = None
+    seed: int | None = None
+    first_block: int | None = None
+    whole_from: int | None = None
+    windows_without_block: int = 0
+    status: Status = "pending"
+
+    @property
+    def restarts(self) -> bool:
+        """Whether blocks in flight start again."""
+        return self.policy in ("renoise", "cut")
+
+    def record(self) -> dict[str, Any]:
+        """What has to be known to make the change again, as plain values."""
+        return {name: getattr(self, name) for name in CAUSES if getattr(self, name) is not None}
+
+
+CAUSES = ("block", "prompt", "policy", "blend_blocks", "row", "seed")
+"""The fields of a change that decide what happens; the others follow from them."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Where the blocks of a video lie in its frames: every scene's first block is shorter.
+
+    `scenes`: the blocks with which scenes begin, in order; the first is 0.
+    """
+
+    layout: BlockLayout
+    shape: VideoShape
+    scenes: tuple[int, ...] = (0,)
+
+    def start(self, block: int) -> int:
+        """Number of the first video frame of a block."""
+        frames = 0
+        for scene, after in zip(self.scenes, (*self.scenes[1:], block), strict=True):
+            end = min(after, block)
+            if end > scene:
+                latents = self.layout.start(end) - self.layout.start(scene)
+                frames += self.shape.video_frames(latents)
+        return frames
+
+    def frames(self, block: int) -> int:
+        """Video frames of a block."""
+        return self.start(block + 1) - self.start(block)
+
+    def block_from(self, frame: float) -> int:
+        """The first block that begins at or after a video frame."""
+        least = int(frame / (self.layout.block_frames * self.shape.strides.time))
+        block = max(0, least - 1)
+        while self.start(block) < frame:
+            block += 1
+        return block
+
+    def latent_frames(self, video_frames: int) -> int:
+        """Latent frames of whole blocks up to the one that holds the last of `video_frames`."""
+        return self.layout.start(self.block_from(video_frames))
+
+    def with_scene(self, block: int) -> "Timeline":
+        """The same with another scene, that begins at `block`."""
+        return replace(self, scenes=tuple(sorted({*self.scenes, block})))
+
+
+@dataclass(frozen=True, eq=False)
+class _Blend:
+    """The embeddings of a row on their way: `old` and `new` `[L, dim]`, over `blocks` blocks."""
+
+    row: int
+    old: Tensor
+    new: Tensor
+    block: int
+    blocks: int
+    recaches: bool
+
+
+class Direction:
+    """Makes the changes of one rollout, right before the window that is the first to hear them.
+
+    `text`: what the rows hear now, `[B, L, dim]`; `scenes`: where scenes begin.
+    """
+
+    def __init__(self, rollout: Rollout, text: Tensor, negative: Tensor | None = None) -> None:
+        """`negative` `[B, L, dim]`: what the unconditional rows of a guided rollout hear."""
+        self.rollout = rollout
+        self.text = text
+        self.scenes: tuple[int, ...] = (0,)
+        self.changes: list[Change] = []  # that were made
+        self._negative = negative
+        self._pending: list[tuple[Change, Tensor | None]] = []
+        self._blends: list[_Blend] = []
+
+    @property
+    def pending(self) -> list[Change]:
+        """What is to be made before the next window."""
+        return [change for change, _ in self._pending]
+
+    def add(
+        self,
+        text: Tensor | None,
+        *,
+        prompt: str | None = None,
+        policy: Policy = "keep",
+        blend_blocks: int = 0,
+        row: int | None = None,
+        seed: int | None = None,
+    ) -> Change:
+        """A change before the next window, to embeddings `[1 or B, L, dim]`; see `Change`.
+
+        It replaces those that wait for the same window and would not be heard any more. Raises
+        UserError for one that is not possible.
+        """
+        self._check(text, policy, blend_blocks, row, seed)
+        block = self.rollout.next_block
+        if block is None:
+            raise UserError("the video ends before another prompt could be heard")
+        change = Change(block, prompt, policy, blend_blocks, row, seed)
+        restarts = False
+        for old, old_text in self._pending:
+            text_replaced = old_text is None or (text is not None and row in (None, old.row))
+            if text_replaced and (old.seed is None or seed is not None):
+                old.status = "superseded"
+            else:
+                restarts |= old.restarts
+        self._pending = [item for item in self._pending if item[0].status == "pending"]
+        self._foresee(change, heard=text is not None, restarted=restarts)
+        self._pending.append((change, text))
+        return change
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make what is to be made before the next window. After an error it can be called again."""
+        while self._pending:
+            change, text = self._pending[0]
+            self._make(change, text)
+            change.status = "applied"
+            self.changes.append(change)
+            del self._pending[0]
+        self._go_on_blending()
+
+    def rebuilt(self) -> None:
+        """Note that cache and decoder were made anew before the next window."""
+        block = self.rollout.next_block
+        if block is not None:
+            self.changes.append(Change(block, policy=BRANCH, status="applied"))
+
+    def _check(
+        self, text: Tensor | None, policy: str, blend_blocks: int, row: int | None, seed: int | None
+    ) -> None:
+        batch = len(self.text)
+        if text is None and seed is None:
+            raise UserError("say what changes: a prompt, or a seed")
+        if policy not in POLICIES:
+            raise UserError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
+        restarts = policy in ("renoise", "cut")
+        if type(blend_blocks) is not int or blend_blocks < 0:
+            raise UserError(f"blend_blocks must be a number of blocks, not {blend_blocks!r}")
+        if blend_blocks and (restarts or text is None):
+            raise UserError(f"only a prompt under keep or recache can blend, not {policy}")
+        if self.rollout.plan.schedule.kind == "full":
+            raise UserError(
+                "a bidirectional model makes all blocks at once: its prompt cannot change meanwhile"
+            )
+        if row is not None:
+            if type(row) is not int or not 0 <= row < batch:
+                raise UserError(f"row must be one of the {batch} videos of the batch, not {row!r}")
+            if batch > 1 and (restarts or seed is not None):
+                raise UserError(
+                    "the videos of a batch share their windows: only keep and recache can change "
+                    "the prompt of one of them"
+                )
+        if policy == "cut" and self.rollout.layout.independent_first_frame:
+            raise UserError(
+                "a scene of this model begins with a block of one frame, which only the start of a "
+                "video has: use renoise instead of cut"
+            )
+        if text is not None and len(text) not in (1, 1 if row is not None else batch):
+            raise UserError(f"text must be 1 or {batch} rows, not {len(text)}")
+        if seed is not None and not isinstance(self._noise_source(), CounterNoise):
+            raise UserError("the noise of this video was given: it has no seed to change")
+
+    def _foresee(self, change: Change, *, heard: bool, restarted: bool) -> None:
+        """Fill in when a change takes hold.
+
+        `heard`: it brings a text. `restarted`: others wait that start the blocks in flight again.
+        """
+        plan, block = self.rollout.plan, change.block
+        windows = self.rollout.coming_windows
+        if change.restarts or restarted:
+            windows = plan.restarted(block, stored=block).windows
+        if change.restarts and not restarted:
+            now, then = (_finishing(w, block) for w in (self.rollout.coming_windows(), windows()))
+            change.windows_without_block = then - now
+        change.whole_from = _first_begun(windows(), block + change.blend_blocks)
+        change.first_block = block if heard or change.restarts else change.whole_from
+
+    # --- making ---------------------------------------------------------------------------------
+
+    def _make(self, change: Change, text: Tensor | None) -> None:
+        block = change.block
+        if change.seed is not None:
+            source = self._noise_source()
+            assert isinstance(source, CounterNoise)
+            windows = self.rollout.coming_windows()
+            first = block if change.restarts else _first_begun(windows, block)
+            if first is not None:
+                self.rollout.noise.change(replace(source, seed=change.seed), first)
+        rows = range(len(self.text)) if change.row is None else [change.row]
+        if text is not None:
+            new = text.expand(len(rows), -1, -1).to(self.text)
+            old, new = _same_length(self.text, new)
+            self._blends = [blend for blend in self._blends if blend.row not in rows]
+            if change.blend_blocks:
+                self._blends += [
+                    _Blend(
+                        row,
+                        old[row],
+                        new[i],
+                        block,
+                        change.blend_blocks,
+                        change.policy == "recache",
+                    )
+                    for i, row in enumerate(rows)
+                ]
+            else:
+                self._hear(rows, new)
+        if change.policy in ("recache", "renoise") and not change.blend_blocks:
+            self.rollout.recache(None if change.row is None else rows)
+        if change.restarts:
+            self.rollout.restart(scene=change.policy == "cut")
+        if change.policy == "cut" and block not in self.scenes:
+            self.scenes = (*self.scenes, block)
+
+    def _go_on_blending(self) -> None:
+        """Bring what blends to where it is at the next window."""
+        block = self.rollout.next_block
+        if block is None or not self._blends:
+            return
+        rows, mixed, ended = [], [], []
+        for blend in self._blends:
+            share = min(1.0, (block - blend.block + 1) / (blend.blocks + 1))
+            rows.append(blend.row)
+            mixed.append(torch.lerp(blend.old, blend.new, share) if share < 1 else blend.new)
+            if share == 1:
+                ended.append(blend)
+        longest = max(len(text) for text in mixed)
+        self._hear(rows, torch.stack([_padded(text, longest) for text in mixed]))
+        if recached := [blend.row for blend in ended if blend.recaches]:
+            self.rollout.recache(None if len(recached) == len(self.text) else recached)
+        self._blends = [blend for blend in self._blends if blend not in ended]
+
+    def _hear(self, rows: Sequence[int], text: Tensor) -> None:
+        """From now on `rows` hear `text` `[rows, L, dim]`."""
+        old, new = _same_length(self.text, text)
+        now = old.clone()
+        now[list(rows)] = new
+        if torch.equal(now, old):
+            return
+        self.text = now
+        self._encode()
+
+    def _encode(self) -> None:
+        text = self.text
+        if self._negative is not None:
+            text = torch.cat(_same_length(text, self._negative.to(text)))
+        dit = self.rollout.dit
+        self.rollout.text = dit.encode_text(text.to(dit.device))
+
+    def _noise_source(self) -> Any:
+        return self.rollout.noise.sources[-1][1]
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next window hears, and all that was changed: tensors and plain values."""
+        sources = self.rollout.noise.sources
+        return {
+            "text": self.text,
+            "scenes": list(self.scenes),
+            "changes": [asdict(change) for change in self.changes],
+            "pending": [[asdict(change), text] for change, text in self._pending],
+            "blends": [dict(vars(blend)) for blend in self._blends],
+            "seeds": [
+                [block, source.seed]
+                for block, source in sources[1:]
+                if isinstance(source, CounterNoise)
+            ],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the direction of another rollout of the same sizes stood."""
+        noise = self.rollout.noise
+        first = noise.sources[0]
+        noise.sources = [first]
+        for block, seed in state["seeds"]:
+            noise.change(replace(first[1], seed=seed), block)  # type: ignore[type-var]
+        self.scenes = tuple(state["scenes"])
+        self.changes = [Change(**change) for change in state["changes"]]
+        self._pending = [(Change(**change), text) for change, text in state["pending"]]
+        self._blends = [_Blend(**blend) for blend in state["blends"]]
+        self.text = state["text"].to(self.text)
+        self._encode()
+
+
+def _first_begun(windows: Iterable[Window], block: int) -> int | None:
+    """The first block that begins once `block` or a later one is the next to be finished."""
+    for window in windows:
+        if window.first_block >= block:
+            for number, level in window:
+                if level == 0:
+                    return number
+    return None
+
+
+def _finishing(windows: Iterable[Window], block: int) -> int:
+    """So many windows finish a block that the first of them holds."""
+    return sum(1 for _ in takewhile(lambda window: block in window.blocks, windows))
+
+
+def _padded(text: Tensor, length: int) -> Tensor:
+    """`[..., L, dim]` with zeros behind up to `length`."""
+    return F.pad(text, (0, 0, 0, length - text.shape[-2]))
+
+
+def _same_length(*texts: Tensor) -> tuple[Tensor, ...]:
+    """Embeddings `[..., L, dim]` with zeros behind the shorter ones."""
+    longest = max(text.shape[-2] for text in texts)
+    return tuple(_padded(text, longest) for text in texts)

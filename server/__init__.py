@@ -1,0 +1,1 @@
+"""Video over one WebSocket while it is generated: sessions, protocol, encoding, files."""

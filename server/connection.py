@@ -1,0 +1,229 @@
+"""One WebSocket: what comes in becomes calls of the pool, what goes out waits in one row."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from server.live import LiveSession
+from server.playback import Bucket
+from server.pool import SessionPool
+from server.protocol import (
+    Attach,
+    Branch,
+    Format,
+    Hidden,
+    Limits,
+    Message,
+    Playhead,
+    ProtocolError,
+    Start,
+    Update,
+    Verb,
+    parse,
+)
+from server.recording import JpegReader, Mp4Reader, Recording
+
+logger = logging.getLogger(__name__)
+
+FRAMES_AT_ONCE = 64  # of one read from the recording
+WAITING = 1024  # messages that a client has not read yet
+ENDED_FLOOD = 500  # messages above the rate before a socket is closed
+POLICY_VIOLATION, TRY_AGAIN_LATER = 1008, 1013
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Messages a client may send: a second, and at once."""
+
+    per_second: float = 40.0
+    burst: float = 80.0
+
+
+class Connection:
+    """A client of the pool (see `server.live.Client`): controls at most one session at a time."""
+
+    def __init__(
+        self,
+        socket: WebSocket,
+        pool: SessionPool,
+        *,
+        limits: Limits,
+        rate: Rate,
+        format: Format,
+        address: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.sent_seconds = 0.0
+        self._socket, self._pool, self._limits = socket, pool, limits
+        self._format, self._address, self._clock = format, address, clock
+        self._live: LiveSession | None = None
+        self._row: deque[dict[str, Any]] = deque()
+        self._reader: Mp4Reader | JpegReader | None = None
+        self._wake = asyncio.Event()
+        self._bucket = Bucket(rate.per_second, rate.burst, clock())
+        self._too_many = 0
+
+    async def serve(self) -> None:
+        """Accept the socket and live until it closes."""
+        await self._socket.accept()
+        sender = asyncio.create_task(self._send_all())
+        try:
+            while True:
+                await self._receive()
+        except WebSocketDisconnect:
+            pass
+        finally:
+            self._leave()
+            sender.cancel()
+            with suppress(asyncio.CancelledError, WebSocketDisconnect):
+                await sender
+
+    # --- client of a session ---------------------------------------------------------------------
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """See `Client`; a client that reads nothing any more is let go."""
+        if len(self._row) < WAITING:
+            self._row.append(message)
+        self._wake.set()
+
+    def show(self, recording: Recording, first_frame: int) -> None:
+        """See `Client`."""
+        reader = JpegReader if self._format == "jpeg" else Mp4Reader
+        self._reader = reader(recording, first_frame)
+        self.sent_seconds = first_frame / recording.fps
+        self._wake.set()
+
+    def wake(self) -> None:
+        """See `Client`."""
+        self._wake.set()
+
+    def replaced(self) -> None:
+        """See `Client`."""
+        self._live, self._reader = None, None
+        self.tell({"type": "session.replaced"})
+
+    # --- out -------------------------------------------------------------------------------------
+
+    async def _send_all(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if len(self._row) >= WAITING:
+                await self._close(TRY_AGAIN_LATER)
+                return
+            try:
+                while self._row or (self._reader is not None and self._reader.ready):
+                    if self._row:
+                        await self._socket.send_json(self._row.popleft())
+                    else:
+                        await self._send_video()
+            except (WebSocketDisconnect, RuntimeError):
+                return  # it is closed; the receiving side ends, too
+            except Exception:
+                logger.exception("video could not be sent")
+                self._reader = None
+
+    async def _send_video(self) -> None:
+        reader = self._reader
+        assert reader is not None
+        messages = await self._pool.read(reader.read, FRAMES_AT_ONCE)
+        for message in messages:
+            if reader is not self._reader:
+                return
+            await self._socket.send_bytes(message)
+        if reader is self._reader:
+            self.sent_seconds = reader.next_frame / reader.recording.fps
+
+    # --- in --------------------------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        event = await self._socket.receive()
+        if event["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(event.get("code", 1000))
+        if not self._bucket.take(self._clock()):
+            await self._refuse_flood()
+            return
+        try:
+            text = event.get("text")
+            if text is None:
+                raise ProtocolError("bad_json", "messages of a client are JSON texts, not binary")
+            await self._obey(parse(text, self._limits))
+        except ProtocolError as error:
+            self.tell(error.reply())
+        self._pool.wake()
+
+    async def _refuse_flood(self) -> None:
+        self._too_many += 1
+        if self._too_many % 100 == 1:
+            text = "you send more messages than are read; send fewer"
+            self.tell(ProtocolError("too_many_messages", text).reply())
+        if self._too_many >= ENDED_FLOOD:
+            await self._close(POLICY_VIOLATION)
+            raise WebSocketDisconnect(POLICY_VIOLATION)
+
+    async def _obey(self, message: Message) -> None:
+        match message:
+            case Start():
+                await self._start(message)
+            case Attach():
+                self._attach(message)
+            case Branch():
+                await self._branch(message)
+            case Update():
+                self._pool.update(self._session(message.id), message)
+            case Verb("pause"):
+                self._session().pause()
+            case Verb("resume"):
+                self._session().resume()
+            case Verb():
+                self._session().stop("stopped")
+            case Playhead():
+                self._session().hear(message.seconds)
+            case Hidden():
+                self._session().hide(message.hidden)
+
+    def _session(self, id: str | None = None) -> LiveSession:
+        if self._live is None:
+            raise ProtocolError("no_session", "start a session, or attach to one, first", id)
+        return self._live
+
+    async def _start(self, message: Start) -> None:
+        if self._live is not None and not self._live.stopped:
+            raise ProtocolError("already_started", "stop the session that runs here first")
+        live = await self._pool.start(message, self._address)
+        self._format = message.format or self._format
+        self._control(live, 0.0, again=False)
+
+    def _attach(self, message: Attach) -> None:
+        live = self._pool.find(message.id)
+        if live is None:
+            text = "this session has ended, or there never was one; start another one"
+            raise ProtocolError("unknown_session", text)
+        self._control(live, message.from_seconds, again=True)
+
+    async def _branch(self, message: Branch) -> None:
+        parent = self._session()
+        live = await self._pool.branch(parent, message, self._address)
+        self._control(live, live.made_seconds, again=True)
+
+    def _control(self, live: LiveSession, from_seconds: float | None, *, again: bool) -> None:
+        self._leave()
+        self._live = live
+        live.attach(self, from_seconds, again=again)
+
+    def _leave(self) -> None:
+        if self._live is not None:
+            self._live.detach(self)
+        self._live, self._reader = None, None
+
+    async def _close(self, code: int) -> None:
+        if self._socket.application_state is WebSocketState.CONNECTED:
+            with suppress(WebSocketDisconnect, RuntimeError):
+                await self._socket.close(code)

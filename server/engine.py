@@ -1,0 +1,146 @@
+"""A model that makes videos, and what a session does in one turn.
+
+Everything here runs in threads: texts are encoded in one, sessions are touched in another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.session import Block, BranchPoint, Session
+from torch import OutOfMemoryError, Tensor
+
+from pipeline import VideoPipeline
+from pipeline.changes import Change, Policy, Timeline
+from utils.errors import UserError
+
+
+class Engine(Protocol):
+    """What the server needs of a model."""
+
+    size: tuple[int, int]  # height, width
+    fps: int
+    block_frames: int  # video frames of a block behind the first
+
+    def encode(self, prompt: str) -> Tensor:
+        """Text embeddings `[1, L, dim]`."""
+        ...
+
+    def start(self, prompt: str, seed: int | None, seconds: float | None, text: Tensor) -> Session:
+        """A new session."""
+        ...
+
+
+class PipelineEngine:
+    """The engine of a `VideoPipeline`."""
+
+    def __init__(self, pipe: VideoPipeline) -> None:
+        self._pipe = pipe
+        self.size = pipe.shape.height, pipe.shape.width
+        self.fps = pipe.setup.fps
+        self.block_frames = pipe.layout.block_frames * pipe.shape.strides.time
+
+    def encode(self, prompt: str) -> Tensor:
+        """See `Engine`."""
+        return self._pipe.encode_prompts([prompt])
+
+    def start(self, prompt: str, seed: int | None, seconds: float | None, text: Tensor) -> Session:
+        """See `Engine`."""
+        return Session.start(self._pipe, prompt, seed=seed, seconds=seconds, text=text)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A change that is to be made before the next step; `id` is the client's own."""
+
+    id: str
+    prompt: str | None
+    seed: int | None
+    policy: Policy
+    blend_blocks: int
+    text: Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of a turn; the event loop reads this and never the session itself.
+
+    `asked`: changes that were taken, by the ids of their requests. `refused`: ids and the sentence
+    why. `applied`: changes that took effect with the block, and what is told of each. `error`: the
+    exception that the step ended in, if it did.
+    """
+
+    block: Block | None
+    asked: tuple[tuple[str, Change], ...]
+    refused: tuple[tuple[str, str], ...]
+    applied: tuple[tuple[Change, dict[str, Any]], ...]
+    points: tuple[BranchPoint, ...]
+    view: dict[str, Any]
+    frames_made: int
+    num_bytes: int
+    error: Exception | None
+
+
+def take_step(session: Session, requests: Sequence[Request]) -> Step:
+    """Make the changes, then the next block. What goes wrong is told in the result."""
+    asked: list[tuple[str, Change]] = []
+    refused: list[tuple[str, str]] = []
+    for request in requests:
+        try:
+            change = session.set_prompt(
+                request.prompt,
+                request.policy,
+                request.blend_blocks,
+                seed=request.seed,
+                text=request.text,
+            )
+        except Exception as error:
+            refused.append((request.id, in_words(error)))
+        else:
+            asked.append((request.id, change))
+    block, failed = None, None
+    try:
+        block = session.step()
+    except Exception as error:
+        failed = error
+    changes = () if block is None else block.applied
+    return Step(
+        block=block,
+        asked=tuple(asked),
+        refused=tuple(refused),
+        applied=tuple(
+            (change, told_of(change, session.timeline, session.fps)) for change in changes
+        ),
+        points=tuple(session.branch_points),
+        view=session.view(),
+        frames_made=session.frames_made,
+        num_bytes=session.num_bytes,
+        error=failed,
+    )
+
+
+def told_of(change: Change, timeline: Timeline, fps: int) -> dict[str, Any]:
+    """What `session.prompt_update.applied` says of a change."""
+    block = change.block if change.first_block is None else change.first_block
+    frame = timeline.start(block)
+    whole = None if change.whole_from is None else timeline.start(change.whole_from)
+    return {
+        "block": block,
+        "frame": frame,
+        "seconds": frame / fps,
+        "whole_from_block": change.whole_from,
+        "whole_from_frame": whole,
+        "whole_from_seconds": None if whole is None else whole / fps,
+        "prompt": change.prompt,
+        "seed": change.seed,
+        "policy": change.policy,
+    }
+
+
+def in_words(error: Exception) -> str:
+    """An exception as a sentence for a client: its own words only where they are meant for it."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OutOfMemoryError | MemoryError):
+        return "there is too little memory for this now; try again when fewer people watch"
+    return f"this failed ({type(error).__name__}); the server's log says more"

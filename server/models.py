@@ -1,0 +1,113 @@
+"""The model of a server: opened and warm, what the page shows of it, how many sessions fit."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import VideoPipeline, load_pipeline
+from pipeline.setup import Setup
+from pipeline.text import TextSource
+from pipeline.timing import random_pipeline, read_preset
+from server.engine import Engine
+from utils.config import Config
+from utils.errors import UserError
+from wan.checkpoints import networks_in
+from wan.dit import DiTConfig
+from wan.folders import find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+COMPOSER = "composer.json"  # in a model folder: sentences that the model understands
+SHARE_OF_MEMORY = 0.7  # of what is free, for sessions
+MOST_SESSIONS = 16
+WARM_UP_PROMPT = "warm-up"
+
+
+def open_model(config: Config, checkpoint: str | None, *, use_ema: bool) -> VideoPipeline:
+    """The pipeline of an experiment file.
+
+    `use_ema`: the average where the checkpoint has one. UserError as `load_pipeline`.
+    """
+    if use_ema and checkpoint is not None:
+        networks = networks_in(find_checkpoint(checkpoint))
+        use_ema = "generator_ema" in networks
+        if networks and not use_ema:
+            logger.warning("%s has no generator_ema: its generator is used", checkpoint)
+    return load_pipeline(config, checkpoint, use_ema=use_ema and checkpoint is not None)
+
+
+def open_random_model(config: Config, preset: Path) -> VideoPipeline:
+    """A pipeline with random weights of the sizes in `preset`; every prompt is noise to it."""
+    sizes = read_preset(preset)
+    setup = Setup.of(config, sizes=DiTConfig.from_dict(sizes, source=preset))
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        pipe = random_pipeline(setup, sizes["vae"]["base_dim"])
+    return VideoPipeline(setup, pipe.dit, vae=pipe.vae, text=RandomText(setup, pipe.device))
+
+
+class RandomText(TextSource):
+    """Embeddings that are drawn, for each prompt its own."""
+
+    def __init__(self, setup: Setup, device: torch.device) -> None:
+        sizes = setup.sizes
+        super().__init__(setup, text_len=sizes.text_len, dtype=torch.float32, device=device)
+        self._size = (1, sizes.text_len, sizes.text_dim)
+        self._to = device
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """See `TextSource`."""
+        return torch.cat([self._drawn(prompt) for prompt in prompts]).to(self._to)
+
+    def _drawn(self, prompt: str) -> Tensor:
+        seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
+        return torch.randn(self._size, generator=torch.Generator().manual_seed(seed))
+
+
+def warm_up(engine: Engine) -> int:
+    """Run everything once, so that the first viewer waits for nothing; bytes of that session."""
+    session = engine.start(WARM_UP_PROMPT, 0, None, engine.encode(WARM_UP_PROMPT))
+    try:
+        session.step()
+        return session.num_bytes
+    finally:
+        session.close()
+
+
+def places(session_bytes: int, device: torch.device) -> int:
+    """How many sessions of this size the free memory holds."""
+    return max(1, min(MOST_SESSIONS, int(SHARE_OF_MEMORY * free_bytes(device) / session_bytes)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    about = Path("/proc/meminfo")
+    for line in about.read_text().splitlines() if about.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 4 * 2**30  # where nobody tells
+
+
+def read_composer(setup: Setup) -> Mapping[str, Any] | None:
+    """The sentences that a model understands, if its folder says so.
+
+    `{"template": "A {size} {shape}.", "words": {"size": ["small", …], …}}`
+    """
+    path = None if setup.folder is None else setup.folder.path / COMPOSER
+    if path is None or not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not readable as JSON; fetch it again") from error
+    if not isinstance(value, dict) or not {"template", "words"} <= value.keys():
+        raise UserError(f"{path} must have a template and its words; fetch it again")
+    return value
