@@ -14,7 +14,6 @@ import { pointBefore, TimelineView } from "./timeline.js";
  * @property {string} id
  * @property {number} seed
  * @property {number} fps
- * @property {number | null} seconds  requested length; null: endless
  */
 
 /** @typedef {"idle" | "starting" | "live" | "paused" | "ended" | "replaced"} Phase */
@@ -128,8 +127,10 @@ class Page {
     if (!byId("method-field").hidden) request.method = byId("method").value;
     if (!byId("sink-field").hidden) request.sink = Number(byId("sink").value);
     this.#alert("");
+    if (this.phase === "live" || this.phase === "paused") this.connection.sendNow("session.stop", {});
+    this.connection.renew();
     this.clicked = performance.now();
-    this.connection.release();
+    this.session = null;
     this.#setPhase("starting");
     this.connection.send("session.start", request);
   }
@@ -150,16 +151,14 @@ class Page {
 
   /** Hold the picture and the making of it. */
   pause() {
-    this.player.pause();
     this.connection.send("session.pause");
-    this.#setPhase("paused");
+    this.#paused();
   }
 
   /** Go on. */
   resume() {
-    this.player.play();
     this.connection.send("session.resume");
-    this.#setPhase("live");
+    this.#resumed();
   }
 
   /** End the video; what is made is played to its end. */
@@ -184,14 +183,15 @@ class Page {
   #receive(message) {
     const handlers = {
       "session.started": (m) => this.#started(m),
-      "video.start": (m) => this.player.begin(m),
+      "video.start": (m) => this.#begin(m),
       "session.prompt_update.applied": (m) => this.#applied(m),
       "session.prompt_update.superseded": (m) => this.#superseded(m),
       "snapshot.available": (m) => this.timeline.addPoint(m),
       "snapshot.dropped": (m) => this.timeline.dropPoint(m.id),
       thumbnail: (m) => this.timeline.addThumbnail(m),
       stats: (m) => this.#counted(m),
-      "session.paused": () => this.phase === "live" && this.pause(),
+      "session.paused": () => this.#paused(),
+      "session.resumed": () => this.#resumed(),
       "session.replaced": () => this.#replaced(),
       "session.stopped": (m) => this.#stopped(m),
       error: (m) => this.#failed(m),
@@ -200,16 +200,14 @@ class Page {
   }
 
   #started(message) {
-    const { id, seed, prompt, fps, seconds = null, state, playhead, from_seconds: from } = message;
-    this.session = { id, seed, fps: fps ?? this.config.fps, seconds };
+    const { id, seed, prompt, fps, state } = message;
+    this.session = { id, seed, fps };
     this.connection.session = id;
-    this.floor = playhead ?? from ?? 0;
     this.pending.clear();
     this.timeline.reset();
     this.timeline.addChange({ id: "", prompt, policy: null, asked: null, first: 0, whole: 0 });
-    this.#setPhase(state === "paused" ? "paused" : "live");
-    if (state === "paused") this.player.pause();
-    else this.player.play();
+    if (state === "paused") this.#paused();
+    else this.#resumed();
     this.#offerFiles(message.replay);
     this.#store();
     this.#drawPrompts();
@@ -217,12 +215,23 @@ class Page {
     byId("n-seed").textContent = seed;
   }
 
-  #applied(message) {
-    const { id, prompt, policy, seed, seconds, whole_from_seconds: whole = null } = message;
+  #applied({ id, block, prompt, policy, seed, seconds, whole_from_seconds: whole = null }) {
     const asked = this.asked[id] ?? null;
     this.pending.delete(id);
-    this.timeline.addChange({ id, prompt, policy, seed, asked, first: seconds, whole });
+    const said = prompt ?? this.timeline.changes.at(-1).prompt;
+    const key = id ?? `block-${block}`;
+    this.timeline.addChange({ id: key, prompt: said, policy, seed, asked, first: seconds, whole });
     this.#drawPrompts();
+  }
+
+  #paused() {
+    this.player.pause();
+    this.#setPhase("paused");
+  }
+
+  #resumed() {
+    this.player.play();
+    this.#setPhase("live");
   }
 
   #superseded({ id }) {
@@ -239,7 +248,7 @@ class Page {
     byId("n-lead").textContent = lead == null ? "–" : `${lead.toFixed(1)} s`;
     byId("n-block").textContent = block ?? "–";
     byId("n-memory").textContent = memory ? size(memory) : "–";
-    if (view) drawView(byId("view"), view);
+    if (view?.window) drawView(byId("view"), view);
   }
 
   #replaced() {
@@ -261,17 +270,21 @@ class Page {
   }
 
   #failed({ code, message, id }) {
-    if (id) this.pending.delete(id);
+    this.pending.delete(id);
     this.#drawPrompts();
-    this.#alert(message ?? code);
-    if (this.taking) this.#forget();
-    else if (this.phase === "starting") this.#setPhase(this.session ? "ended" : "idle");
+    this.#alert(sentence(message ?? code));
+    if (code === "unknown_session") this.#forget();
+    else if (this.phase === "starting") this.#setPhase("idle");
   }
 
   // -- the picture
 
+  #begin(info) {
+    this.floor = info.from_seconds;
+    this.player.begin(info);
+  }
+
   #firstFrame() {
-    this.taking = false;
     byId("welcome").hidden = true;
     if (!this.clicked) return;
     this.firstFrame = (performance.now() - this.clicked) / 1000;
@@ -426,13 +439,11 @@ class Page {
     if (!id) return;
     this.asked = asked ?? {};
     this.floor = floor ?? 0;
-    this.taking = true;
     this.#setPhase("starting");
     this.connection.attach(id);
   }
 
   #forget() {
-    this.taking = false;
     this.connection.release();
     sessionStorage.removeItem(STORED);
     this.#setPhase("idle");
@@ -440,8 +451,20 @@ class Page {
 }
 
 function reasonWords(reason) {
-  const words = { stopped: ", as you asked", idle: ": nobody was watching", error: ": an error stopped it" };
+  const words = {
+    stopped: ", as you asked",
+    disk_full: ": the server's disk is full",
+    idle: ": nobody was watching",
+    room: ": it gave way to another one",
+    shutdown: ": the server was shut down",
+  };
   return words[reason] ?? "";
+}
+
+/** What the server says, with a capital at its beginning and a stop at its end. */
+function sentence(text) {
+  const whole = text[0].toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(whole) ? whole : `${whole}.`;
 }
 
 /** Offer a choice where there is one. */
@@ -459,7 +482,16 @@ async function copyText(source) {
   return document.execCommand("copy");
 }
 
+/** The token of the address is a cookie by now; it need not be seen, or copied with the address. */
+function hideToken() {
+  const url = new URL(location.href);
+  if (!url.searchParams.has("token")) return;
+  url.searchParams.delete("token");
+  history.replaceState(null, "", url);
+}
+
 async function begin() {
+  hideToken();
   let config;
   try {
     const answer = await fetch(new URL("v1/config", document.baseURI));

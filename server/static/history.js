@@ -1,9 +1,7 @@
 /** The list of prompts: what each one says, how it came, and when it was heard. */
 
 import { clock, element } from "./dom.js";
-
-/** Colours of the swatches, those of the timeline's spans. */
-const COLOURS = 6;
+import { coloursOf } from "./timeline.js";
 
 /**
  * Draw the prompts that are heard, then those that wait.
@@ -12,18 +10,20 @@ const COLOURS = 6;
  * @param {{prompt: string | null, policy: string, asked: number}[]} pending
  */
 export function drawPrompts(root, heard, pending) {
-  const items = heard.map((change, index) => item(change.prompt, index, timesOf(change, index)));
+  const colours = coloursOf(heard);
+  const items = heard.map((change, index) =>
+    item(change.prompt, `${index + 1}`, `colour-${colours[index]}`, timesOf(change, index)),
+  );
   const waiting = pending.map(({ prompt, policy, asked }) =>
-    item(prompt ?? "a new seed", null, `${policy} · asked at ${clock(asked)} · not heard yet`),
+    item(prompt ?? "a new seed", "…", "none", `${policy} · asked at ${clock(asked)} · not heard yet`),
   );
   const none = element("li", "quiet", {}, "None yet.");
   root.replaceChildren(...items, ...waiting, ...(items.length + waiting.length ? [] : [none]));
 }
 
-function item(text, index, times) {
+function item(text, number, colour, times) {
   const made = element("li");
-  const swatch = element("i", "swatch", { "aria-hidden": "true" }, index === null ? "…" : `${index + 1}`);
-  swatch.classList.add(index === null ? "none" : `colour-${index % COLOURS}`);
+  const swatch = element("i", `swatch ${colour}`, { "aria-hidden": "true" }, number);
   const words = element("div");
   words.append(element("span", "", {}, text), element("small", "quiet", {}, times));
   made.append(swatch, words);

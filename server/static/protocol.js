@@ -92,6 +92,16 @@ export class Connection {
     this.session = null;
   }
 
+  /** Leave the session and its socket for good; the next message opens a new one. */
+  renew() {
+    this.session = null;
+    this.waiting = [];
+    clearTimeout(this.retry);
+    const socket = this.socket;
+    this.socket = null;
+    socket?.close();
+  }
+
   /** Called now and then: gives up a socket that has gone silent. */
   watch() {
     const open = this.socket?.readyState === WebSocket.OPEN;

@@ -37,6 +37,16 @@ export function spans(changes, end) {
 }
 
 /**
+ * The colour of each change, by number: that of its prompt, so that a new seed alone keeps it.
+ * @param {Heard[]} changes
+ * @returns {number[]}
+ */
+export function coloursOf(changes) {
+  const prompts = [...new Set(changes.map(({ prompt }) => prompt))];
+  return changes.map(({ prompt }) => prompts.indexOf(prompt) % COLOURS);
+}
+
+/**
  * The branch point to go back to: the last at or before a moment.
  * @template {{seconds: number}} Point
  * @param {Point[]} points
@@ -185,14 +195,15 @@ export class TimelineView {
   }
 
   #drawSpans() {
+    const colours = coloursOf(this.changes);
     const drawn = spans(this.changes, this.made).map(({ change, index, from, to, whole }) => {
       const span = element("div", "span", { title: change.prompt });
-      span.classList.add(`colour-${index % COLOURS}`);
+      span.classList.add(`colour-${colours[index]}`);
       span.style.left = `${from * this.scale}px`;
       span.style.width = `${(to - from) * this.scale}px`;
       if (index) {
         const coming = element("div", "coming");
-        coming.classList.add(`over-${(index - 1) % COLOURS}`);
+        coming.classList.add(`over-${colours[index - 1]}`);
         coming.style.width = `${(whole - from) * this.scale}px`;
         span.append(coming);
       }
