@@ -24,7 +24,8 @@ from evaluation.meters import (
 from evaluation.results import ResultLog, summarise, summary_text
 from evaluation.statistics import BLOCK_FRAMES, FIRST_FRAMES
 from evaluation.trials import Evaluation, list_trials, vbench_name
-from pipeline.batch import Outputs, file_hash
+from pipeline.batch import Outputs
+from pipeline.records import file_hash
 from pipeline.setup import Setup
 from utils.config import Config, fingerprint
 from utils.devices import choose_device

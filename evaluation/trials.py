@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from evaluation.meters import Judge, Meter, Result
-from pipeline.batch import BatchRun, Job, Outputs, Record
+from pipeline.batch import BatchRun, Job, Outputs
+from pipeline.records import Record
 from pipeline.setup import Setup
 from utils.distributed import ALONE, Ranks
 from utils.files import MAX_NAME_BYTES

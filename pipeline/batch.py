@@ -5,30 +5,38 @@ closed and decoded to its last frame, and the video takes its name after it: a k
 neither a video without its record nor one under a record of another.
 """
 
-import hashlib
 import json
 import logging
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.changes import Change, Timeline
 from pipeline.prefix import whole_blocks
 from pipeline.progress import VideoProgress
+from pipeline.prompt_schedule import PromptSchedule
+from pipeline.records import (
+    Record,
+    chained_hash,
+    describe_difference,
+    describe_video,
+    file_hash,
+    model_settings,
+    read_record,
+    video_settings_of,
+)
 from pipeline.setup import Setup
-from pipeline.stream import PrefixFrames
+from pipeline.stream import PrefixFrames, directed
 from pipeline.text_to_video import VideoPipeline, load_generator
-from utils.config import find_file, fingerprint, save_resolved
-from utils.devices import device_name
+from utils.config import find_file, save_resolved
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.files import locked, remove_leftovers, written
@@ -56,21 +64,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_LATENT_FRAMES = 21
 SHEET_COLUMNS = 11  # of ten seconds: the first frame and one after each second
 SHEET_GAP = 4
-MIB = 2**20
 PROMPTS_AT_ONCE = 64
 """So many are encoded before their videos are made: the first one need not wait for thousands."""
-SHOWN_SETTINGS = ("seed", "sample", "latent_frames", "video_frames", "prefix_frames", "network")
-SETTINGS_IN_WORDS = {
-    "config_hash": "config",
-    "sizes_hash": "size of the model",
-    "latent_frames": "number of latent frames",
-    "video_frames": "number of frames",
-    "vae_hash": "VAE",
-    "text": "prompt",
-}
-
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -105,20 +100,23 @@ class Watcher(Protocol):
 class Outputs:
     """Where videos go (None: nowhere), and how long they are; 21 latent frames by default.
 
-    `flag` is that of the folder on the command line, `keep_config` whether the config is kept there
-    too.
+    `video_frames`: so many frames of a stream that has no end. `flag` is that of the folder on the
+    command line, `keep_config` whether the config is kept there too.
     """
 
     folder: Path | None
     num_latent_frames: int | None = None
     duration: float | None = None
+    video_frames: int | None = None
     prefix_frames: PrefixFrames = "reconstructed"
     overwrite: bool = False
     flag: str = "--output_folder"
     keep_config: bool = True
 
-    def length(self, shape: VideoShape, fps: int) -> tuple[int, int]:
-        """(latent frames to generate, video frames to keep)."""
+    def length(self, shape: VideoShape, fps: int) -> tuple[int | None, int]:
+        """(latent frames to generate, video frames to keep) of a video of one scene."""
+        if self.video_frames is not None:
+            return None, self.video_frames
         if self.duration is not None:
             if not math.isfinite(self.duration):
                 raise UserError(f"--duration {self.duration} must be a number of seconds")
@@ -173,6 +171,17 @@ def list_jobs(
     ]
 
 
+class Course(NamedTuple):
+    """Length and changes of one video; `latent_frames` None cuts it from a stream without an end.
+
+    `latent_frames` include those of an image or video to continue, `video_frames` are those kept.
+    """
+
+    latent_frames: int | None
+    video_frames: int
+    changes: tuple[Change, ...]
+
+
 class BatchRun:
     """Makes this rank's share of the videos that are not there yet."""
 
@@ -184,7 +193,10 @@ class BatchRun:
         *,
         use_ema: bool,
         ranks: Ranks,
+        changes: PromptSchedule | Sequence[Change] = (),
     ) -> None:
+        """`changes` of prompt, the same in every video: by time, or by block as recorded."""
+        self.changes = changes
         self.checkpoint = None if checkpoint is None else find_checkpoint(checkpoint)
         self.outputs = outputs
         self.use_ema = use_ema
@@ -294,17 +306,17 @@ class BatchRun:
 
     def _check_prefixes(self, jobs: Sequence[Job]) -> None:
         """Images and videos to continue have to be readable and leave something to generate."""
-        layout = self.setup.layout
         given: dict[Path, int] = {}
         for path in {job.image for job in jobs if job.image is not None}:
             check_image(path)
             given[path] = 1
         for path in {job.video for job in jobs if job.video is not None}:
-            given[path] = whole_blocks(probe_video(path, self.setup.fps).frames, layout, self.shape)
+            frames = probe_video(path, self.setup.fps).frames
+            given[path] = whole_blocks(frames, self.setup.layout, self.shape)
         for path, blocks in given.items():
-            frames = layout.start(blocks)
-            latent_frames, _ = self._length_with(frames)
-            if latent_frames <= frames:
+            frames = self.setup.layout.start(blocks)
+            latent_frames = self._course(blocks).latent_frames
+            if latent_frames is not None and latent_frames <= frames:
                 raise UserError(
                     f"{path} fills {frames} latent frames already; ask for more than "
                     f"{latent_frames} (--num_output_frames)"
@@ -325,13 +337,13 @@ class BatchRun:
             pipe.load_vae()  # not in the time of the first video
             for job in group:
                 index += 1
-                self._make(pipe, job, texts[job.prompt], f"{index}/{len(jobs)} {job.name}", watch)
+                self._make(pipe, job, texts, f"{index}/{len(jobs)} {job.name}", watch)
                 if index == 1 and self.ranks.is_main and self.outputs.keep_config:
                     save_resolved(self.setup.resolved, self._folder / "config.yaml")
 
     def _encode(self, pipe: VideoPipeline, jobs: Sequence[Job]) -> dict[str, Tensor]:
         """The text embeddings of some jobs; the text encoder is freed again."""
-        prompts = list(dict.fromkeys(job.prompt for job in jobs))
+        prompts = list(dict.fromkeys([*(job.prompt for job in jobs), *self._later_prompts]))
         shown = self.ranks.is_main and len(prompts) > 1
         with tqdm(prompts, "encoding prompts", disable=not shown, leave=False) as bar:
             return pipe.encode_once(bar)
@@ -340,15 +352,15 @@ class BatchRun:
         self,
         pipe: VideoPipeline,
         job: Job,
-        text: Tensor,
+        texts: Mapping[str, Tensor],
         title: str,
         watch: Callable[[Job], Sequence[Watcher]],
     ) -> None:
         """One video under its watchers, written and described if it is kept."""
         start = time.perf_counter()
         prefix = pipe.encode_prefix(image=job.image, video=job.video)
-        given = 0 if prefix is None else prefix.latents.shape[1]
-        latent_frames, video_frames = self._length_with(given)
+        given = 0 if prefix is None else len(prefix.blocks(self.setup.layout))
+        course, frames_hash = self._course(given), ""
         watchers = watch(job)
         with ExitStack() as stack:
             part = None
@@ -356,41 +368,83 @@ class BatchRun:
                 part = stack.enter_context(written(self._path(job)))
             with (
                 VideoProgress(
-                    title, video_frames, self.setup.fps, start=start, shown=self.ranks.is_main
+                    title,
+                    course.video_frames,
+                    self.setup.fps,
+                    start=start,
+                    shown=self.ranks.is_main,
                 ) as progress,
                 pipe.open_stream(
-                    text.to(pipe.device),
+                    texts[job.prompt].to(pipe.device),
                     seed=job.seed,
-                    num_latent_frames=latent_frames,
+                    num_latent_frames=course.latent_frames,
                     samples=[job.sample],
                     prefix=prefix,
                     prefix_frames=self.outputs.prefix_frames,
                 ) as stream,
                 VideoWriter(part, self.setup.fps) if part else nullcontext() as writer,
             ):
-                for frames in stream:
-                    kept = frames[: video_frames - progress.frames]
+                for frames in directed(stream, course.changes, texts.__getitem__):
+                    kept = frames[: course.video_frames - progress.frames]
+                    frames_hash = chained_hash(frames_hash, kept)
                     if writer is not None:
                         writer.write(kept)
                     progress.add(len(kept))
                     with progress.paused():
                         for watcher in watchers:
                             watcher.add(kept)
-            record = self._describe(job, progress.frames, progress.timings())
+                    if progress.frames == course.video_frames:
+                        break
+                made = stream.changes
+                if late := [c for c in course.changes if c.block >= stream.next_index]:
+                    logger.warning("changes of prompt that come after the end: %d", len(late))
+            record = describe_video(
+                self.setup,
+                pipe.source,
+                prompt=job.prompt,
+                seed=job.seed,
+                number=job.number,
+                frames=progress.frames,
+                latent_frames=course.latent_frames,
+                frames_hash=frames_hash,
+                settings=self._settings_of(job),
+                changes=made,
+                timings=progress.timings(),
+            )
             if part is not None:
                 check_video(part, progress.frames, self._path(job))
                 self._write_record(job, record | {"bytes": part.stat().st_size})
         for watcher in watchers:
             watcher.finish(record)
 
-    def _length_with(self, prefix_frames: int) -> tuple[int, int]:
-        """(latent frames to generate, video frames to write); a duration is that of the file."""
-        if self.outputs.prefix_frames == "reconstructed":
-            return self.latent_frames, self.video_frames
-        hidden = self.shape.video_frames(prefix_frames)
-        if self.outputs.duration is None:
-            return self.latent_frames, self.video_frames - hidden
-        return self.shape.latent_frames(hidden + self.video_frames), self.video_frames
+    def _course(self, given: int) -> Course:
+        """Length and changes of a video that continues `given` blocks."""
+        layout, outputs = self.setup.layout, self.outputs
+        timeline = Timeline(layout, self.shape)
+        hidden = timeline.start(given) if outputs.prefix_frames == "none" else 0
+        if isinstance(self.changes, PromptSchedule):
+            changes = self.changes.changes(
+                timeline, self.setup.fps, first_block=given, hidden_frames=hidden
+            )
+        else:
+            changes = tuple(self.changes)
+        for change in changes:
+            if change.policy == "cut":
+                timeline = timeline.with_scene(change.block)
+        if self.latent_frames is None:
+            return Course(None, self.video_frames, changes)
+        if outputs.duration is None:
+            frames = timeline.video_frames(self.latent_frames) - hidden
+            return Course(self.latent_frames, frames, changes)
+        latent_frames = timeline.latent_frames(hidden + self.video_frames)
+        return Course(latent_frames, self.video_frames, changes)
+
+    @property
+    def _later_prompts(self) -> list[str]:
+        """The prompts that videos change to."""
+        if isinstance(self.changes, PromptSchedule):
+            return self.changes.prompts
+        return [change.prompt for change in self.changes if change.prompt is not None]
 
     def _write_record(self, job: Job, record: Record) -> None:
         """Put the record in its place, where no video stands until the new one takes its name."""
@@ -400,36 +454,25 @@ class BatchRun:
             part.write_text(text, encoding="utf-8")
             path.unlink(missing_ok=True)  # a record never tells of another video
 
-    def _describe(self, job: Job, frames: int, timings: dict[str, float]) -> Record:
-        """What made the video, with what, how fast."""
-        return {
-            "prompt": job.prompt,
-            "sample": job.number,
-            "seed": job.seed,
-            "frames": frames,
-            "settings": self._settings_of(job),
-            "timings": {key: round(value, 4) for key, value in timings.items()},
-            "device": device_name(self.setup.machine.device),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "diffusers", "transformers")},
-            },
-        }
-
     def _settings_of(self, job: Job) -> dict[str, Any]:
         """What the video of a job depends on."""
         given = {"image": job.image, "video": job.video}
         prefix = {kind: self._hash(path) for kind, path in given.items() if path is not None}
-        return {
-            "seed": job.seed,
-            "latent_frames": self.latent_frames,
-            "video_frames": self.video_frames,
-            "prefix_frames": self.outputs.prefix_frames,
-            **self.model_settings,
-            **prefix,
-            "text": hashlib.sha256(job.prompt.encode()).hexdigest()[:16],
-            "sample": job.sample,
-        }
+        if isinstance(self.changes, PromptSchedule):
+            changes = [asdict(timed) for timed in self.changes.later]
+        else:
+            changes = [change.record() for change in self.changes]
+        return video_settings_of(
+            self.model_settings,
+            prompt=job.prompt,
+            seed=job.seed,
+            sample=job.sample,
+            latent_frames=self.latent_frames,
+            video_frames=self.video_frames,
+            prefix_frames=self.outputs.prefix_frames,
+            prefix=prefix,
+            changes=changes,
+        )
 
     def _hash(self, path: Path) -> str:
         if path not in self._hashes:
@@ -467,73 +510,3 @@ def check_video(part: Path, frames: int, path: Path) -> None:
             f"{path} was written with {frames} frames but {found} can be read; look for a full or "
             "damaged disk, and repeat the command"
         )
-
-
-def read_record(video: Path) -> Record | None:
-    """The record beside a video; None if there is none, or it is not of this form."""
-    try:
-        record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict):
-        return None
-    forms = {"prompt": str, "frames": int, "settings": dict, "timings": dict, "device": str}
-    return record if all(isinstance(record.get(k), form) for k, form in forms.items()) else None
-
-
-def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """In what settings differ, in words; None if they are the same."""
-    names = [name for name in dict.fromkeys((*new, *old)) if old.get(name) != new.get(name)]
-    if not names:
-        return None
-    words = []
-    for name in names:
-        thing = SETTINGS_IN_WORDS.get(name, name.removesuffix("_hash").replace("_", " "))
-        told = name in SHOWN_SETTINGS
-        words.append(f"{thing} ({old.get(name)}, now {new.get(name)})" if told else thing)
-    return f"made with another {', '.join(words)}"
-
-
-def network_files(folder: Path) -> list[Path]:
-    """The transformer's files of a model folder, in order."""
-    return sorted(folder.glob("**/diffusion_pytorch_model*.safetensors"))
-
-
-def weight_files(path: Path) -> list[Path]:
-    """A weights file, or those of a diffusers folder; none if it is not there."""
-    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-
-
-def model_settings(setup: Setup, checkpoint: Path | None, *, use_ema: bool) -> dict[str, str]:
-    """What all videos of a model depend on: its settings and weights, by their hashes."""
-    files = setup.require_folder()
-    text = [*weight_files(files.text_encoder), *sorted(files.tokenizer.glob("*.*"))]
-    parts = {
-        "sizes": sorted(files.path.glob("**/config.json")),
-        "checkpoint": (
-            [checkpoint]
-            if checkpoint and checkpoint.is_file()
-            else network_files(checkpoint or files.path)
-        ),
-        "vae": weight_files(files.vae),
-        "text_encoder": [] if setup.text_embeddings else text,
-    }
-    return {
-        "config_hash": fingerprint(setup.video_settings()),
-        "network": "generator_ema" if use_ema else "generator",
-        **{f"{name}_hash": "+".join(map(file_hash, paths)) for name, paths in parts.items()},
-    }
-
-
-def file_hash(path: Path) -> str:
-    """A short SHA-256 of a file: of all of it up to 64 MiB, else of its size and 64 samples."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= 64 * MIB:
-            digest.update(file.read())
-        else:
-            for part in range(64):
-                file.seek(part * (size - MIB) // 63)
-                digest.update(file.read(MIB))
-    return digest.hexdigest()[:16]

@@ -4,7 +4,7 @@ A video is a function of its config, weights and seed, and of the list of its ch
 names the block before whose windows it is made.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal, get_args
@@ -87,13 +87,30 @@ class Timeline:
 
     def start(self, block: int) -> int:
         """Number of the first video frame of a block."""
-        frames = 0
-        for scene, after in zip(self.scenes, (*self.scenes[1:], block), strict=True):
-            end = min(after, block)
-            if end > scene:
-                latents = self.layout.start(end) - self.layout.start(scene)
-                frames += self.shape.video_frames(latents)
-        return frames
+        return self.video_frames(self.layout.start(block))
+
+    def video_frames(self, latent_frames: int) -> int:
+        """Video frames of the first `latent_frames` latent frames."""
+        return sum(
+            self.shape.video_frames(min(end or latent_frames, latent_frames) - begin)
+            for begin, end in self._spans()
+            if latent_frames > begin
+        )
+
+    def latent_frames(self, video_frames: int) -> int:
+        """Latent frames needed to hold `video_frames` video frames."""
+        before = 0
+        for begin, end in self._spans():
+            here = None if end is None else self.shape.video_frames(end - begin)
+            if here is None or before + here >= video_frames:
+                return begin + self.shape.latent_frames(video_frames - before)
+            before += here
+        raise AssertionError("the last scene has no end")
+
+    def _spans(self) -> Iterator[tuple[int, int | None]]:
+        """First latent frame of each scene, and of the next one (None: there is none)."""
+        starts = [self.layout.start(scene) for scene in self.scenes]
+        return zip(starts, (*starts[1:], None), strict=True)
 
     def frames(self, block: int) -> int:
         """Video frames of a block."""
@@ -106,10 +123,6 @@ class Timeline:
         while self.start(block) < frame:
             block += 1
         return block
-
-    def latent_frames(self, video_frames: int) -> int:
-        """Latent frames of whole blocks up to the one that holds the last of `video_frames`."""
-        return self.layout.start(self.block_from(video_frames))
 
     def with_scene(self, block: int) -> "Timeline":
         """The same with another scene, that begins at `block`."""

@@ -102,19 +102,17 @@ class Plan:
         return Pass(index, (*clean, self._windowed(window)), stores)
 
     def __iter__(self) -> Iterator[Pass]:
-        index = 0
-        while (found := self.at(index)) is not None:
+        return self.passes()
+
+    def passes(self, start: int = 0) -> Iterator[Pass]:
+        """The passes from number `start` on, in order."""
+        while (found := self.at(start)) is not None:
             yield found
-            index += 1
+            start += 1
 
     def windows(self, start: int = 0) -> Iterator[Window]:
         """The windows from pass `start` on, in order."""
-        for index in count(start):
-            found = self.at(index)
-            if found is None:
-                return
-            if found.window is not None:
-                yield found.window
+        return (found.window for found in self.passes(start) if found.window is not None)
 
     def restarted(self, block: int, *, stored: int, scene: bool = False) -> "Plan":
         """The plan that goes on at `block`, none of whose levels are done.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline import inputs
-from pipeline.changes import Change, Direction, Policy, Timeline
+from pipeline.changes import BRANCH, Change, Direction, Policy, Timeline
 from pipeline.rollout import Rollout
 from utils.errors import UserError
 from utils.video import to_uint8
@@ -318,6 +318,36 @@ class Stream:
         if self._latents is None:
             raise RuntimeError("this stream is closed: open another one")
         return self._latents
+
+
+def directed(
+    stream: Stream, changes: Sequence[Change], text: Callable[[str], Tensor]
+) -> Iterator[Tensor]:
+    """Blocks of a stream, uint8 `[n, H, W, 3]`, with `changes` made where they were recorded.
+
+    `text` gives the embeddings of a prompt. Raises UserError for one whose block has gone by.
+    """
+    waiting = deque(changes)
+    while True:
+        while waiting and waiting[0].block <= stream.next_index:
+            change = waiting.popleft()
+            if change.block < stream.next_index:
+                raise UserError(f"block {change.block} was there before its prompt could change")
+            if change.policy == BRANCH:
+                stream.rebuild()
+                continue
+            prompt = change.prompt
+            stream.set_prompt(
+                prompt,
+                change.policy,
+                change.blend_blocks,
+                seed=change.seed,
+                text=None if prompt is None else text(prompt),
+            )
+        frames = stream.next_block()
+        if frames is None:
+            return
+        yield frames
 
 
 def _extent(values: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from pipeline import inputs
 from pipeline.changes import Direction, Timeline
 from pipeline.memory import memory_report
 from pipeline.prefix import Frames, Prefix, encode_prefix, image_clip, video_clip
+from pipeline.records import ModelSource, model_settings
 from pipeline.sampling import BlockNoise
 from pipeline.schedule import BlockLayout
 from pipeline.setup import Setup
 from pipeline.stream import NOT_FINITE, LatentStream, PrefixFrames, Stream
 from pipeline.text import TextSource
-from utils.config import Config, check_config, load_config
+from utils.config import Config, check_config, fingerprint, load_config
 from utils.devices import choose_device, choose_dtype
 from utils.embeddings import pad_batch
 from utils.errors import UserError
@@ -90,7 +91,9 @@ def load_generator(
     dit.attention_backend = backend
     if machine.compile:
         dit.compile_blocks()
-    return VideoPipeline(setup, dit)
+    return VideoPipeline(
+        setup, dit, source=ModelSource(None if checkpoint is None else source, use_ema)
+    )
 
 
 class VideoPipeline:
@@ -106,8 +109,11 @@ class VideoPipeline:
         *,
         vae: WanVAE | None = None,
         text: TextSource | None = None,
+        source: ModelSource | None = None,
     ) -> None:
         """`vae` and the text encoder are loaded from the setup's folder when needed, unless given.
+
+        `source`: where the generator is from, None for weights that are in no file.
 
         Raises UserError for a VAE of other strides than the setup's.
         """
@@ -118,6 +124,7 @@ class VideoPipeline:
             )
         self.setup = setup
         self.dit = dit
+        self.source = source
         self._vae = vae
         self._text = text or TextSource(
             setup,
@@ -163,6 +170,14 @@ class VideoPipeline:
                 sampled = value.flatten()[::step].double().sum().cpu()
                 digest.update(f"{name} {value.dtype} {list(value.shape)} {sampled}".encode())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def model_settings(self) -> dict[str, str]:
+        """What all its videos depend on (see the function); of weights in no file their name."""
+        if self.source is None:
+            settings = fingerprint(self.setup.video_settings())
+            return {"config_hash": settings, "weights_hash": self.weights_name}
+        return model_settings(self.setup, self.source.checkpoint, use_ema=self.source.use_ema)
 
     # --- whole videos ---------------------------------------------------------------------------
 

@@ -447,7 +447,7 @@ def find_shipped(args: argparse.Namespace, key: str) -> Path | None:
 
 def student_training(args: argparse.Namespace, key: str) -> tuple[Training, Path]:
     """A training and its weights; UserError if it has no end, or there is nothing to start from."""
-    from pipeline.batch import file_hash
+    from pipeline.records import file_hash
 
     path = args.configs / f"{key}.yaml"
     if load_config(path, args.overrides).max_steps is None:

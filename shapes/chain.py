@@ -529,7 +529,7 @@ def go_back(chain: Chain, record: Record, name: str) -> None:
 
 def check_shipped(chain: Chain) -> dict[str, str]:
     """Hashes of the weights that `--quick` builds on; UserError unless they are there."""
-    from pipeline.batch import file_hash, network_files
+    from pipeline.records import file_hash, network_files
     from wan.folders import ModelFolder
 
     config = load_config(chain.config("rolling_forcing"), [f"model_root={chain.models}"])

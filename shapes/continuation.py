@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from pipeline import load_pipeline
-    from pipeline.batch import model_settings
+    from pipeline.records import model_settings
 
     pipe = load_pipeline(config, checkpoint, args.device, use_ema=args.use_ema)
     given = pipe.shape.video_frames(pipe.layout.start(args.blocks))

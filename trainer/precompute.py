@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from pipeline.batch import file_hash
+from pipeline.records import file_hash
 from utils.config import Config, fingerprint, save_config
 from utils.datasets import UNLIMITED, Dataset, open_dataset
 from utils.distributed import Ranks

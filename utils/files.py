@@ -193,6 +193,16 @@ def check_folder(folder: str | Path, path: str | Path | None = None) -> None:
         raise cannot_write(path, error) from error
 
 
+def require_space(folder: str | Path, size: int, what: str) -> None:
+    """UserError, beginning with `what`, unless `size` bytes fit where `folder` is or will be."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise UserError(f"{what}, and only {free / 2**20:.0f} MiB are free at {place}; make room")
+
+
 @contextmanager
 def told(path: str | Path) -> Iterator[None]:
     """Turn a failed write to `path` (or beside it, or in it) into one sentence, a UserError."""

@@ -5,7 +5,7 @@ there is no interpolation.
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,10 @@ class _Mistake(yaml.MarkedYAMLError):
         super().__init__(problem=problem, problem_mark=node.start_mark)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, rewrite: Callable[[str], str] | None = None) -> dict[str, Any]:
     """The `key: value` lines of a file; nothing in it is none of them.
+
+    `rewrite` makes YAML of a file's own form, line by line.
 
     Raises:
         UserError: the file cannot be read, is no YAML, or holds something else.
@@ -99,6 +101,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    text = rewrite(text) if rewrite else text
     values = _parse(text, f"{path} is not readable as YAML", lines=True)
     if values is None:
         return {}

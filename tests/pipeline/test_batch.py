@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.batch import model_settings
+from pipeline.records import model_settings
 from pipeline.setup import Setup
 from tests.conftest import TinyWorld
 from tests.tiny_models import write_tiny_vae
