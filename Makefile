@@ -6,7 +6,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Threads that wait without spinning: many times faster where cores are shared.
 export OMP_WAIT_POLICY := passive
 
+<<<<<<< HEAD
 .PHONY: venv demo app test test-slow test-long test-all lint docs clean
+=======
+.PHONY: venv demo app test test-slow test-long test-app test-app-long test-all lint docs clean
+>>>>>>> page
 
 venv: $(VENV)/.ready
 
@@ -32,14 +36,27 @@ demo: $(VENV)/.runtime  ## stream videos of the shapes world with the weights th
 	@$(BIN)/python inference.py --overwrite
 
 test: venv  ## the fast tests
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not long and not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not long and not gpu and not browser"
 
 # in the order of the tree, in which the longest file comes early
 test-slow: venv  ## the tests of more than a few seconds
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow and not long and not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow and not long and not gpu and not browser"
 
 test-long: venv  ## long trials, by hand before a release
-	$(BIN)/python -m pytest -n auto -m "long and not gpu"
+	$(BIN)/python -m pytest -n auto -m "long and not gpu and not browser"
+
+test-app: $(VENV)/.browser  ## the live page in a real browser
+	$(BIN)/python -m pytest tests/server -m "browser and not long"
+
+test-app-long: $(VENV)/.browser  ## its trials of minutes
+	$(BIN)/python -m pytest tests/server -m "browser and long"
+
+$(VENV)/.browser: $(VENV)/.ready requirements-browser.txt requirements-app.txt
+	$(PIP) -c constraints.txt -r requirements-browser.txt
+	@command -v chromium > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+		&& apt-get -qq update && apt-get -qq install --no-install-recommends -y chromium; } \
+		|| { echo "make test-app needs the browser chromium: sudo apt-get install chromium" >&2; exit 1; }
+	touch $@
 
 test-all: test test-slow
 

@@ -1,0 +1,508 @@
+/** The page: connects forms, socket, player, timeline and numbers. */
+
+import { makeComposer } from "./composer.js";
+import { byId, element, size, wholeNumber } from "./dom.js";
+import { drawPrompts } from "./history.js";
+import { makePlayer, playableFormat } from "./player.js";
+import { makePolicies } from "./policies.js";
+import { Connection, socketUrl } from "./protocol.js";
+import { drawView } from "./strip.js";
+import { pointBefore, TimelineView } from "./timeline.js";
+
+/**
+ * @typedef {object} Session  what is known of the session on this page
+ * @property {string} id
+ * @property {number} seed
+ * @property {number} fps
+ */
+
+/** @typedef {"idle" | "starting" | "live" | "paused" | "ended" | "replaced"} Phase */
+
+const TICK = 100;
+/** Milliseconds without media before the page speaks of waiting, and for which it then does. */
+const WAITING_AFTER = 300;
+const WAITING_FOR = 4000;
+const STORED = "rolling-forcing-live";
+
+class Page {
+  /** @param {object} config  of `GET v1/config` */
+  constructor(config) {
+    this.config = config;
+    /** @type {Phase} */
+    this.phase = "idle";
+    /** @type {Session | null} */
+    this.session = null;
+    this.online = true;
+    this.stats = {};
+    /** @type {Record<string, number>} moment on screen when each change was asked for, by its id */
+    this.asked = {};
+    /** @type {Map<string, {prompt: string | null, policy: string, asked: number}>} */
+    this.pending = new Map();
+    this.floor = 0;
+    this.clicked = 0;
+    this.waitingSince = 0;
+    this.waitedAt = -Infinity;
+    this.told = "";
+    this.#build();
+    this.#listen();
+    this.#describe();
+    setInterval(() => this.#tick(), TICK);
+    this.#takeUp();
+  }
+
+  // -- what is on the page
+
+  #build() {
+    const { config } = this;
+    this.box = makeComposer(byId("composer"), config);
+    const blend = [byId("blend"), byId("blend-words")];
+    this.choice = makePolicies(byId("policies"), ...blend, config);
+    this.timeline = new TimelineView(byId("timeline"), (seconds) => this.#offerBranch(seconds));
+    this.player = makePlayer(
+      { video: byId("video"), frames: byId("frames"), still: byId("still") },
+      {
+        first: () => this.#firstFrame(),
+        broken: () => this.#sendAgain(),
+        blocked: (blocked) => (byId("unblock").hidden = !blocked),
+      },
+    );
+    this.connection = new Connection(socketUrl(document.baseURI, playableFormat()), {
+      message: (message) => this.#receive(message),
+      binary: (bytes) => this.player.push(bytes),
+      online: (online) => (this.online = online),
+      seconds: () => Math.max(this.floor, this.player.seconds),
+    });
+  }
+
+  #describe() {
+    const { title, model, width, height, fps, methods, sinks, max_seconds: longest } = this.config;
+    if (title) document.title = byId("title").textContent = title;
+    byId("model").textContent = [model, `${width}×${height}`, `${fps} frames/s`].filter(Boolean).join(" · ");
+    const stage = byId("stage");
+    stage.style.setProperty("--ratio", String(width / height));
+    document.documentElement.style.setProperty("--stage-ratio", String(width / height));
+    stage.classList.toggle("tiny", height <= 160);
+    fillChoice(byId("method"), byId("method-field"), methods ?? []);
+    fillChoice(byId("sink"), byId("sink-field"), sinks ?? []);
+    if (longest) {
+      byId("seconds").max = String(longest);
+      document.querySelector('[name="length"][value="endless"]').parentElement.append(` (${longest} s at most)`);
+    }
+  }
+
+  #listen() {
+    byId("form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      if (this.phase === "live" || this.phase === "paused") this.change();
+      else this.start();
+    });
+    byId("again").addEventListener("click", () => this.start());
+    byId("pause").addEventListener("click", () => (this.phase === "paused" ? this.resume() : this.pause()));
+    byId("stop").addEventListener("click", () => this.stop());
+    byId("copy").addEventListener("click", () => this.#copy());
+    byId("unblock").addEventListener("click", () => this.player.play());
+    byId("alert-close").addEventListener("click", () => this.#alert(""));
+    byId("seconds").addEventListener("input", () => {
+      document.querySelector('[name="length"][value="seconds"]').checked = true;
+    });
+    byId("branch").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.branch();
+    });
+    byId("branch-cancel").addEventListener("click", () => this.#closeBranch());
+    byId("branch").addEventListener("keydown", (event) => event.key === "Escape" && this.#closeBranch());
+    document.addEventListener("visibilitychange", () => this.#visibility());
+    addEventListener("resize", () => this.timeline.draw());
+  }
+
+  // -- what a viewer does
+
+  /** Start a new video with what the form says. */
+  start() {
+    const seconds = document.querySelector('[name="length"]:checked').value === "seconds";
+    const request = { prompt: this.box.prompt, format: playableFormat() };
+    request.seconds = seconds ? Number(byId("seconds").value) : null;
+    const seed = wholeNumber(byId("seed"));
+    if (seed !== null) request.seed = seed;
+    if (!byId("method-field").hidden) request.method = byId("method").value;
+    if (!byId("sink-field").hidden) request.sink = Number(byId("sink").value);
+    this.#alert("");
+    if (this.phase === "live" || this.phase === "paused") this.connection.sendNow("session.stop", {});
+    this.connection.renew();
+    this.clicked = performance.now();
+    this.session = null;
+    this.#setPhase("starting");
+    this.connection.send("session.start", request);
+  }
+
+  /** Change the prompt (or the seed) of the video that is being made. */
+  change() {
+    const id = `c${Date.now().toString(36)}${Math.random().toString(36).slice(2, 6)}`;
+    const request = { id, prompt: this.box.prompt, ...this.choice() };
+    const seed = wholeNumber(byId("new-seed"));
+    if (seed !== null) request.seed = seed;
+    this.#alert("");
+    this.asked[id] = this.player.seconds;
+    this.pending.set(id, { prompt: request.prompt, policy: request.policy, asked: this.asked[id] });
+    this.connection.send("session.prompt_update", request);
+    this.#store();
+    this.#drawPrompts();
+  }
+
+  /** Hold the picture and the making of it. */
+  pause() {
+    this.connection.send("session.pause");
+    this.#paused();
+  }
+
+  /** Go on. */
+  resume() {
+    this.connection.send("session.resume");
+    this.#resumed();
+  }
+
+  /** End the video; what is made is played to its end. */
+  stop() {
+    this.connection.send("session.stop");
+    this.player.play();
+  }
+
+  /** Go on from the chosen moment of the past, another way. */
+  branch() {
+    const request = { snapshot: this.chosen.id };
+    if (byId("branch-prompt").checked) request.prompt = this.box.prompt;
+    const seed = wholeNumber(byId("branch-seed"));
+    if (seed !== null) request.seed = seed;
+    this.#closeBranch();
+    this.clicked = performance.now();
+    this.connection.send("session.branch", request);
+  }
+
+  // -- what the server says
+
+  #receive(message) {
+    const handlers = {
+      "session.started": (m) => this.#started(m),
+      "video.start": (m) => this.#begin(m),
+      "session.prompt_update.applied": (m) => this.#applied(m),
+      "session.prompt_update.superseded": (m) => this.#superseded(m),
+      "snapshot.available": (m) => this.timeline.addPoint(m),
+      "snapshot.dropped": (m) => this.timeline.dropPoint(m.id),
+      thumbnail: (m) => this.timeline.addThumbnail(m),
+      stats: (m) => this.#counted(m),
+      "session.paused": () => this.#paused(),
+      "session.resumed": () => this.#resumed(),
+      "session.replaced": () => this.#replaced(),
+      "session.stopped": (m) => this.#stopped(m),
+      error: (m) => this.#failed(m),
+    };
+    handlers[message.type]?.(message);
+  }
+
+  #started(message) {
+    const { id, seed, prompt, fps, state } = message;
+    this.session = { id, seed, fps };
+    this.connection.session = id;
+    this.pending.clear();
+    this.timeline.reset();
+    this.timeline.addChange({ id: "", prompt, policy: null, asked: null, first: 0, whole: 0 });
+    if (state === "paused") this.#paused();
+    else this.#resumed();
+    this.#offerFiles(message.replay);
+    this.#store();
+    this.#drawPrompts();
+    if (document.hidden) this.#visibility();
+    byId("n-seed").textContent = seed;
+  }
+
+  #applied({ id, block, prompt, policy, seed, seconds, whole_from_seconds: whole = null }) {
+    const asked = this.asked[id] ?? null;
+    this.pending.delete(id);
+    const said = prompt ?? this.timeline.changes.at(-1).prompt;
+    const key = id ?? `block-${block}`;
+    this.timeline.addChange({ id: key, prompt: said, policy, seed, asked, first: seconds, whole });
+    this.#drawPrompts();
+  }
+
+  #paused() {
+    this.player.pause();
+    this.#setPhase("paused");
+  }
+
+  #resumed() {
+    this.player.play();
+    this.#setPhase("live");
+  }
+
+  #superseded({ id }) {
+    this.pending.delete(id);
+    this.#drawPrompts();
+    this.#note("A change was replaced by a later one before it was heard.");
+  }
+
+  #counted(stats) {
+    this.stats = stats;
+    const { fps, lead, block, frames, memory_bytes: memory, view } = stats;
+    if (frames && this.session) this.timeline.made = frames / this.session.fps;
+    byId("n-fps").textContent = fps ? fps.toFixed(fps < 10 ? 1 : 0) : "–";
+    byId("n-lead").textContent = lead == null ? "–" : `${lead.toFixed(1)} s`;
+    byId("n-block").textContent = block ?? "–";
+    byId("n-memory").textContent = memory ? size(memory) : "–";
+    if (view?.window) drawView(byId("view"), view);
+  }
+
+  #replaced() {
+    this.connection.release();
+    this.player.pause();
+    this.#setPhase("replaced");
+  }
+
+  #stopped({ reason, frames, replay }) {
+    this.connection.release();
+    this.player.finish();
+    this.player.play();
+    this.reason = reason;
+    this.frames = frames;
+    this.pending.clear();
+    this.#setPhase("ended");
+    this.#offerFiles(replay);
+    this.#drawPrompts();
+  }
+
+  #failed({ code, message, id }) {
+    this.pending.delete(id);
+    this.#drawPrompts();
+    this.#alert(sentence(message ?? code));
+    if (code === "unknown_session") this.#forget();
+    else if (this.phase === "starting") this.#setPhase("idle");
+  }
+
+  // -- the picture
+
+  #begin(info) {
+    this.floor = info.from_seconds;
+    this.player.begin(info);
+  }
+
+  #firstFrame() {
+    byId("welcome").hidden = true;
+    if (!this.clicked) return;
+    this.firstFrame = (performance.now() - this.clicked) / 1000;
+    this.clicked = 0;
+    byId("n-first").textContent = `${this.firstFrame.toFixed(2)} s`;
+  }
+
+  /** The player cannot go on with what it has: ask for the video again, from here. */
+  #sendAgain() {
+    if (this.session && this.phase !== "replaced") this.connection.attach(this.session.id);
+  }
+
+  #visibility() {
+    this.connection.sendNow("hidden", { hidden: document.hidden });
+    if (document.hidden) this.player.pause();
+    else if (this.phase === "live" || this.phase === "ended") this.player.play();
+  }
+
+  #tick() {
+    this.player.tick();
+    this.connection.watch();
+    const seconds = Math.max(this.floor, this.player.seconds);
+    if (this.session && this.phase !== "replaced") {
+      if (Math.floor(seconds) !== Math.floor(this.floor)) this.#store();
+      this.floor = seconds;
+      if (this.phase !== "ended") this.connection.sendNow("playhead", { seconds });
+      this.timeline.played = seconds;
+      this.timeline.made = Math.max(this.timeline.made, seconds);
+      this.timeline.draw();
+    }
+    this.#sayState();
+  }
+
+  // -- words
+
+  /** One sentence on what goes on; said again only when it is another one. */
+  #sayState() {
+    const now = performance.now();
+    const waits = this.phase === "live" && this.player.state === "waiting" && !document.hidden;
+    this.waitingSince = waits ? this.waitingSince || now : 0;
+    if (waits && now - this.waitingSince > WAITING_AFTER) this.waitedAt = now;
+    const key = this.#stateKey(now);
+    document.body.dataset.state = key;
+    if (key === this.told) return;
+    this.told = key;
+    const fps = this.session?.fps ?? this.config.fps;
+    const rate = this.stats.fps ? ` makes ${this.stats.fps.toFixed(1)} frames/s, the video plays ${fps}` : " is slower than the video";
+    byId("state").textContent = {
+      idle: "Ready.",
+      starting: "Starting…",
+      loading: "The first picture is on its way…",
+      playing: "Playing.",
+      waiting: `Waiting for the model: it${rate}. It goes on by itself.`,
+      paused: "Paused.",
+      offline: "The connection is lost. Trying again; the video goes on from here.",
+      replaced: "This video was taken over by another window.",
+      ending: "The video is complete; playing to its end.",
+      ended: `The end, after ${this.timeline.made.toFixed(1)} s${reasonWords(this.reason)}.`,
+    }[key];
+  }
+
+  #stateKey(now) {
+    if (!this.online && this.phase !== "ended") return "offline";
+    if (this.phase === "ended") return this.player.state === "ended" ? "ended" : "ending";
+    if (this.phase !== "live") return this.phase;
+    if (this.player.state === "loading") return "loading";
+    return now - this.waitedAt < WAITING_FOR ? "waiting" : "playing";
+  }
+
+  /** @param {Phase} phase */
+  #setPhase(phase) {
+    this.phase = phase;
+    const changes = phase === "live" || phase === "paused";
+    byId("form-title").textContent = changes ? "Change it" : "What to show";
+    byId("start-options").hidden = changes;
+    byId("change-options").hidden = !changes;
+    byId("submit").textContent = changes ? "Change" : phase === "replaced" ? "Start a new one" : "Start";
+    byId("submit").disabled = phase === "starting";
+    byId("again").hidden = !changes;
+    byId("pause").disabled = byId("stop").disabled = !changes;
+    byId("pause").textContent = phase === "paused" ? "Go on" : "Pause";
+    if (phase !== "idle") byId("welcome").hidden = true;
+    this.#sayState();
+  }
+
+  #drawPrompts() {
+    drawPrompts(byId("prompts"), this.timeline.changes, [...this.pending.values()]);
+  }
+
+  /** @param {string} text  a sentence; empty: none */
+  #alert(text) {
+    byId("alert").hidden = !text;
+    byId("alert").classList.remove("note");
+    byId("alert-text").textContent = text;
+  }
+
+  #note(text) {
+    this.#alert(text);
+    byId("alert").classList.add("note");
+  }
+
+  // -- going back
+
+  #offerBranch(seconds) {
+    this.chosen = pointBefore(this.timeline.points, seconds);
+    const words = this.chosen
+      ? `Go back to ${this.chosen.seconds.toFixed(1)} s, the branch point at or before ${seconds.toFixed(1)} s, and go on from there?`
+      : "No branch point at or before this moment is kept; choose a later one.";
+    byId("branch-words").textContent = words;
+    if (this.chosen) this.timeline.setCursor(this.chosen.seconds);
+    byId("branch-go").hidden = !this.chosen;
+    byId("branch").hidden = false;
+    byId(this.chosen ? "branch-go" : "branch-cancel").focus();
+  }
+
+  #closeBranch() {
+    byId("branch").hidden = true;
+    this.timeline.setCursor(null);
+    this.timeline.track.focus();
+  }
+
+  // -- files, and the session of a page that is loaded again
+
+  #offerFiles(replay) {
+    const { id } = this.session;
+    for (const name of ["mp4", "json"]) {
+      const link = byId(name);
+      link.href = `v1/sessions/${encodeURIComponent(id)}/video.${name}`;
+      link.download = `${id}.${name}`;
+      link.removeAttribute("aria-disabled");
+    }
+    byId("replay").textContent = replay || `python inference.py --replay ${id}.json`;
+    byId("replay").hidden = false;
+    byId("copy").disabled = false;
+  }
+
+  async #copy() {
+    const button = byId("copy");
+    const copied = await copyText(byId("replay"));
+    button.textContent = copied ? "Copied" : "Select the line below and copy it";
+    setTimeout(() => (button.textContent = "Copy the replay command"), 2000);
+  }
+
+  #store() {
+    const stored = { id: this.session?.id, asked: this.asked, floor: this.floor };
+    sessionStorage.setItem(STORED, JSON.stringify(stored));
+  }
+
+  /** A page that is loaded again goes on with its session. */
+  #takeUp() {
+    const { id, asked, floor } = JSON.parse(sessionStorage.getItem(STORED) ?? "{}");
+    if (!id) return;
+    this.asked = asked ?? {};
+    this.floor = floor ?? 0;
+    this.#setPhase("starting");
+    this.connection.attach(id);
+  }
+
+  #forget() {
+    this.connection.release();
+    sessionStorage.removeItem(STORED);
+    this.#setPhase("idle");
+  }
+}
+
+function reasonWords(reason) {
+  const words = {
+    stopped: ", as you asked",
+    disk_full: ": the server's disk is full",
+    idle: ": nobody was watching",
+    room: ": it gave way to another one",
+    shutdown: ": the server was shut down",
+  };
+  return words[reason] ?? "";
+}
+
+/** What the server says, with a capital at its beginning and a stop at its end. */
+function sentence(text) {
+  const whole = text[0].toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(whole) ? whole : `${whole}.`;
+}
+
+/** Offer a choice where there is one. */
+function fillChoice(select, field, values) {
+  field.hidden = values.length < 2;
+  select.append(...values.map((value) => element("option", "", { value: String(value) }, String(value))));
+}
+
+/** To the clipboard, also where a page without TLS may not use it directly. */
+async function copyText(source) {
+  if (navigator.clipboard) {
+    return navigator.clipboard.writeText(source.textContent).then(() => true, () => false);
+  }
+  getSelection().selectAllChildren(source);
+  return document.execCommand("copy");
+}
+
+/** The token of the address is a cookie by now; it need not be seen, or copied with the address. */
+function hideToken() {
+  const url = new URL(location.href);
+  if (!url.searchParams.has("token")) return;
+  url.searchParams.delete("token");
+  history.replaceState(null, "", url);
+}
+
+async function begin() {
+  hideToken();
+  let config;
+  try {
+    const answer = await fetch(new URL("v1/config", document.baseURI));
+    if (!answer.ok) throw new Error(`it answered ${answer.status}`);
+    config = await answer.json();
+  } catch (error) {
+    byId("alert").hidden = false;
+    byId("alert-text").textContent = `The server cannot be reached (${error.message}). Load the page again once it runs.`;
+    return;
+  }
+  new Page(config);
+}
+
+begin();

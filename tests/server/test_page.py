@@ -1,0 +1,330 @@
+"""The page in a real browser, with the model that ships: what a viewer sees, and when."""
+
+import json
+import urllib.request
+
+import pytest
+
+from tests.server.browser import (
+    CHROMIUM,
+    FLAGS,
+    GRAY,
+    GREEN,
+    NAVY,
+    RED,
+    LiveServer,
+    Screen,
+)
+
+pytestmark = pytest.mark.browser
+
+LEAD = 1.5  # seconds, the server's default
+BLOCK = 0.75
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    return LiveServer(tmp_path_factory.mktemp("live"))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(server, chromium):
+    """Open the page in a context of its own; no page may complain on the console."""
+    screens, contexts = [], []
+
+    def open_page(url=server.url, **settings) -> Screen:
+        contexts.append(chromium.new_context(viewport={"width": 1280, "height": 800}) if not settings
+                        else chromium.new_context(**settings))
+        screens.append(Screen(contexts[-1].new_page(), url))
+        return screens[-1]
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    server.engine.delay = 0.0
+    assert [error for screen in screens for error in screen.errors] == []
+
+
+def test_first_frame_comes_at_once_and_the_clock_runs_while_it_is_made(open_page):
+    screen = open_page()
+    screen.start(colour="red", background="a gray background")
+    first = float(screen.page.inner_text("#n-first").removesuffix(" s"))
+    assert first < 2.0
+    assert screen.share(GRAY) > 0.6
+    assert screen.share(RED) > 0.03
+    before = screen.seconds
+    screen.until(lambda: screen.seconds > before + 1, 3)
+    assert screen.page.is_enabled("#stop")  # it is still being made
+    assert screen.page.inner_text("#state") == "Playing."
+    assert screen.buffered[1] - screen.seconds < LEAD + 2 * BLOCK
+
+
+@pytest.mark.parametrize("policy", ["cut", "renoise"])
+def test_a_hard_change_is_on_screen_within_the_lead(open_page, policy):
+    """Generation that runs ahead of what is played would show a change late."""
+    screen = open_page()
+    screen.start(background="a gray background")
+    screen.until(lambda: screen.seconds > 1, 5)
+    screen.change(policy, colour="green", background="a navy background")
+    took = screen.until(lambda: screen.share(NAVY) > 0.6 and screen.share(GRAY) < 0.05, 10)
+    assert took < LEAD + 1.5
+    screen.until(lambda: screen.share(GREEN) > 0.02, 5)
+
+
+@pytest.mark.parametrize(("policy", "blend"), [("keep", 0), ("recache", 2)])
+def test_a_soft_change_is_heard_within_a_block(open_page, policy, blend):
+    screen = open_page()
+    screen.start(background="a gray background")
+    screen.until(lambda: screen.seconds > 1, 5)
+    screen.page.evaluate(
+        "(blend) => { const e = document.getElementById('blend'); e.value = blend;"
+        "e.dispatchEvent(new Event('input')); }",
+        blend,
+    )
+    asked = screen.seconds
+    screen.change(policy, background="a navy background")
+    took = screen.until(lambda: len(screen.texts("#prompts li")) == 2
+                        and "first heard at" in screen.texts("#prompts li")[1], 10)
+    assert took < LEAD + BLOCK
+    marks = screen.page.locator(".marks i").evaluate_all("(all) => all.map((m) => m.title)")
+    words = [title.rpartition(" ")[0] for title in marks]
+    assert words == ["asked at", "first heard at", "nothing else heard from"]
+    at = [_seconds(title.rpartition(" ")[2]) for title in marks]
+    assert asked <= at[0] + 0.1 < at[1] + 0.1 < at[2]
+    assert at[1] - at[0] < LEAD + 2 * BLOCK
+
+
+def test_a_slow_model_is_waited_for_and_playback_goes_on(open_page, server):
+    """Players of others froze for ever when generation was slower than real time."""
+    screen = open_page()
+    screen.start()
+    server.engine.delay = 3 * BLOCK
+    screen.wait_state("waiting")
+    assert "goes on by itself" in screen.page.inner_text("#state")
+    before = screen.seconds
+    screen.until(lambda: screen.seconds > before + BLOCK, 10)  # it plays what comes
+    server.engine.delay = 0.0
+    screen.wait_state("playing", timeout=15)
+    before = screen.seconds
+    screen.until(lambda: screen.seconds > before + 2, 4)
+
+
+@pytest.mark.long
+def test_a_model_that_is_slow_for_long_is_waited_for(open_page, server):
+    screen = open_page()
+    screen.start()
+    server.engine.delay = 3 * BLOCK
+    screen.wait_state("waiting")
+    screen.page.wait_for_timeout(20_000)
+    server.engine.delay = 0.0
+    screen.wait_state("playing", timeout=15)
+    before = screen.seconds
+    screen.until(lambda: screen.seconds > before + 5, 7)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("policy", ["cut", "renoise"])
+def test_a_hard_change_after_a_minute_is_on_screen_as_soon(open_page, policy):
+    screen = open_page()
+    screen.start(background="a gray background")
+    screen.until(lambda: screen.seconds > 60, 70, step=1)
+    begin, _ = screen.buffered
+    assert screen.seconds - begin < 40  # media that was played is dropped
+    screen.change(policy, background="a navy background")
+    took = screen.until(lambda: screen.share(NAVY) > 0.6 and screen.share(GRAY) < 0.05, 10)
+    assert took < LEAD + 1.5
+
+
+def test_pause_go_on_and_stop(open_page, server):
+    screen = open_page()
+    screen.start()
+    screen.page.click("#pause")
+    screen.wait_state("paused")
+    held = screen.seconds
+    made = _frames(screen)
+    screen.page.wait_for_timeout(1000)
+    assert screen.seconds == held
+    assert _frames(screen) <= made + 24
+    screen.page.click("#pause")
+    screen.until(lambda: screen.seconds > held + 0.5, 3)
+    screen.page.click("#stop")
+    screen.wait_state("ended")
+    assert "as you asked" in screen.page.inner_text("#state")
+    assert screen.page.inner_text("#submit") == "Start"
+    record = json.load(_get(screen, "#json"))
+    assert record["seed"] == 3
+    assert _get(screen, "#mp4").read(8)[4:] == b"ftyp"
+    assert "inference.py --replay" in screen.page.inner_text("#replay")
+
+
+def test_a_video_of_some_seconds_plays_to_its_end(open_page):
+    screen = open_page()
+    screen.start(seconds=2)
+    screen.wait_state("ended")
+    assert screen.page.inner_text("#state").startswith("The end, after 2.")
+    screen.page.click("#submit")  # and another one may follow
+    screen.wait_state("playing")
+
+
+def test_a_past_moment_branches(open_page):
+    """By the keyboard alone: to a branch point, into the form, and back to the video."""
+    screen = open_page()
+    screen.start(background="a gray background")
+    screen.until(lambda: screen.seconds > 2.5, 5)
+    track = screen.page.locator("#timeline .track")
+    track.focus()
+    for _ in range(3):
+        track.press("ArrowLeft")
+    chosen = float(track.get_attribute("aria-valuenow"))
+    track.press("Enter")
+    assert screen.page.evaluate("document.activeElement.id") == "branch-go"
+    screen.page.keyboard.press("Escape")
+    assert screen.page.is_hidden("#branch")
+    screen.say(background="a navy background")
+    track.press("Home")
+    for _ in range(1):
+        track.press("ArrowRight")
+    chosen = float(track.get_attribute("aria-valuenow"))
+    track.press("Enter")
+    screen.page.check("#branch-prompt")
+    screen.page.click("#branch-go")
+    screen.until(lambda: screen.share(NAVY) > 0.6, 10)
+    assert screen.buffered[0] <= chosen + 0.1
+    assert len(screen.texts("#prompts li")) >= 2
+    assert screen.texts("#prompts li")[0].startswith("1")
+
+
+def test_a_click_on_the_timeline_asks_before_it_branches(open_page):
+    screen = open_page()
+    screen.start()
+    screen.until(lambda: screen.seconds > 2, 5)
+    screen.page.click("#timeline .track", position={"x": 120, "y": 60})
+    assert "go on from there" in screen.page.inner_text("#branch-words")
+    before = screen.seconds
+    screen.page.click("#branch-cancel")
+    screen.until(lambda: screen.seconds > before + 0.5, 3)  # nothing was lost
+
+
+def test_a_page_that_is_loaded_again_goes_on_with_its_video(open_page):
+    screen = open_page()
+    screen.start(background="a gray background")
+    screen.until(lambda: screen.seconds > 1, 5)
+    screen.change("cut", background="a navy background")
+    screen.until(lambda: screen.share(NAVY) > 0.6, 10)
+    before, name = screen.seconds, screen.page.get_attribute("#mp4", "download")
+    screen.page.reload()
+    screen.wait_state("playing")
+    assert screen.page.get_attribute("#mp4", "download") == name
+    screen.until(lambda: screen.seconds > before + 0.5, 5)
+    assert screen.share(NAVY) > 0.6
+    times = screen.texts("#prompts li")
+    assert len(times) == 2
+    assert "asked at" in times[1]
+
+
+def test_a_lost_socket_is_replaced(open_page):
+    """The socket is killed as a dying network does it; the page attaches again by itself."""
+    screen = open_page()
+    sockets = """() => { window.sockets = []; const Plain = WebSocket;
+        window.WebSocket = class extends Plain {
+            constructor(...all) { super(...all); window.sockets.push(this); } }; }"""
+    screen.page.add_init_script(f"({sockets})()")
+    screen.page.reload()
+    screen.page.wait_for_selector("#composer > *")
+    screen.start()
+    screen.until(lambda: screen.seconds > 1, 5)
+    screen.page.evaluate("window.sockets.at(-1).close()")
+    screen.wait_state("offline")
+    screen.wait_state("playing")
+    before = screen.seconds
+    screen.until(lambda: screen.seconds > before + 1, 3)
+
+
+def test_two_pages_at_once_and_one_dies(open_page, server):
+    one, other = open_page(), open_page()
+    one.start(background="a gray background")
+    other.start(background="a navy background")
+    assert one.share(GRAY) > 0.6
+    assert other.share(NAVY) > 0.6
+    other.page.context.close()  # a tab that is gone, without a word
+    before = one.seconds
+    one.until(lambda: one.seconds > before + 1, 3)
+    one.page.click("#stop")
+    one.wait_state("ended")
+    one.page.context.close()
+    one.until = Screen.until  # the page is gone; only the server is looked at
+
+
+def test_a_video_that_another_window_takes_over(open_page):
+    screen = open_page()
+    screen.start()
+    second = screen.page.context.new_page()
+    stored = screen.page.evaluate("sessionStorage.getItem('rolling-forcing-live')")
+    second.add_init_script(f"sessionStorage.setItem('rolling-forcing-live', {json.dumps(stored)})")
+    second.goto(screen.page.url)
+    second.wait_for_selector("body[data-state=playing]")
+    screen.wait_state("replaced")
+    assert "another window" in screen.page.inner_text("#state")
+
+
+def test_phone_and_dark(open_page):
+    phone = open_page(
+        viewport={"width": 360, "height": 740}, color_scheme="dark", reduced_motion="reduce"
+    )
+    assert phone.overflow() == 0
+    phone.start()
+    phone.change("keep", colour="green")
+    phone.page.click("#timeline .track", position={"x": 5, "y": 60})
+    assert phone.overflow() == 0
+    back = phone.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert sum(int(part) for part in back[4:-1].split(",")) < 150
+
+
+def test_errors_are_sentences(open_page):
+    screen = open_page()
+    screen.page.fill("#seconds", "-3")
+    screen.page.click("#submit")
+    screen.page.wait_for_selector("#alert:not([hidden])")
+    text = screen.page.inner_text("#alert-text")
+    assert text[0].isupper()
+    assert text.endswith(".")
+    screen.page.click("#alert-close")
+    assert screen.page.is_hidden("#alert")
+    screen.page.fill("#seconds", "2")
+    screen.page.click("#submit")
+    screen.wait_state("playing")
+
+
+def test_a_browser_without_media_sources_gets_pictures(open_page):
+    screen = open_page()
+    screen.page.add_init_script("delete window.MediaSource; delete window.ManagedMediaSource")
+    screen.page.reload()
+    screen.page.wait_for_selector("#composer > *")
+    screen.start(background="a gray background")
+    assert screen.page.is_visible("#frames")
+    assert screen.share(GRAY) > 0.6
+    screen.change("cut", background="a navy background")
+    screen.until(lambda: screen.share(NAVY) > 0.6, LEAD + 2)
+
+
+def _frames(screen: Screen) -> int:
+    return int(screen.page.inner_text("#n-block"))
+
+
+def _seconds(clock: str) -> float:
+    minutes, seconds = clock.split(":")
+    return 60 * int(minutes) + float(seconds)
+
+
+def _get(screen: Screen, link: str):
+    return urllib.request.urlopen(screen.page.evaluate(f"document.querySelector('{link}').href"))
