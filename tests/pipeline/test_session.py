@@ -122,7 +122,7 @@ def test_a_copy_of_another_model_or_without_room_is_refused(
     steps(session, 1)
     session.save(tmp_path / "copy")
     for overrides, word in (
-        (["height=64"], "cache of"),
+        (["height=64"], "block 1 of this state is"),
         (["denoising_step_list=[1000,500]"], "levels"),
     ):
         other = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", overrides)
