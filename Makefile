@@ -6,11 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Threads that wait without spinning: many times faster where cores are shared.
 export OMP_WAIT_POLICY := passive
 
-<<<<<<< HEAD
-.PHONY: venv demo app test test-slow test-long test-all lint docs clean
-=======
 .PHONY: venv demo app test test-slow test-long test-app test-app-long test-all lint docs clean
->>>>>>> page
 
 venv: $(VENV)/.ready
 

@@ -35,11 +35,13 @@ def listen(name: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def new_server(app: ASGIApp, *, proxied: bool, ping: float = PING) -> uvicorn.Server:
-    """A server that `run(sockets=[listener])` starts; it ends when the process is told to.
+def run(app: ASGIApp, listener: socket.socket, *, proxied: bool) -> None:
+    """Serve until the process is told to end; `proxied`: a proxy here says who its clients are."""
+    new_server(app, proxied=proxied).run(sockets=[listener])
 
-    `proxied`: a proxy on this machine says who its clients are.
-    """
+
+def new_server(app: ASGIApp, *, proxied: bool = False, ping: float = PING) -> uvicorn.Server:
+    """The server that `run` starts."""
     config = uvicorn.Config(
         app,
         ws="websockets-sansio",
