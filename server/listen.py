@@ -27,6 +27,7 @@ def listen(name: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
+            listener.listen()  # so that no other server binds the same port meanwhile
         except OSError as error:
             raise UserError(
                 f"{name}:{port} cannot be listened on ({(error.strerror or '').lower()}): "
