@@ -43,8 +43,11 @@ def open_page(server, chromium):
     screens, contexts = [], []
 
     def open_page(url=server.url, **settings) -> Screen:
-        contexts.append(chromium.new_context(viewport={"width": 1280, "height": 800}) if not settings
-                        else chromium.new_context(**settings))
+        contexts.append(
+            chromium.new_context(viewport={"width": 1280, "height": 800})
+            if not settings
+            else chromium.new_context(**settings)
+        )
         screens.append(Screen(contexts[-1].new_page(), url))
         return screens[-1]
 
@@ -93,8 +96,13 @@ def test_a_soft_change_is_heard_within_a_block(open_page, policy, blend):
     )
     asked = screen.seconds
     screen.change(policy, background="a navy background")
-    took = screen.until(lambda: len(screen.texts("#prompts li")) == 2
-                        and "first heard at" in screen.texts("#prompts li")[1], 10)
+    took = screen.until(
+        lambda: (
+            len(screen.texts("#prompts li")) == 2
+            and "first heard at" in screen.texts("#prompts li")[1]
+        ),
+        10,
+    )
     assert took < LEAD + BLOCK
     marks = screen.page.locator(".marks i").evaluate_all("(all) => all.map((m) => m.title)")
     words = [title.rpartition(" ")[0] for title in marks]
