@@ -37,6 +37,11 @@ def listen(name: str, port: int) -> Iterator[socket.socket]:
 
 def run(app: ASGIApp, listener: socket.socket, *, proxied: bool) -> None:
     """Serve until the process is told to end; `proxied`: a proxy here says who its clients are."""
+    web_server(app, proxied=proxied).run(sockets=[listener])
+
+
+def web_server(app: ASGIApp, *, proxied: bool) -> uvicorn.Server:
+    """The server of an application; `should_exit` ends it."""
     config = uvicorn.Config(
         app,
         ws="websockets-sansio",
@@ -52,4 +57,4 @@ def run(app: ASGIApp, listener: socket.socket, *, proxied: bool) -> None:
         log_level="warning",
         access_log=False,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)

@@ -176,7 +176,8 @@ export class MsePlayer {
     if (!this.shown) return "loading";
     if (this.#over()) return "ended";
     if (!this.wanted) return "paused";
-    return this.ahead > 0.02 && !this.video.paused ? "playing" : "waiting";
+    const ready = this.video.readyState >= HTMLMediaElement.HAVE_FUTURE_DATA;
+    return ready && !this.video.paused ? "playing" : "waiting";
   }
 
   /** Play on (as soon as there is something to play). */
