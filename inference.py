@@ -7,7 +7,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from utils.packages import offered, offers
 
 if TYPE_CHECKING:
     from pipeline.batch import BatchRun, Job
+    from pipeline.prompt_schedule import PromptSchedule
 
 DEFAULT_FOLDER = "videos"
+REPLAY_FOLDER = "videos/replay"
 DEMO_PACKAGE = "shapes"  # its `open_demo` is what runs without flags
 
 
@@ -65,6 +68,17 @@ def build_parser() -> argparse.ArgumentParser:
         default="reconstructed",
         help="whether the output begins with the image or video it continues",
     )
+    source.add_argument(
+        "--prompt_schedule",
+        metavar="FILE",
+        help="prompts from a second of the video on: lines such as `12.5s: a new prompt`, with "
+        "[cut], [recache], [renoise] or [blend 4]",
+    )
+    source.add_argument(
+        "--replay",
+        metavar="FILE.json",
+        help="make the video that this JSON stands beside once more, frame for frame",
+    )
     length = source.add_mutually_exclusive_group()
     length.add_argument(
         "--num_output_frames", type=int, help="length in latent frames, any number (default: 21)"
@@ -89,12 +103,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+REPLAY_FLAGS = (
+    *("replay", "checkpoint_path", "image", "video", "output_folder", "contact_sheet"),
+    *("save_with_index", "overwrite", "device", "dtype", "overrides"),
+)
+
+
 def fill_in_model(args: argparse.Namespace) -> None:
     """Give config, overrides and checkpoint what `--model` says; the flags come first."""
     chosen = family(args.model)
     args.config_path = chosen.config
     args.overrides = [*chosen.overrides, *args.overrides]
     args.checkpoint_path = args.checkpoint_path or fetched_checkpoint(args.model)
+
+
+def fill_in_schedule(args: argparse.Namespace) -> "PromptSchedule | tuple[()]":
+    """What `--prompt_schedule` says; its first prompt is that of the video."""
+    if args.prompt_schedule is None:
+        return ()
+    from pipeline.prompt_schedule import read_prompt_schedule
+
+    schedule = read_prompt_schedule(args.prompt_schedule)
+    if schedule.first is not None:
+        if args.prompt or args.data_path:
+            raise UserError(
+                f"{args.prompt_schedule} says the prompt at 0 s: leave --prompt and --data_path out"
+            )
+        args.prompt = [schedule.first]
+    return schedule
 
 
 def open_demo() -> Any:
@@ -146,14 +182,16 @@ def main(argv: Sequence[str]) -> int:
     args = parse_command(build_parser(), argv)
     ranks = Ranks.from_environment()
     set_up_logging(quiet=not ranks.is_main)
+    if args.replay is not None:
+        return replay(args, ranks)
     if args.model is not None:
         fill_in_model(args)
+    changes = fill_in_schedule(args)
     demo = open_demo() if args.config_path is None else None
     if demo:
         fill_in_demo(args, demo)
     check_picture("--contact_sheet", args.contact_sheet)
     config = read_config(args, ranks)
-    import torch
 
     from pipeline.batch import BatchRun, Outputs, list_jobs
     from pipeline.setup import Setup
@@ -182,16 +220,74 @@ def main(argv: Sequence[str]) -> int:
         overwrite=args.overwrite,
     )
     setup = Setup.of(config)
-    run = BatchRun(setup, args.checkpoint_path, outputs, use_ema=args.use_ema, ranks=ranks)
-    try:
+    run = BatchRun(
+        setup, args.checkpoint_path, outputs, use_ema=args.use_ema, ranks=ranks, changes=changes
+    )
+    with memory_in_words():
         run(jobs)
+    show(run, jobs, args, demo)
+    return 0
+
+
+def replay(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Make a recorded video again, and say whether its frames are the same."""
+    from pipeline.replay import read_replay
+
+    check_picture("--contact_sheet", args.contact_sheet)
+    given = build_parser().parse_args([])
+    for flag, value in vars(args).items():
+        if flag not in REPLAY_FLAGS and value != vars(given)[flag]:
+            raise UserError(f"--replay takes all from the record: leave --{flag} out")
+    told = read_replay(args.replay)
+    overrides = [*args.overrides, *([f"dtype={args.dtype}"] if args.dtype else [])]
+    config = told.read_config(args.replay, overrides)
+    config.device = ranks.device_name(args.device or config.device)
+    checkpoint = told.find_checkpoint(args.checkpoint_path)
+
+    from pipeline.batch import BatchRun, Job, Outputs
+    from pipeline.setup import Setup
+
+    image, video = (
+        Path(find_file(path, what)) if path else None
+        for path, what in ((args.image, "image"), (args.video, "video"))
+    )
+    name = f"{Path(args.replay).stem}.mp4"
+    job = Job(told.prompt, told.seed, told.sample, told.number, name, image, video)
+    outputs = Outputs(
+        Path(args.output_folder or REPLAY_FOLDER),
+        exact=(told.latent_frames, told.video_frames),
+        prefix_frames=told.prefix_frames,
+        overwrite=args.overwrite,
+    )
+    run = BatchRun(
+        Setup.of(config),
+        checkpoint,
+        outputs,
+        use_ema=told.use_ema,
+        ranks=ranks,
+        changes=told.changes,
+    )
+    told.check(run.settings_of(job))
+    with memory_in_words():
+        run([job])
+    show(run, [job], args, None)
+    for path, record in run.made([job]).items():
+        print(f"{path}: {told.compared(record)}")
+    return 0
+
+
+@contextmanager
+def memory_in_words() -> Iterator[None]:
+    """One sentence where the GPU's memory ends."""
+    import torch
+
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU has too little memory for this model; close other programs, or use a smaller "
             "resolution (height=… width=…)"
         ) from error
-    show(run, jobs, args, demo)
-    return 0
 
 
 def show(run: "BatchRun", jobs: "Sequence[Job]", args: argparse.Namespace, demo: Any) -> None:

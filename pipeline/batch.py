@@ -100,14 +100,15 @@ class Watcher(Protocol):
 class Outputs:
     """Where videos go (None: nowhere), and how long they are; 21 latent frames by default.
 
-    `video_frames`: so many frames of a stream that has no end. `flag` is that of the folder on the
-    command line, `keep_config` whether the config is kept there too.
+    `exact`: latent frames of the stream (None: without an end) and video frames kept, as recorded.
+    `flag` is that of the folder on the command line, `keep_config` whether the config is kept there
+    too.
     """
 
     folder: Path | None
     num_latent_frames: int | None = None
     duration: float | None = None
-    video_frames: int | None = None
+    exact: tuple[int | None, int] | None = None
     prefix_frames: PrefixFrames = "reconstructed"
     overwrite: bool = False
     flag: str = "--output_folder"
@@ -115,8 +116,8 @@ class Outputs:
 
     def length(self, shape: VideoShape, fps: int) -> tuple[int | None, int]:
         """(latent frames to generate, video frames to keep) of a video of one scene."""
-        if self.video_frames is not None:
-            return None, self.video_frames
+        if self.exact is not None:
+            return self.exact
         if self.duration is not None:
             if not math.isfinite(self.duration):
                 raise UserError(f"--duration {self.duration} must be a number of seconds")
@@ -302,7 +303,7 @@ class BatchRun:
             return "without a readable record of how it was made"
         if record.get("bytes", size := path.stat().st_size) != size:
             return "but was changed after it was made"
-        return describe_difference(record["settings"], self._settings_of(job))
+        return describe_difference(record["settings"], self.settings_of(job))
 
     def _check_prefixes(self, jobs: Sequence[Job]) -> None:
         """Images and videos to continue have to be readable and leave something to generate."""
@@ -407,7 +408,7 @@ class BatchRun:
                 frames=progress.frames,
                 latent_frames=course.latent_frames,
                 frames_hash=frames_hash,
-                settings=self._settings_of(job),
+                settings=self.settings_of(job),
                 changes=made,
                 timings=progress.timings(),
             )
@@ -431,8 +432,8 @@ class BatchRun:
         for change in changes:
             if change.policy == "cut":
                 timeline = timeline.with_scene(change.block)
-        if self.latent_frames is None:
-            return Course(None, self.video_frames, changes)
+        if outputs.exact is not None or self.latent_frames is None:
+            return Course(self.latent_frames, self.video_frames, changes)
         if outputs.duration is None:
             frames = timeline.video_frames(self.latent_frames) - hidden
             return Course(self.latent_frames, frames, changes)
@@ -454,7 +455,7 @@ class BatchRun:
             part.write_text(text, encoding="utf-8")
             path.unlink(missing_ok=True)  # a record never tells of another video
 
-    def _settings_of(self, job: Job) -> dict[str, Any]:
+    def settings_of(self, job: Job) -> dict[str, Any]:
         """What the video of a job depends on."""
         given = {"image": job.image, "video": job.video}
         prefix = {kind: self._hash(path) for kind, path in given.items() if path is not None}

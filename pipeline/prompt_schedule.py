@@ -13,7 +13,10 @@ from utils.strict_yaml import read_yaml
 FORM = "write lines like `12.5s: a new prompt`, with [cut], [recache] or [blend 4] if wanted"
 _MARKS = r"(?:\s*\[[^\[\]\n]*\])*"
 _TIME = re.compile(r"(?:(?P<minutes>\d{1,6}):)?(?P<seconds>\d{1,9}(?:\.\d*)?)\s*s?", re.ASCII)
-_LINE = re.compile(rf"^({_TIME.pattern}{_MARKS})\s*:[ \t]+({_MARKS})[ \t]*(?=\S)", re.ASCII | re.M)
+_LINE = re.compile(
+    rf"^({_TIME.pattern}{_MARKS})\s*:[ \t]+({_MARKS})[ \t]*(?P<text>\S.*?)?(?P<end>[ \t]+\#.*)?$",
+    re.ASCII | re.M,
+)
 _KEY = re.compile(rf"(?P<time>{_TIME.pattern})(?P<marks>{_MARKS})\s*", re.ASCII)
 _MARK = re.compile(r"\[\s*([^\[\]]*?)\s*\]")
 _TRAILING = re.compile(rf"({_MARKS})\s*$")
@@ -66,7 +69,7 @@ def read_prompt_schedule(path: str | Path) -> PromptSchedule:
     or behind the prompt or behind the time, choose the policy and the blend.
     """
     path = find_file(path, "prompt schedule")
-    values = read_yaml(path, _with_marks_in_keys)
+    values = read_yaml(path, _as_yaml)
     if not values:
         raise UserError(f"{path} holds no schedule: {FORM}")
     timed = [_timed(path, key, value) for key, value in values.items()]
@@ -110,9 +113,16 @@ def _timed(path: Path, key: str, value: object) -> TimedPrompt:
     return TimedPrompt(seconds, prompt, policy, blend)
 
 
-def _with_marks_in_keys(text: str) -> str:
-    """The file as YAML: in front of a text a mark would begin a list, and a bare time is a number.
+def _as_yaml(text: str) -> str:
+    """The file as YAML: in front of a text a mark would begin a list, and a colon in it a mapping.
 
-    `12.5: [cut] a prompt` becomes `'12.5 [cut]': a prompt`.
+    `12.5: [cut] a prompt: red` becomes `'12.5 [cut]': 'a prompt: red'`.
     """
-    return _LINE.sub(lambda found: f"'{found[1]}{found[4]}': ", text.removeprefix("\ufeff"))
+
+    def rewritten(line: re.Match[str]) -> str:
+        prompt = line["text"] or ""
+        if prompt and prompt[0] not in "\"'|>":
+            prompt = "'" + prompt.replace("'", "''") + "'"
+        return f"'{line[1]}{line[4]}': {prompt}{line['end'] or ''}"
+
+    return _LINE.sub(rewritten, text.removeprefix("\ufeff"))

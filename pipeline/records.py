@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.changes import Change
 from pipeline.setup import Setup
 from utils.config import VIDEO_KEYS, fingerprint
-from utils.devices import device_name
+from utils.devices import computed_dtype, device_name
 
 MIB = 2**20
 SHOWN_SETTINGS = ("seed", "sample", "latent_frames", "video_frames", "prefix_frames", "network")
@@ -75,7 +75,7 @@ def describe_video(
         "latent_frames": latent_frames,
         "changes": [change.record() for change in changes],
         "settings": dict(settings),
-        "config": replay_config(setup.resolved),
+        "config": replay_config(setup),
         "checkpoint": None if checkpoint is None else checkpoint.name,
         "frames_hash": frames_hash,
         "timings": {key: round(value, 4) for key, value in (timings or {}).items()},
@@ -87,10 +87,12 @@ def describe_video(
     }
 
 
-def replay_config(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a resolved config that decide a video, but for what is told elsewhere."""
-    told = {"seed", "i2v"}
-    return {name: value for name, value in resolved.items() if name in VIDEO_KEYS - told}
+def replay_config(setup: Setup) -> dict[str, Any]:
+    """The keys that decide a video, with the dtype that was computed in; the seed stands apart."""
+    decide = {name: value for name, value in setup.resolved.items() if name in VIDEO_KEYS}
+    del decide["seed"], decide["i2v"]
+    dtype = computed_dtype(setup.machine.dtype, setup.machine.device)
+    return {**decide, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def video_settings_of(

@@ -199,24 +199,24 @@ class Connection:
             raise ProtocolError("already_started", "stop the session that runs here first")
         live = await self._pool.start(message, self._address)
         self._format = message.format or self._format
-        self._control(live, 0.0, again=False)
+        self._control(live, 0, again=False)
 
     def _attach(self, message: Attach) -> None:
         live = self._pool.find(message.id)
         if live is None:
             text = "this session has ended, or there never was one; start another one"
             raise ProtocolError("unknown_session", text)
-        self._control(live, message.from_seconds, again=True)
+        self._control(live, live.place(message.from_seconds), again=True)
 
     async def _branch(self, message: Branch) -> None:
         parent = self._session()
         live = await self._pool.branch(parent, message, self._address)
-        self._control(live, live.made_seconds, again=True)
+        self._control(live, live.recording.frames, again=True)
 
-    def _control(self, live: LiveSession, from_seconds: float | None, *, again: bool) -> None:
+    def _control(self, live: LiveSession, first: int, *, again: bool) -> None:
         self._leave()
         self._live = live
-        live.attach(self, from_seconds, again=again)
+        live.attach(self, first, again=again)
 
     def _leave(self) -> None:
         if self._live is not None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeline.session import Block, BranchPoint, Session
 from torch import OutOfMemoryError, Tensor
 
 from pipeline import VideoPipeline
 from pipeline.changes import Change, Policy, Timeline
+from pipeline.session import Block, BranchPoint, Session
 from utils.errors import UserError
 
 
@@ -104,13 +104,12 @@ def take_step(session: Session, requests: Sequence[Request]) -> Step:
     except Exception as error:
         failed = error
     changes = () if block is None else block.applied
+    line = session.timeline
     return Step(
         block=block,
         asked=tuple(asked),
         refused=tuple(refused),
-        applied=tuple(
-            (change, told_of(change, session.timeline, session.fps)) for change in changes
-        ),
+        applied=tuple((change, told_of(change, line, session.fps)) for change in changes),
         points=tuple(session.branch_points),
         view=session.view(),
         frames_made=session.frames_made,

@@ -35,20 +35,18 @@ def listen(name: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def run(app: ASGIApp, listener: socket.socket, *, proxied: bool) -> None:
-    """Serve until the process is told to end; `proxied`: a proxy here says who its clients are."""
-    web_server(app, proxied=proxied).run(sockets=[listener])
+def new_server(app: ASGIApp, *, proxied: bool, ping: float = PING) -> uvicorn.Server:
+    """A server that `run(sockets=[listener])` starts; it ends when the process is told to.
 
-
-def web_server(app: ASGIApp, *, proxied: bool) -> uvicorn.Server:
-    """The server of an application; `should_exit` ends it."""
+    `proxied`: a proxy on this machine says who its clients are.
+    """
     config = uvicorn.Config(
         app,
         ws="websockets-sansio",
         ws_max_size=LARGEST_FRAME,
         ws_max_queue=8,
-        ws_ping_interval=PING,
-        ws_ping_timeout=PING,
+        ws_ping_interval=ping,
+        ws_ping_timeout=ping,
         ws_per_message_deflate=False,  # video does not get smaller
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=5,

@@ -10,9 +10,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from pipeline.session import BranchPoint, Session
-
 from pipeline.changes import Change, Policy
+from pipeline.session import BranchPoint, Session
 from server.engine import Request, Step, in_words
 from server.playback import Pace, Playback
 from server.protocol import ProtocolError, Update
@@ -22,7 +21,7 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 State = Literal["playing", "paused", "stopped"]
-Reason = Literal["stopped", "ended", "disk_full", "idle", "room", "shutdown"]
+Reason = Literal["stopped", "ended", "disk_full", "recording_failed", "idle", "room", "shutdown"]
 
 BLOCKS_AT_ONCE = 2  # made and not yet encoded
 CHANGES_AT_ONCE = 16  # asked for and not yet applied
@@ -98,16 +97,13 @@ class LiveSession:
 
     # --- clients ---------------------------------------------------------------------------------
 
-    def attach(self, client: Client, from_seconds: float | None, *, again: bool) -> None:
-        """Let a client take over; what it has to know comes first, then the video.
+    def attach(self, client: Client, first: int, *, again: bool) -> None:
+        """Let a client take over; what it has to know comes first, then the video from `first` on.
 
-        `again`: all that was told before is told once more.
+        `first`: a key frame. `again`: all that was told before is told once more.
         """
         if self.client is not None and self.client is not client:
             self.client.replaced()
-        if from_seconds is None:
-            from_seconds = self.playback.played if self.playback else self.made_seconds
-        first = self.recording.key_frame_before(from_seconds)
         self.client, self.left = client, False
         self.playback = Playback(first / self.fps, self.clock())
         client.tell(self._started())
@@ -132,6 +128,12 @@ class LiveSession:
         client.tell(self.stats())
         if self.state == "stopped":
             client.tell(self._stopped())
+
+    def place(self, from_seconds: float | None) -> int:
+        """The key frame to begin at for a client that comes back; None: where the last one was."""
+        if from_seconds is None:
+            from_seconds = self.playback.played if self.playback else 0.0
+        return self.recording.key_frame_before(from_seconds)
 
     def detach(self, client: Client) -> None:
         """A client has gone."""
@@ -194,10 +196,16 @@ class LiveSession:
     def add_request(self, request: Request | ProtocolError) -> None:
         """The text of a change is encoded, or could not be."""
         self._encoding -= 1
-        if isinstance(request, Request):
-            self._requests.append(request)
-        else:
+        if isinstance(request, ProtocolError):
             self.tell(request.reply())
+        elif self.stopped:
+            self._tell_unheard(request.id)
+        else:
+            self._requests.append(request)
+
+    def _tell_unheard(self, id: str) -> None:
+        text = "the video ended before this change was heard"
+        self.tell(ProtocolError("stopped", text, id).reply())
 
     def _require_running(self, id: str | None = None) -> None:
         if self.state == "stopped" or self._stop_reason is not None:
@@ -245,9 +253,13 @@ class LiveSession:
         self._requests.clear()
         return requests
 
-    def end_turn(self, step: Step) -> None:
+    def end_turn(self, step: Step | Exception) -> None:
         """What came of it: what fails is told at once, the block once it is encoded."""
         self.in_turn = False
+        if isinstance(step, Exception):
+            self._fail(step)
+            self._settle()
+            return
         self.frames_made, self._view, self._num_bytes = step.frames_made, step.view, step.num_bytes
         self._asked += step.asked
         for id, message in step.refused:
@@ -257,10 +269,7 @@ class LiveSession:
                 self.tell({"type": "session.prompt_update.superseded", "id": id})
         self._asked = [asked for asked in self._asked if asked[1].status != "superseded"]
         if step.error is not None:
-            logger.error("session %s: a step failed", self.name, exc_info=step.error)
-            self.tell(ProtocolError("step_failed", in_words(step.error)).reply())
-            if self.state == "playing" and self._stop_reason is None:
-                self.pause()
+            self._fail(step.error)
         elif step.block is None:
             self.stop("ended")
         else:
@@ -270,6 +279,13 @@ class LiveSession:
             self.undelivered += 1
             self.steps.put_nowait(step)
         self._settle()
+
+    def _fail(self, error: Exception) -> None:
+        """A step failed: wait until the client says to go on."""
+        logger.error("session %s: a step failed", self.name, exc_info=error)
+        self.tell(ProtocolError("step_failed", in_words(error)).reply())
+        if self.state == "playing" and self._stop_reason is None:
+            self.pause()
 
     # --- delivery --------------------------------------------------------------------------------
 
@@ -315,11 +331,13 @@ class LiveSession:
         self.tell(self.stats())
         self._settle()
 
-    def failed(self, error: UserError) -> None:
-        """A block could not be recorded."""
+    def failed(self, error: Exception) -> None:
+        """A block could not be recorded, so that nothing can follow it."""
         self.undelivered -= 1
-        self.tell(ProtocolError("disk_full", str(error)).reply())
-        self.stop("disk_full")
+        code: Reason = "disk_full" if isinstance(error, UserError) else "recording_failed"
+        logger.error("session %s: a block was not recorded", self.name, exc_info=error)
+        self.tell(ProtocolError(code, in_words(error)).reply())
+        self.stop(code)
         self._settle()
 
     def _tell_points(self, points: dict[int, BranchPoint]) -> None:
@@ -342,8 +360,7 @@ class LiveSession:
             return
         self.state = "stopped"
         for id in [request.id for request in self._requests] + [id for id, _ in self._asked]:
-            text = "the video ended before this change was heard"
-            self.tell(ProtocolError("stopped", text, id).reply())
+            self._tell_unheard(id)
         self._requests.clear()
         self._asked.clear()
         self.tell(self.stats())

@@ -18,9 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.session import Session
-
 from pipeline.changes import Policy
+from pipeline.session import Session
 from server.engine import Engine, Request, in_words, take_step
 from server.live import LiveSession, Reason
 from server.protocol import Branch, ProtocolError, Start, Update
@@ -267,8 +266,13 @@ class SessionPool:
                 await self._wake.wait()
                 self._wake.clear()
                 continue
-            step = await self._in(self._steps, take_step, live.session, live.begin_turn(), live.fps)
-            live.end_turn(step)
+            requests = live.begin_turn()
+            try:
+                live.end_turn(await self._in(self._steps, take_step, live.session, requests))
+            except (
+                Exception
+            ) as error:  # what a model raises is in the step; this is a fault of ours
+                live.end_turn(error)
 
     def _next_turn(self) -> LiveSession | None:
         """The session whose turn it is: whoever had one goes to the end of the row."""
@@ -289,7 +293,7 @@ class SessionPool:
             live.announce(step)
             try:
                 thumbnails = await self._in(self._media, live.record_block, step, grown)
-            except UserError as error:
+            except Exception as error:
                 live.failed(error)
             else:
                 live.delivered(step, thumbnails)
@@ -327,7 +331,10 @@ class SessionPool:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING)
-            await self.keep_house()
+            try:
+                await self.keep_house()
+            except Exception:
+                logger.exception("housekeeping failed")
 
     async def keep_house(self) -> None:
         """Close what was alone for too long; tell the others how they stand."""

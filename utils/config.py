@@ -42,6 +42,7 @@ __all__ = [
     "Config",
     "check_config",
     "check_training",
+    "config_of",
     "find_file",
     "fingerprint",
     "load_config",
@@ -98,6 +99,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     check_config(config)
     if inert:
         logger.info("%s: without effect here: %s", path.name, ", ".join(sorted(inert)))
+    return config
+
+
+def config_of(values: Mapping[str, Any], what: str, overrides: Sequence[str] = ()) -> Config:
+    """A validated `Config` of plain values, such as a record holds; the other keys are defaults.
+
+    Raises UserError, naming `what`, for anything wrong.
+    """
+    layers = [_Layer(what, dict(values)), _Layer(what, _parse_overrides(overrides))]
+    _check_keys(layers)
+    config = _merge(layers)
+    check_config(config)
     return config
 
 

@@ -13,7 +13,7 @@ from pipeline.session import Session
 from server.access import Access
 from server.app import AppOptions, about_model, build_app
 from server.engine import PipelineEngine
-from server.listen import listen, web_server
+from server.listen import listen, new_server
 from server.models import read_composer, warm_up
 from server.pool import PoolOptions, SessionPool
 from server.storage import Storage
@@ -108,7 +108,7 @@ class LiveServer:
             self.url = f"http://127.0.0.1:{port}/"
             access = Access.of("127.0.0.1", port, None, [])
             app = build_app(self.pool, AppOptions(access, about=about))
-            self._web = web_server(app, proxied=False)
+            self._web = new_server(app, proxied=False)
             listener.listen()
             ready.set()
             self._web.run(sockets=[listener])

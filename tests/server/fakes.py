@@ -3,11 +3,23 @@
 import hashlib
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
+from starlette.applications import Starlette
 from torch import Tensor
+
+from server.access import Access
+from server.app import AppOptions, build_app
+from server.listen import PING, listen, new_server
+from server.pool import PoolOptions, SessionPool
+from server.storage import Storage
+from utils.errors import UserError
 
 FPS = 16
 BLOCK = 4  # video frames
@@ -88,8 +100,11 @@ class FakeSession:
             change.status = "applied"
             self.prompt = change.prompt or self.prompt
         self.changes += applied
-        pixels = torch.tensor(colour(self.prompt), dtype=torch.uint8)
-        frames = pixels.expand(BLOCK, *SIZE, 3).contiguous()
+        if self.engine.noise:
+            frames = torch.randint(256, (BLOCK, *self.engine.size, 3), dtype=torch.uint8)
+        else:
+            pixels = torch.tensor(colour(self.prompt), dtype=torch.uint8)
+            frames = pixels.expand(BLOCK, *self.engine.size, 3).contiguous()
         block = FakeBlock(self.next, frames, self.next * BLOCK, applied)
         self.next += 1
         points = [*self.branch_points, FakePoint(self.next, self.next, self.next * BLOCK, 0.0)]
@@ -106,8 +121,6 @@ class FakeSession:
         text: Tensor | None = None,
     ) -> FakeChange:
         if prompt == "refuse":
-            from utils.errors import UserError
-
             raise UserError("this model cannot do that")
         for old in self.pending:
             old.status = "superseded"
@@ -143,12 +156,17 @@ class FakeSession:
 
 @dataclass
 class FakeEngine:
-    """`steps`: whose steps were taken. `failures`: what those of a prompt raise, in order."""
+    """A model of `FakeSession`s.
+
+    `noise`: frames that take many bytes. `steps`: whose steps were taken. `failures`: what those of
+    a prompt raise, in order.
+    """
 
     size: tuple[int, int] = SIZE
     fps: int = FPS
     block_frames: int = BLOCK
     step_seconds: float = 0.0
+    noise: bool = False
     steps: list[str] = field(default_factory=list)
     failures: dict[str, deque[Exception]] = field(default_factory=dict)
     encoded: list[str] = field(default_factory=list)
@@ -212,3 +230,36 @@ class FakeClient:
     def heard(self, kind: str) -> list[dict[str, Any]]:
         """The messages of a type."""
         return [message for message in self.told if message["type"] == kind]
+
+
+# --- servers -------------------------------------------------------------------------------------
+
+
+def fake_app(folder: Path, engine: FakeEngine | None = None, **values: Any) -> Starlette:
+    """A server of the fake model; fields of PoolOptions and AppOptions by name."""
+    names = {item.name for item in fields(PoolOptions)}
+    options = PoolOptions(**{k: values.pop(k) for k in names & values.keys()})
+    disk = values.pop("disk", 10**8)
+    static = folder / "static"
+    static.mkdir(exist_ok=True)
+    (static / "index.html").write_text("<title>page</title>", encoding="utf-8")
+    access = values.pop("access", Access(frozenset({"127.0.0.1", "testserver"}), None))
+    app_options = AppOptions(access, static=static, **values)
+    pool = SessionPool(engine or FakeEngine(), Storage(folder / "videos", disk), options)
+    return build_app(pool, app_options)
+
+
+@contextmanager
+def served(app: Starlette, ping: float = PING) -> Iterator[int]:
+    """The port of a server that runs in a thread, by the code that `app.py` runs."""
+    with listen("127.0.0.1", 0) as listener:
+        server = new_server(app, proxied=False, ping=ping)
+        thread = Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.005)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
