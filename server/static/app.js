@@ -132,6 +132,7 @@ class Page {
     this.clicked = performance.now();
     this.session = null;
     this.#setPhase("starting");
+    byId("stage").scrollIntoView({ block: "nearest" });
     this.connection.send("session.start", request);
   }
 
@@ -176,6 +177,7 @@ class Page {
     this.#closeBranch();
     this.clicked = performance.now();
     this.connection.send("session.branch", request);
+    byId("stage").scrollIntoView({ block: "nearest" });
   }
 
   // -- what the server says

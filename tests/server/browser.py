@@ -131,12 +131,10 @@ class Screen:
         for slot, word in words.items():
             self.page.select_option(f".sentence select[aria-label={slot}]", word)
 
-    def start(self, *, seed: int = 3, seconds: float | None = None, **words: str) -> None:
+    def start(self, *, seed: int = 3, **words: str) -> None:
         """Start a video and wait until it plays."""
         self.say(**words)
         self.page.fill("#seed", str(seed))
-        if seconds is not None:
-            self.page.fill("#seconds", str(seconds))
         self.page.click("#submit")
         self.wait_state("playing")
 
