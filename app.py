@@ -180,7 +180,7 @@ def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
     from server.access import Access, is_loopback, new_token
     from server.app import AppOptions, about_model, build_app
     from server.engine import PipelineEngine
-    from server.listen import listen, new_server
+    from server.listen import listen, run
     from server.models import places, read_composer, warm_up
     from server.pool import PoolOptions, SessionPool
     from server.storage import Storage
@@ -211,7 +211,7 @@ def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
             if own
             else "Whoever has this address may use it."
         )
-        new_server(app, proxied=bool(args.allowed_host)).run(sockets=[listener])
+        run(app, listener, proxied=bool(args.allowed_host))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def listen(name: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
+            listener.listen()  # so that no other server binds the same port meanwhile
         except OSError as error:
             raise UserError(
                 f"{name}:{port} cannot be listened on ({(error.strerror or '').lower()}): "
@@ -35,11 +36,13 @@ def listen(name: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def new_server(app: ASGIApp, *, proxied: bool, ping: float = PING) -> uvicorn.Server:
-    """A server that `run(sockets=[listener])` starts; it ends when the process is told to.
+def run(app: ASGIApp, listener: socket.socket, *, proxied: bool) -> None:
+    """Serve until the process is told to end; `proxied`: a proxy here says who its clients are."""
+    new_server(app, proxied=proxied).run(sockets=[listener])
 
-    `proxied`: a proxy on this machine says who its clients are.
-    """
+
+def new_server(app: ASGIApp, *, proxied: bool = False, ping: float = PING) -> uvicorn.Server:
+    """The server that `run` starts."""
     config = uvicorn.Config(
         app,
         ws="websockets-sansio",

@@ -253,7 +253,7 @@ def fake_app(folder: Path, engine: FakeEngine | None = None, **values: Any) -> S
 def served(app: Starlette, ping: float = PING) -> Iterator[int]:
     """The port of a server that runs in a thread, by the code that `app.py` runs."""
     with listen("127.0.0.1", 0) as listener:
-        server = new_server(app, proxied=False, ping=ping)
+        server = new_server(app, ping=ping)
         thread = Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:

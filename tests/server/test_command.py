@@ -1,0 +1,173 @@
+"""`python app.py`: its flags, the model that it opens, what it says, and a whole random model."""
+
+import json
+import socket
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+import app
+import server.listen
+from server.engine import PipelineEngine
+from server.models import open_model, open_random_model, places, read_composer, warm_up
+from tests.conftest import TinyWorld
+from tests.server.test_app import PATH, decoded, start
+from utils.cli import run_main
+from utils.config import load_config
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        return held.getsockname()[1]
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """`app.py`, but what it would serve is given to a test client."""
+
+    def run(*flags: str, visit=lambda client: None) -> int:
+        def serve(app, listener, *, proxied):
+            with TestClient(app) as client:
+                visit(client)
+
+        monkeypatch.setattr(server.listen, "run", serve)
+        place = ["--output_dir", str(tmp_path / "out"), "--server_port", str(free_port())]
+        place += ["--allowed_host", "testserver"]
+        return run_main(app.main, [*place, *flags])
+
+    return run
+
+
+def test_random_weights(served, capsys):
+    """Nothing depends on one model: every policy, a branch, and the whole video at another size."""
+
+    def visit(client):
+        config = client.get("/v1/config").json()
+        assert (config["width"], config["height"], config["model"]) == (96, 64, "random weights")
+        assert config["composer"] is None
+        with client.websocket_connect(PATH) as socket:
+            talk = start(socket, seed=3)
+            end, played = 9, 0.0
+            for policy in config["policies"]:
+                talk.say("session.prompt_update", id=policy, prompt=policy, policy=policy)
+                talk.say("playhead", seconds=played)
+                applied = talk.until("session.prompt_update.applied")
+                assert (applied["id"], applied["policy"]) == (policy, policy)
+                assert applied["whole_from_frame"] >= applied["frame"] >= end - 9
+                end = applied["frame"] + 9
+                talk.frames(end)
+                played = applied["seconds"]
+            snapshot = talk.until("snapshot.available")["id"]
+            talk.say("session.branch", snapshot=snapshot, prompt="another", policy="cut")
+            branch = talk.until("session.started")
+            assert talk.until("video.start")["first_frame"] == branch["frames"] > 0
+            talk.until("session.prompt_update.applied")
+            talk.say("session.stop")
+            frames = talk.until("session.stopped")["frames"]
+            video = client.get(f"/v1/sessions/{branch['id']}/video.mp4").content
+            record = client.get(f"/v1/sessions/{branch['id']}/video.json").json()
+            assert len(decoded(video)) == frames == record["frames"]
+            assert json.dumps(record).count('"policy"') >= 5
+
+    assert served("--random_weights", visit=visit) == 0
+    said = capsys.readouterr().out
+    assert "Open http://127.0.0.1:" in said
+    assert "Only this machine reaches it" in said
+
+
+def test_token_beyond_this_machine(served, capsys, monkeypatch):
+    monkeypatch.setattr(app, "open_pipeline", small_pipeline)
+
+    def visit(client):
+        assert client.get("/v1/health").status_code == 403
+
+    assert served("--server_name", "0.0.0.0", visit=visit) == 0
+    said = capsys.readouterr().out
+    assert "/?token=" in said
+    assert "Whoever has this address may use it." in said
+
+
+def small_pipeline(args, config):
+    return open_random_model(config, app.find_file(app.RANDOM_SIZES, "model preset"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--server_port", "70000"], "--server_port 70000 must be"),
+        (["--max_sessions", "0"], "--max_sessions 0 must be at least 1"),
+        (["--lead", "nan"], "--lead nan must be above 0"),
+        (["--idle_seconds", "-1"], "--idle_seconds"),
+        (["--disk_limit", "inf"], "--disk_limit"),
+        (["--token", "short"], "at least 8 characters"),
+        (["--config_path", "configs/none.yaml"], "configs/none.yaml"),
+        (["--model", "no-model"], "there is no model 'no-model'"),
+        (["--random_weights", "--server_name", "no.such.host.invalid"], "is no address"),
+        (["--random_weights", "no_such_key=1"], "no_such_key"),
+    ],
+)
+def test_wrong_flags(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(app.main, ["--output_dir", "out", *flags]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_port_that_is_taken(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = str(held.getsockname()[1])
+        flags = ["--random_weights", "--server_port", port, "--output_dir", str(tmp_path / "out")]
+        assert run_main(app.main, flags) == 2
+    assert "give another --server_port" in capsys.readouterr().err
+
+
+def test_two_servers_want_one_folder(served, tmp_path, capsys):
+    def visit(client):
+        flags = ["--random_weights", "--server_port", str(free_port())]
+        assert run_main(app.main, [*flags, "--output_dir", str(tmp_path / "out")]) == 2
+        assert "use another --output_dir" in capsys.readouterr().err
+
+    assert served("--random_weights", visit=visit) == 0
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+@pytest.mark.parametrize("has_ema", [True, False])
+def test_ema_where_there_is_one(tiny_world: TinyWorld, tmp_path, use_ema, has_ema, caplog):
+    """EMA is the published default, but a file of one network has none."""
+    networks = torch.load(tiny_world.checkpoint, weights_only=True)
+    if not has_ema:
+        del networks["generator_ema"]
+    torch.save(networks, tmp_path / "weights.pt")
+    config = load_config(tiny_world.config, ["device=cpu"])
+    pipe = open_model(config, str(tmp_path / "weights.pt"), use_ema=use_ema)
+    expected = networks["generator_ema" if use_ema and has_ema else "generator"]
+    name, value = next(iter(pipe.dit.state_dict().items()))
+    assert torch.equal(value, expected[f"model.{name}"])
+    assert ("has no generator_ema" in caplog.text) is (use_ema and not has_ema)
+
+
+def test_engine_of_a_model_folder(tiny_world: TinyWorld):
+    """Text encoder and VAE are in memory after the warm-up, so that no viewer waits for them."""
+    pipe = open_model(load_config(tiny_world.config, ["device=cpu"]), None, use_ema=True)
+    engine = PipelineEngine(pipe)
+    session_bytes = warm_up(engine)
+    assert pipe._text._encoder is not None
+    assert (engine.size, engine.fps, engine.block_frames) == ((32, 48), 16, 12)
+    assert 1 <= places(session_bytes, torch.device("cpu")) <= 16
+    assert places(2**60, torch.device("cpu")) == 1
+    assert read_composer(pipe.setup) is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"template": 1}'])
+def test_broken_composer(tiny_world: TinyWorld, text):
+    pipe = open_model(load_config(tiny_world.config, ["device=cpu"]), None, use_ema=True)
+    path = tiny_world.folder / "composer.json"
+    path.write_text(text, encoding="utf-8")
+    try:
+        with pytest.raises(app.UserError, match="fetch it again"):
+            read_composer(pipe.setup)
+    finally:
+        path.unlink()
