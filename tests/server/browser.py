@@ -145,6 +145,11 @@ class Screen:
         self.page.click("#submit")
 
     @property
+    def session(self) -> str:
+        """The id of the video."""
+        return self.page.get_attribute("#mp4", "download").removesuffix(".mp4")
+
+    @property
     def state(self) -> str | None:
         return self.page.get_attribute("body", "data-state")
 

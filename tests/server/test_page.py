@@ -19,6 +19,22 @@ from tests.server.browser import (
 
 pytestmark = pytest.mark.browser
 
+# Sockets that can be closed from outside, and damage a chunk when they are told to.
+TAPPED = """() => {
+  const Plain = WebSocket;
+  window.sockets = [];
+  window.WebSocket = class extends Plain {
+    constructor(...all) { super(...all); window.sockets.push(this); }
+    set onmessage(heard) {
+      super.onmessage = (event) => {
+        const bad = window.damaged && typeof event.data !== 'string';
+        if (bad) window.damaged = false;
+        heard(bad ? { data: new ArrayBuffer(99) } : event);
+      };
+    }
+  };
+}"""
+
 LEAD = 1.5  # seconds, the server's default
 BLOCK = 0.75
 
@@ -77,11 +93,13 @@ def test_hard_changes_are_on_screen_within_the_lead(open_page):
     screen = open_page()
     screen.start(background="a gray background")
     screen.until(lambda: screen.seconds > 1, 5)
+    session = screen.session
     screen.change("cut", colour="green", background="a navy background")
     assert _until_shown(screen, NAVY, instead_of=GRAY) < LEAD + 1.5
     screen.until(lambda: screen.share(GREEN) > 0.02, 5)
     screen.change("renoise", background="a maroon background")
     assert _until_shown(screen, MAROON, instead_of=NAVY) < LEAD + 1.5
+    assert screen.session == session
 
 
 def test_soft_changes_are_heard_within_a_block(open_page):
@@ -214,10 +232,10 @@ def test_a_page_that_is_loaded_again_goes_on_with_its_video(open_page):
     screen.until(lambda: screen.seconds > 1, 5)
     screen.change("cut", background="a navy background")
     screen.until(lambda: screen.share(NAVY) > 0.6, 10)
-    before, name = screen.seconds, screen.page.get_attribute("#mp4", "download")
+    before, session = screen.seconds, screen.session
     screen.page.reload()
     screen.wait_state("playing")
-    assert screen.page.get_attribute("#mp4", "download") == name
+    assert screen.session == session
     screen.until(lambda: screen.seconds > before + 0.5, 5)
     assert screen.share(NAVY) > 0.6
     times = screen.texts("#prompts li")
@@ -225,13 +243,10 @@ def test_a_page_that_is_loaded_again_goes_on_with_its_video(open_page):
     assert "asked at" in times[1]
 
 
-def test_a_lost_socket_is_replaced(open_page):
-    """The socket is killed as a dying network does it; the page attaches again by itself."""
+def test_a_lost_socket_and_a_broken_chunk_are_got_over(open_page):
+    """As a dying network and a damaged stream have it; the page attaches again by itself."""
     screen = open_page()
-    sockets = """() => { window.sockets = []; const Plain = WebSocket;
-        window.WebSocket = class extends Plain {
-            constructor(...all) { super(...all); window.sockets.push(this); } }; }"""
-    screen.page.add_init_script(f"({sockets})()")
+    screen.page.add_init_script(f"({TAPPED})()")
     screen.page.reload()
     screen.page.wait_for_selector("#composer > *")
     screen.start()
@@ -240,7 +255,11 @@ def test_a_lost_socket_is_replaced(open_page):
     screen.wait_state("offline")
     screen.wait_state("playing")
     before = screen.seconds
-    screen.until(lambda: screen.seconds > before + 1, 3)
+    screen.until(lambda: screen.seconds > before + 0.5, 3)
+    screen.page.evaluate("window.damaged = true")
+    screen.until(lambda: screen.page.evaluate("window.damaged") is False, 3)
+    before = screen.seconds
+    screen.until(lambda: screen.seconds > before + 2 * LEAD, 8)
 
 
 def test_two_pages_at_once_and_one_dies(open_page, server):
@@ -249,7 +268,7 @@ def test_two_pages_at_once_and_one_dies(open_page, server):
     other.start(background="a navy background")
     assert one.share(GRAY) > 0.6
     assert other.share(NAVY) > 0.6
-    dead = other.page.get_attribute("#mp4", "download").removesuffix(".mp4")
+    dead = other.session
     other.page.context.close()  # a tab that is gone, without a word
     before = one.seconds
     one.until(lambda: server.pool.find(dead) is None, 10, step=0.3)
