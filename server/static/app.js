@@ -40,6 +40,10 @@ class Page {
     this.pending = new Map();
     this.floor = 0;
     this.clicked = 0;
+    /** Timer of a request to send the video again, and how often that was in vain. */
+    this.asking = 0;
+    this.repeats = 0;
+    this.brokenAt = -Infinity;
     this.waitingSince = 0;
     this.waitedAt = -Infinity;
     this.told = "";
@@ -132,6 +136,7 @@ class Page {
     this.clicked = performance.now();
     this.session = null;
     this.#setPhase("starting");
+    byId("stage").scrollIntoView({ block: "nearest" });
     this.connection.send("session.start", request);
   }
 
@@ -176,6 +181,7 @@ class Page {
     this.#closeBranch();
     this.clicked = performance.now();
     this.connection.send("session.branch", request);
+    byId("stage").scrollIntoView({ block: "nearest" });
   }
 
   // -- what the server says
@@ -280,6 +286,8 @@ class Page {
   // -- the picture
 
   #begin(info) {
+    clearTimeout(this.asking);
+    this.asking = 0;
     this.floor = info.from_seconds;
     this.player.begin(info);
   }
@@ -294,7 +302,12 @@ class Page {
 
   /** The player cannot go on with what it has: ask for the video again, from here. */
   #sendAgain() {
-    if (this.session && this.phase !== "replaced") this.connection.attach(this.session.id);
+    if (this.asking || !this.session || this.phase === "replaced") return;
+    this.repeats = this.player.seconds > this.brokenAt + 5 ? 0 : this.repeats + 1;
+    this.brokenAt = this.player.seconds;
+    const { id } = this.session;
+    const ask = () => id === this.session?.id && this.connection.attach(id);
+    this.asking = setTimeout(ask, Math.min(100 * 2 ** this.repeats, 5000));
   }
 
   #visibility() {
@@ -340,7 +353,7 @@ class Page {
       waiting: `Waiting for the model: it${rate}. It goes on by itself.`,
       paused: "Paused.",
       offline: "The connection is lost. Trying again; the video goes on from here.",
-      replaced: "This video was taken over by another window.",
+      replaced: "This video was taken over by another window; load this page again to take it back.",
       ending: "The video is complete; playing to its end.",
       ended: `The end, after ${this.timeline.made.toFixed(1)} s${reasonWords(this.reason)}.`,
     }[key];

@@ -37,8 +37,10 @@ const BEHIND = 30;
 const STUCK = 1.5;
 /** Pushes without effect before the video is asked for again. */
 const PUSHES = 3;
-/** Seconds that a push skips, and that may be missing at the end of the media. */
-const GAP = 0.05;
+/** Seconds that a push skips. */
+const PUSH = 0.05;
+/** Less media than this, in seconds, a browser may wait to have more of: it does not hang. */
+const LITTLE = 0.3;
 
 /**
  * The player that this browser can run.
@@ -173,10 +175,11 @@ export class MsePlayer {
 
   /** @returns {PlayerState} */
   get state() {
-    if (!this.shown) return "loading";
     if (this.#over()) return "ended";
+    if (!this.shown) return "loading";
     if (!this.wanted) return "paused";
-    return this.ahead > 0.02 && !this.video.paused ? "playing" : "waiting";
+    const ready = this.video.readyState >= HTMLMediaElement.HAVE_FUTURE_DATA;
+    return ready && !this.video.paused ? "playing" : "waiting";
   }
 
   /** Play on (as soon as there is something to play). */
@@ -270,13 +273,13 @@ export class MsePlayer {
   #check(range) {
     const seconds = this.video.currentTime;
     const now = performance.now();
-    if (seconds !== this.progress.seconds || range.end - seconds < 2 * GAP) {
+    if (seconds !== this.progress.seconds || range.end - seconds < LITTLE) {
       const { pushes, goal } = this.progress;
       this.progress = { seconds, at: now, goal, pushes: seconds > goal ? 0 : pushes };
     } else if (now - this.progress.at > 1000 * STUCK) {
       if (this.progress.pushes >= PUSHES) return this.events.broken();
       this.progress = { seconds, at: now, goal: seconds + 1, pushes: this.progress.pushes + 1 };
-      this.video.currentTime = Math.min(seconds + GAP, range.end - 0.01);
+      this.video.currentTime = seconds + PUSH;
       this.#start();
     }
   }
@@ -286,10 +289,10 @@ export class MsePlayer {
     if (this.complete && idle && this.source.readyState === "open") this.source.endOfStream();
   }
 
+  /** Played to the end, or complete without a single picture. */
   #over() {
-    const { buffered, currentTime } = this.video;
-    const end = buffered.length ? buffered.end(buffered.length - 1) : 0;
-    return this.complete && (this.video.ended || currentTime >= end - GAP);
+    const empty = this.source?.readyState === "ended" && !this.video.buffered.length;
+    return this.complete && (this.video.ended || empty);
   }
 
   #keepStill() {
@@ -355,8 +358,8 @@ export class JpegPlayer {
 
   /** @returns {PlayerState} */
   get state() {
-    if (!this.shown) return "loading";
     if (this.complete && !this.queue.length) return "ended";
+    if (!this.shown) return "loading";
     if (!this.wanted) return "paused";
     return this.queue.length ? "playing" : "waiting";
   }

@@ -47,8 +47,8 @@ export function makePolicies(root, blend, blendWords, sizes) {
     blend.disabled = !BLENDED.includes(chosen());
     const blocks = Number(blend.value);
     const seconds = ((blocks * frames) / fps).toFixed(1);
-    const words = blocks ? `over ${blocks} block${blocks > 1 ? "s" : ""} (${seconds} s)` : "off";
-    blendWords.textContent = blend.disabled ? `not with ${chosen()}` : words;
+    const words = blocks ? `over ${blocks} block${blocks > 1 ? "s" : ""} (${seconds} s)` : "(off)";
+    blendWords.textContent = blend.disabled ? `(not with ${chosen()})` : words;
   };
   root.addEventListener("change", update);
   blend.addEventListener("input", update);

@@ -20,6 +20,8 @@ const COLOURS = 6;
 /** Pixels of a thumbnail, and no fewer than this for a second. */
 const THUMBNAIL = 48;
 const SECOND = 5;
+/** When there are more, every second one is let go. */
+const MOST_THUMBNAILS = 600;
 /** Lengths, in seconds, that the whole width may stand for. */
 const SPANS = [15, 30, 60, 90, 120, 180];
 
@@ -127,6 +129,9 @@ export class TimelineView {
   /** @param {{seconds: number, jpeg: string}} thumbnail */
   addThumbnail(thumbnail) {
     this.thumbnails.push(thumbnail);
+    if (this.thumbnails.length > MOST_THUMBNAILS) {
+      this.thumbnails = this.thumbnails.filter((_, index) => index % 2 === 0);
+    }
   }
 
   /** @param {number | null} seconds */
@@ -182,7 +187,7 @@ export class TimelineView {
   }
 
   #drawThumbnails() {
-    const shown = this.thumbnails.toSorted((a, b) => a.seconds - b.seconds);
+    const shown = this.thumbnails;
     const kept = [];
     const end = shown.length ? shown.at(-1).seconds * this.scale + THUMBNAIL : 0;
     for (let left = 0; left < end; left += THUMBNAIL) {

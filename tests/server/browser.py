@@ -1,5 +1,6 @@
 """A server with the shapes model, and what a viewer sees of its page in a real browser."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -12,17 +13,23 @@ from pipeline.session import Session
 from server.access import Access
 from server.app import AppOptions, about_model, build_app
 from server.engine import PipelineEngine
-from server.listen import listen, run
+from server.listen import listen, new_server
 from server.models import read_composer, warm_up
 from server.pool import PoolOptions, SessionPool
 from server.storage import Storage
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--autoplay-policy=no-user-gesture-required"
-).split()
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+]
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "shapes" / "rolling_forcing.yaml"
@@ -86,19 +93,25 @@ class LiveServer:
             composer=read_composer(pipe.setup),
         )
         ready = threading.Event()
-        threading.Thread(target=partial(self._serve, about, ready), daemon=True).start()
+        self._thread = threading.Thread(target=partial(self._serve, about, ready))
+        self._thread.start()
         assert ready.wait(10)
+
+    def close(self) -> None:
+        """End it and all its sessions."""
+        self._web.should_exit = True
+        self._thread.join()
 
     def _serve(self, about: Any, ready: threading.Event) -> None:
         with listen("127.0.0.1", 0) as listener:
             port = listener.getsockname()[1]
             self.url = f"http://127.0.0.1:{port}/"
-            app = build_app(
-                self.pool, AppOptions(Access.of("127.0.0.1", port, None, []), about=about)
-            )
+            access = Access.of("127.0.0.1", port, None, [])
+            app = build_app(self.pool, AppOptions(access, about=about))
+            self._web = new_server(app, proxied=False)
             listener.listen()
             ready.set()
-            run(app, listener, proxied=False)
+            self._web.run(sockets=[listener])
 
 
 class Screen:
@@ -107,7 +120,6 @@ class Screen:
     def __init__(self, page: Any, url: str) -> None:
         self.page = page
         self.errors: list[str] = []
-        self.messages: list[dict[str, Any]] = []
         page.set_default_timeout(10_000)
         page.on("console", lambda m: m.type in ("error", "warning") and self.errors.append(m.text))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -119,12 +131,10 @@ class Screen:
         for slot, word in words.items():
             self.page.select_option(f".sentence select[aria-label={slot}]", word)
 
-    def start(self, *, seed: int = 3, seconds: float | None = None, **words: str) -> None:
+    def start(self, *, seed: int = 3, **words: str) -> None:
         """Start a video and wait until it plays."""
         self.say(**words)
         self.page.fill("#seed", str(seed))
-        if seconds is not None:
-            self.page.fill("#seconds", str(seconds))
         self.page.click("#submit")
         self.wait_state("playing")
 
@@ -133,6 +143,11 @@ class Screen:
         self.say(**words)
         self.page.check(f"input[name=policy][value={policy}]")
         self.page.click("#submit")
+
+    @property
+    def session(self) -> str:
+        """The id of the video."""
+        return self.page.get_attribute("#mp4", "download").removesuffix(".mp4")
 
     @property
     def state(self) -> str | None:

@@ -19,7 +19,7 @@ def composed():
         slots = re.findall(r"\{(\w+)\}", template)
         for round in range(max(len(words[slot]) for slot in slots)):
             said = {slot: words[slot][round % len(words[slot])] for slot in slots}
-            for first, second in distinct:
+            for _, second in distinct:
                 if second in said:
                     said[second] = words[second][(round + 1) % len(words[second])]
             yield template.format(**said)
