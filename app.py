@@ -6,6 +6,7 @@
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,8 +111,8 @@ def check(args: argparse.Namespace) -> None:
         value = vars(args)[flag]
         if not 0 < value < float("inf"):
             raise UserError(f"--{flag} {value} must be above 0")
-    if args.token is not None and len(args.token) < 8:
-        raise UserError("--token must have at least 8 characters")
+    if args.token is not None and not re.fullmatch(r"[\w.~-]{8,128}", args.token, re.ASCII):
+        raise UserError("--token must be 8 to 128 letters, digits, or any of - _ . ~")
 
 
 def fill_in_model(args: argparse.Namespace) -> Path:
@@ -182,7 +183,7 @@ def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
     from server.engine import PipelineEngine
     from server.listen import listen, run
     from server.models import places, read_composer, warm_up
-    from server.pool import PoolOptions, SessionPool
+    from server.pool import SESSIONS_PER_ADDRESS, PoolOptions, SessionPool
     from server.storage import Storage
 
     storage = Storage(Path(args.output_dir), int(args.disk_limit * GIB))
@@ -203,7 +204,12 @@ def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
                 composer=read_composer(pipe.setup),
             ),
         )
-        pool_options = PoolOptions(most, lead=args.lead, idle_seconds=args.idle_seconds)
+        pool_options = PoolOptions(
+            most,
+            most if own and not args.allowed_host else SESSIONS_PER_ADDRESS,
+            lead=args.lead,
+            idle_seconds=args.idle_seconds,
+        )
         app = build_app(SessionPool(engine, storage, pool_options), options)
         print(f"Open {address_of(args, token)}")
         print(

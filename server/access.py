@@ -13,8 +13,6 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data: blob:; media-src 'self' blob:; connect-src 'self'; "
@@ -45,9 +43,10 @@ def new_token() -> str:
 class Access:
     """What a request has to show.
 
-    `hosts`: names that it may address the server by, without port (a page of another name that was
-    made to point here is no friend); None: any. `token`: None where none is needed. `cookie`: the
-    name that a browser keeps it by; one for each port, since ports share cookies.
+    `hosts`: names beside those of this machine that it may address the server by, without port (a
+    page of another name that was made to point here is no friend); None: any. `token`: None where
+    none is needed. `cookie`: the name that a browser keeps it by; one for each port, since ports
+    share cookies.
     """
 
     hosts: frozenset[str] | None
@@ -57,13 +56,14 @@ class Access:
     @classmethod
     def of(cls, server_name: str, port: int, token: str | None, names: Iterable[str]) -> "Access":
         """Of a server that listens on `server_name`; `names` are those that a proxy gives it."""
-        hosts = LOOPBACK | set(names) if is_loopback(server_name) else None
+        hosts = frozenset(names) if is_loopback(server_name) else None
         return cls(hosts, token, f"token_{port}")
 
     def refusal(self, headers: Headers, query: str) -> str | None:
         """Why a request is refused; None if it is not."""
         host = headers.get("host", "")
-        if self.hosts is not None and host_name(host) not in self.hosts:
+        name = host_name(host)
+        if self.hosts is not None and name not in self.hosts and not is_loopback(name):
             return "this name is not one of the server's; give --allowed_host to allow it"
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():

@@ -32,7 +32,8 @@ from server.recording import JpegReader, Mp4Reader, Recording
 
 logger = logging.getLogger(__name__)
 
-FRAMES_AT_ONCE = 64  # of one read from the recording
+FRAMES_AT_ONCE = 16  # of one read from the recording
+SENT_AHEAD = 30.0  # seconds of video in a client that has not played them yet
 WAITING = 1024  # messages that a client has not read yet
 ENDED_FLOOD = 500  # messages above the rate before a socket is closed
 POLICY_VIOLATION, TRY_AGAIN_LATER = 1008, 1013
@@ -69,6 +70,7 @@ class Connection:
         self._wake = asyncio.Event()
         self._bucket = Bucket(rate.per_second, rate.burst, clock())
         self._too_many = 0
+        self._lost = False
 
     async def serve(self) -> None:
         """Accept the socket and live until it closes."""
@@ -88,9 +90,11 @@ class Connection:
     # --- client of a session ---------------------------------------------------------------------
 
     def tell(self, message: dict[str, Any]) -> None:
-        """See `Client`; a client that reads nothing any more is let go."""
+        """See `Client`; one that has not read the last `WAITING` messages is let go."""
         if len(self._row) < WAITING:
             self._row.append(message)
+        else:
+            self._lost = True
         self._wake.set()
 
     def show(self, recording: Recording, first_frame: int) -> None:
@@ -115,11 +119,11 @@ class Connection:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if len(self._row) >= WAITING:
-                await self._close(TRY_AGAIN_LATER)
-                return
             try:
-                while self._row or (self._reader is not None and self._reader.ready):
+                while self._row or self._frames_to_send > 0:
+                    if self._lost:
+                        await self._close(TRY_AGAIN_LATER)
+                        return
                     if self._row:
                         await self._socket.send_json(self._row.popleft())
                     else:
@@ -130,10 +134,19 @@ class Connection:
                 logger.exception("video could not be sent")
                 self._reader = None
 
+    @property
+    def _frames_to_send(self) -> int:
+        """Of the next read; none where the client has yet to play what it has."""
+        reader, playback = self._reader, self._live and self._live.playback
+        if reader is None or not playback or not reader.ready:
+            return 0
+        last = (playback.played + SENT_AHEAD) * reader.recording.fps
+        return min(FRAMES_AT_ONCE, int(last) - reader.next_frame)
+
     async def _send_video(self) -> None:
         reader = self._reader
         assert reader is not None
-        messages = await self._pool.read(reader.read, FRAMES_AT_ONCE)
+        messages = await self._pool.read(reader.read, self._frames_to_send)
         for message in messages:
             if reader is not self._reader:
                 return
@@ -186,6 +199,7 @@ class Connection:
                 self._session().stop("stopped")
             case Playhead():
                 self._session().hear(message.seconds)
+                self._wake.set()
             case Hidden():
                 self._session().hide(message.hidden)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from pipeline.text import TextSource
 from pipeline.timing import random_pipeline, read_preset
 from server.engine import Engine
 from utils.config import Config
+from utils.devices import choose_device
 from utils.errors import UserError
 from wan.checkpoints import networks_in
 from wan.dit import DiTConfig
-from wan.folders import find_checkpoint
+from wan.folders import ModelFolder, find_checkpoint
 
 logger = logging.getLogger(__name__)
 
 COMPOSER = "composer.json"  # in a model folder: sentences that the model understands
 SHARE_OF_MEMORY = 0.7  # of what is free, for sessions
 MOST_SESSIONS = 16
+TEXT_SHARE = 0.25  # of a GPU's free memory that a text encoder may stay in
 WARM_UP_PROMPT = "warm-up"
 
 
@@ -39,7 +42,18 @@ def open_model(config: Config, checkpoint: str | None, *, use_ema: bool) -> Vide
         use_ema = "generator_ema" in networks
         if networks and not use_ema:
             logger.warning("%s has no generator_ema: its generator is used", checkpoint)
+    device = choose_device(config.device)
+    if config.text_encoder_device == "auto" and device.type == "cuda":
+        folder = ModelFolder.find(config.model_root, config.generator_name)
+        size = sum(file.stat().st_size for file in _files(folder.text_encoder))
+        if size > TEXT_SHARE * free_bytes(device):
+            logger.info("the text encoder stays on the CPU; text_encoder_device=cuda moves it")
+            config = replace(config, text_encoder_device="cpu")
     return load_pipeline(config, checkpoint, use_ema=use_ema and checkpoint is not None)
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else list(path.glob("*.safetensors"))
 
 
 def open_random_model(config: Config, preset: Path) -> VideoPipeline:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 HOUSEKEEPING = 1.0  # seconds
+SESSIONS_PER_ADDRESS = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PoolOptions:
     """
 
     max_sessions: int = 4
-    sessions_per_address: int = 4
+    sessions_per_address: int = SESSIONS_PER_ADDRESS
     lead: float = 1.5
     idle_seconds: float = 60.0
 
@@ -158,8 +159,12 @@ class SessionPool:
         with suppress(ValueError):
             self._turns.remove(live)
         live.stop(reason)
-        record = await self.record_of(live)
-        await self._in(self._steps, live.session.close)
+        record = None
+        try:
+            record = await self.record_of(live)
+            await self._in(self._steps, live.session.close)
+        except Exception:  # its video is kept all the same
+            logger.exception("session %s was not closed well", live.name)
         if delivery := self._deliveries.pop(live.name, None):
             await self._delivered(live, delivery)
         try:

@@ -46,7 +46,7 @@ class Recording:
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except OSError as error:
-            raise cannot_write(self.path, error) from error
+            raise cannot_write(self.path.name, error) from error
         self._write(self.init)
         self._starts[0] = len(self.init)
 
@@ -119,13 +119,16 @@ class Recording:
             self._saved_frames = frames
         return target
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """Leave the mp4 and its record instead of the growing file; nothing of an empty video."""
+    def finish(self, record: dict[str, Any] | None) -> None:
+        """Leave the mp4, and its record, instead of the growing file; nothing of an empty video."""
         try:
             if self.frames and self._file >= 0:
-                paths = [self.save(), self.storage.path(self.name, ".json")]
-                write_json(paths[1], record)
-                self.storage.reserve(sum(path.stat().st_size for path in paths) - self._reserved)
+                size = self.save().stat().st_size
+                if record is not None:
+                    path = self.storage.path(self.name, ".json")
+                    write_json(path, record)
+                    size += path.stat().st_size
+                self.storage.reserve(size - self._reserved)
                 self._reserved = 0
                 self.storage.add_finished(self.name)
         finally:
@@ -151,7 +154,7 @@ class Recording:
             if written_bytes < len(data):
                 raise OSError(28, "No space left on device")
         except OSError as error:
-            raise cannot_write(self.path, error) from error
+            raise cannot_write(self.path.name, error) from error
 
 
 def write_mp4(source: Path, frames: int, target: Path) -> None:

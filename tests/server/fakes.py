@@ -145,6 +145,8 @@ class FakeSession:
         return session
 
     def record(self) -> dict[str, Any]:
+        if self.first_prompt == "no record":
+            raise RuntimeError("the record broke")
         return {"seed": self.seed, "prompt": self.prompt, "frames": self.frames_made}
 
     def view(self) -> dict[str, Any]:
@@ -243,7 +245,7 @@ def fake_app(folder: Path, engine: FakeEngine | None = None, **values: Any) -> S
     static = folder / "static"
     static.mkdir(exist_ok=True)
     (static / "index.html").write_text("<title>page</title>", encoding="utf-8")
-    access = values.pop("access", Access(frozenset({"127.0.0.1", "testserver"}), None))
+    access = values.pop("access", Access(frozenset({"testserver"}), None))
     app_options = AppOptions(access, static=static, **values)
     pool = SessionPool(engine or FakeEngine(), Storage(folder / "videos", disk), options)
     return build_app(pool, app_options)

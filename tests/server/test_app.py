@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 from collections import deque
 
 import av
@@ -12,7 +13,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from server.access import Access, host_name, is_loopback
-from server.connection import Rate
+from server.connection import WAITING, Connection, Rate
 from server.protocol import Limits
 from tests.server.fakes import BLOCK, FPS, SIZE, FakeEngine, fake_app
 from tests.server.test_protocol import HOSTILE
@@ -370,6 +371,9 @@ def test_too_many_sockets(tmp_path):
         ({"Origin": "http://testserver"}, 200),
         ({"Origin": "https://testserver"}, 200),  # a proxy speaks TLS for us
         ({"Origin": "http://TESTSERVER"}, 200),
+        ({"Host": "127.0.0.2"}, 200),
+        ({"Host": "[::1]:7860"}, 200),
+        ({"Host": "localhost:1"}, 200),
         ({"Host": "127.0.0.1:9999", "Origin": "http://127.0.0.1:9999"}, 200),  # an SSH tunnel
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "http://testserver:81"}, 403),
@@ -457,7 +461,7 @@ def test_token(guarded):
 def test_loopback(name, own):
     assert is_loopback(name) is own
     access = Access.of(name, 7860, None, ["demo.example"])
-    assert access.hosts == ({"localhost", "127.0.0.1", "::1", "demo.example"} if own else None)
+    assert access.hosts == (frozenset({"demo.example"}) if own else None)
 
 
 def test_host_names():
@@ -495,3 +499,29 @@ def test_out_of_memory_leaves_the_others(tmp_path):
         good.frames(16)
         bad.say("session.resume").until("session.resumed")
         bad.frames(16)
+
+
+def test_video_is_sent_as_it_is_played(tmp_path):
+    """Whoever came back to the beginning of a long video got all of it at once."""
+    app = fake_app(tmp_path, lead=100.0)
+    with TestClient(app) as client, client.websocket_connect(PATH) as socket:
+        talk = start(socket, seconds=50)
+        talk.frames(30 * FPS)
+        while client.get(f"/v1/sessions/{talk.id}/video.json").json()["frames"] < 50 * FPS:
+            time.sleep(0.01)
+        talk.say("nothing").until("error")
+        assert sum(data.count(b"moof") for data in talk.data) == 30 * FPS
+        talk.say("playhead", seconds=0.5)
+        talk.frames(30 * FPS + 8)
+        talk.say("playhead", seconds=25)
+        assert len(decoded(talk.frames(50 * FPS))) == 50 * FPS
+
+
+def test_client_that_reads_no_messages():
+    """What is told to it waits in a row of bounded length; then it is let go, and can come back."""
+    quiet = {"limits": Limits(), "rate": Rate(), "format": "mp4", "address": ""}
+    connection = Connection(None, None, **quiet)
+    for number in range(WAITING + 5):
+        connection.tell({"type": "stats", "number": number})
+    assert connection._lost
+    assert len(connection._row) == WAITING

@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 import app
 import server.listen
+from server import models
 from server.engine import PipelineEngine
 from server.models import open_model, open_random_model, places, read_composer, warm_up
 from tests.conftest import TinyWorld
@@ -100,7 +101,8 @@ def small_pipeline(args, config):
         (["--lead", "nan"], "--lead nan must be above 0"),
         (["--idle_seconds", "-1"], "--idle_seconds"),
         (["--disk_limit", "inf"], "--disk_limit"),
-        (["--token", "short"], "at least 8 characters"),
+        (["--token", "short"], "--token must be 8 to 128"),
+        (["--token", "a token; x=ü"], "--token must be 8 to 128"),
         (["--config_path", "configs/none.yaml"], "configs/none.yaml"),
         (["--model", "no-model"], "there is no model 'no-model'"),
         (["--random_weights", "--server_name", "no.such.host.invalid"], "is no address"),
@@ -171,3 +173,14 @@ def test_broken_composer(tiny_world: TinyWorld, text):
             read_composer(pipe.setup)
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize(("free", "place"), [(10**12, "auto"), (10_000, "cpu")])
+def test_text_encoder_stays_where_there_is_room(tiny_world: TinyWorld, monkeypatch, free, place):
+    """It would take half of a small GPU for good."""
+    opened = []
+    monkeypatch.setattr(models, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(models, "free_bytes", lambda device: free)
+    monkeypatch.setattr(models, "load_pipeline", lambda config, *_, **__: opened.append(config))
+    open_model(load_config(tiny_world.config), None, use_ema=True)
+    assert [config.text_encoder_device for config in opened] == [place]

@@ -498,3 +498,14 @@ async def test_close_during_a_step_keeps_its_block(tmp_path):
         assert live.session.closed
         assert pool.storage.finished(live.name, ".mp4")
         assert len(engine.steps) == 1
+
+
+@in_loop
+async def test_close_keeps_the_video_whatever_fails(tmp_path):
+    """A record that could not be made left the session open, and its video was lost."""
+    async with pool_of(tmp_path) as pool:
+        live, _ = await begin(pool, "no record")
+        await settled(pool)
+        await pool.close(live, "idle")
+        assert pool.storage.finished(live.name, ".mp4")
+        assert pool.storage.finished(live.name, ".json") is None
