@@ -33,33 +33,34 @@ class Talk:
 
     def __init__(self, socket):
         self.socket, self.told, self.data = socket, [], []
+        self.unread = deque()
 
     def say(self, kind, **fields):
         self.socket.send_text(json.dumps({"type": kind, **fields}))
         return self
 
+    def receive(self):
+        event = self.socket.receive()
+        if event["type"] == "websocket.close":
+            raise WebSocketDisconnect(event.get("code"))
+        if event.get("bytes") is not None:
+            self.data.append(event["bytes"])
+        else:
+            self.told.append(json.loads(event["text"]))
+            self.unread.append(self.told[-1])
+
     def until(self, kind):
         """The next message of a type."""
         while True:
-            event = self.socket.receive()
-            if event["type"] == "websocket.close":
-                raise WebSocketDisconnect(event.get("code"))
-            if event.get("bytes") is not None:
-                self.data.append(event["bytes"])
-                continue
-            message = json.loads(event["text"])
-            self.told.append(message)
-            if message["type"] == kind:
+            while not self.unread:
+                self.receive()
+            if (message := self.unread.popleft())["type"] == kind:
                 return message
 
     def frames(self, count):
         """Wait until so many frames were sent; all bytes of the video."""
         while sum(data.count(b"moof") for data in self.data) < count:
-            event = self.socket.receive()
-            if event.get("bytes") is not None:
-                self.data.append(event["bytes"])
-            else:
-                self.told.append(json.loads(event["text"]))
+            self.receive()
         return b"".join(self.data)
 
 
@@ -149,8 +150,7 @@ def test_jpeg(client, how):
     with client.websocket_connect(path) as socket:
         talk = start(socket, **fields)
         while len(talk.data) < 16:
-            event = socket.receive()
-            talk.data += [event["bytes"]] if event.get("bytes") else []
+            talk.receive()
         assert all(data[:2] == b"\xff\xd8" for data in talk.data)
 
 
