@@ -82,7 +82,7 @@ class LiveServer:
         pipe = load_pipeline(str(CONFIG), str(CHECKPOINT))
         self.engine = SlowEngine(pipe)
         warm_up(self.engine)
-        options = PoolOptions(max_sessions=8, sessions_per_address=8, idle_seconds=3.0)
+        options = PoolOptions(max_sessions=8, sessions_per_address=8, idle_seconds=2.0)
         self.pool = SessionPool(self.engine, Storage(folder, 10**9), options)
         about = about_model(
             title="Rolling Forcing",
