@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from pipeline import load_pipeline
 from pipeline.session import Session
 from server.access import Access
@@ -31,6 +33,7 @@ FLAGS = [
     "--autoplay-policy=no-user-gesture-required",
 ]
 
+PREFIX = "/some/prefix/"
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "shapes" / "rolling_forcing.yaml"
 CHECKPOINT = ROOT / "checkpoints" / "shapes_rolling_forcing.pt"
@@ -108,10 +111,21 @@ class LiveServer:
             self.url = f"http://127.0.0.1:{port}/"
             access = Access.of("127.0.0.1", port, None, [])
             app = build_app(self.pool, AppOptions(access, about=about))
-            self._web = new_server(app, proxied=False)
+            self._web = new_server(with_prefix(app), proxied=False)
             listener.listen()
             ready.set()
             self._web.run(sockets=[listener])
+
+
+def with_prefix(app: ASGIApp) -> ASGIApp:
+    """The application at / and, as a proxy might offer it, at PREFIX."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path", "").startswith(PREFIX):
+            scope = {**scope, "path": "/" + scope["path"].removeprefix(PREFIX)}
+        await app(scope, receive, send)
+
+    return answer
 
 
 class Screen:

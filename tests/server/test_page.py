@@ -12,6 +12,7 @@ from tests.server.browser import (
     GREEN,
     MAROON,
     NAVY,
+    PREFIX,
     RED,
     LiveServer,
     Screen,
@@ -32,6 +33,27 @@ TAPPED = """() => {
         heard(bad ? { data: new ArrayBuffer(99) } : event);
       };
     }
+  };
+}"""
+
+PARTS = """async () => {
+  const { socketUrl } = await import('./protocol.js');
+  const { spans, pointBefore } = await import('./timeline.js');
+  const { read } = await import('./composer.js');
+  const { clock, size } = await import('./dom.js');
+  const change = (first, whole) => ({ first, whole });
+  const points = [{ id: 3, seconds: 1 }, { id: 8, seconds: 2.5 }];
+  const words = { colour: ['red', 'blue'], kind: ['circle', 'big circle'] };
+  const template = 'A {colour} {kind}.';
+  return {
+    socket: socketUrl('https://host:1/a/?token=b#c', 'jpeg'),
+    spans: spans([change(0, 0), change(2, 4), change(5, 9)], 6)
+      .map(({ from, whole, to }) => [from, whole, to]),
+    points: [0.5, 2.4, 9].map((seconds) => pointBefore(points, seconds)?.id ?? null),
+    read: read(template, words, ' a RED big circle.'),
+    unread: read(template, words, 'A red square.'),
+    size: [0, 1500, 38.4e6].map(size),
+    clock: [0, 59.94, 605].map(clock),
   };
 }"""
 
@@ -265,11 +287,14 @@ def test_a_lost_socket_and_a_broken_chunk_are_got_over(open_page):
 
 
 def test_two_pages_at_once_and_one_dies(open_page, server):
-    one, other = open_page(), open_page()
+    """One of them behind a path prefix, where only addresses relative to the page work."""
+    one, other = open_page(), open_page(server.url.rstrip("/") + PREFIX)
     one.start(background="a gray background")
     other.start(background="a navy background")
     assert one.share(GRAY) > 0.6
     assert other.share(NAVY) > 0.6
+    assert PREFIX in other.page.evaluate("document.querySelector('#json').href")
+    assert json.load(_get(other, "#json"))["seed"] == 3
     dead = other.session
     other.page.context.close()  # a tab that is gone, without a word
     before = one.seconds
@@ -300,6 +325,19 @@ def test_phone_and_dark(open_page):
     assert phone.overflow() == 0
     back = phone.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert sum(int(part) for part in back[4:-1].split(",")) < 150
+
+
+def test_parts_of_the_page(open_page):
+    """Addresses, spans of time, branch points and sentences, in the modules themselves."""
+    screen = open_page()
+    results = screen.page.evaluate(PARTS)
+    assert results["socket"] == "wss://host:1/a/v1/realtime/video?format=jpeg"
+    assert results["spans"] == [[0, 0, 2], [2, 4, 5], [5, 6, 6]]
+    assert results["points"] == [None, 3, 8]
+    assert results["read"] == {"colour": "red", "kind": "big circle"}
+    assert results["unread"] is None
+    assert results["size"] == ["0 B", "1.5 kB", "38 MB"]
+    assert results["clock"] == ["0:00", "0:59.9", "10:05"]
 
 
 def test_errors_are_sentences(open_page):
