@@ -22,6 +22,7 @@ MODULES = (
     "scripts.attention_maps",
     "scripts.plot_run",
     "scripts.live_client",
+    "scripts.live_figures",
     "shapes.chain",
     "shapes.ablate",
     "shapes.continuation",

@@ -153,7 +153,7 @@ def named_files() -> set[str]:
             path = re.fullmatch(r"([\w.*/{},-]+?)(:[\w.]+)?", span)
             top = path[1].partition("/")[0] if path else ""
             looks = path and (path[1].endswith((".py", ".md", ".yaml")) or (ROOT / top).is_dir())
-            if looks and top not in MADE and ("/" in span or "." in span):
+            if looks and top not in ("", *MADE) and ("/" in span or "." in span):
                 found.add(span)
     return found
 

@@ -61,7 +61,7 @@ def test_tree():
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("room", ["wan", "pipeline", "model", "trainer", "utils"])
+@pytest.mark.parametrize("room", ["wan", "pipeline", "server", "model", "trainer", "utils"])
 def test_tree_is_complete(room):
     """A file that nobody finds in the tree might as well not be there."""
     named = set(readme.tree_paths())

@@ -1,10 +1,15 @@
 """The server on a real socket of this machine: clients that stall, vanish, or speak no protocol."""
 
+import ctypes
+import gc
 import json
+import resource
 import socket
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -197,3 +202,38 @@ def test_end_of_the_server_keeps_the_video(tmp_path):
         until(socket, "nothing")
     kinds = sorted(path.suffix for path in (tmp_path / "videos").iterdir())
     assert kinds == [".json", ".mp4"]
+
+
+def usage() -> tuple[int, int]:
+    """(threads, open files) of this process."""
+    return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+
+def resident() -> int:
+    """Bytes of memory of this process, without what waits to be collected or given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def kill_sessions(port: int, count: int) -> None:
+    """Sessions whose clients vanish in the middle of a block."""
+    for number in range(count):
+        raw = socket.create_connection(("127.0.0.1", port))
+        raw.sendall(handshake(port))
+        raw.recv(1000)
+        raw.sendall(masked({"type": "session.start", "prompt": f"fox {number}"}))
+        raw.recv(100)
+        raw.close()
+    lasts(lambda: health(port)["sessions"] == 0, 20)
+
+
+def test_fifty_killed_sessions_leave_nothing(tmp_path):
+    options = {"idle_seconds": 0.01, "max_sessions": 60, "sessions_per_address": 60}
+    with served(fake_app(tmp_path, **options)) as port:
+        kill_sessions(port, 50)
+        before, memory = usage(), resident()
+        kill_sessions(port, 50)
+        lasts(lambda: usage() <= before)
+        assert resident() - memory < 8 * 2**20
+    assert not any(path.name.endswith(".live.mp4") for path in (tmp_path / "videos").iterdir())
