@@ -5,20 +5,16 @@ import urllib.request
 
 import pytest
 
-from tests.server.browser import (
-    CHROMIUM,
-    FLAGS,
-    GRAY,
-    GREEN,
-    MAROON,
-    NAVY,
-    PREFIX,
-    RED,
-    LiveServer,
-    Screen,
-)
+from pipeline import load_pipeline
+from shapes import demo
+from shapes.world import BACKGROUNDS, COLOURS
+from tests.server.browser import CHROMIUM, FLAGS, PREFIX, Screen, live_server
+from utils.config import ROOT
 
 pytestmark = pytest.mark.browser
+
+GRAY, NAVY, MAROON = (BACKGROUNDS[name][0] for name in ("gray", "navy", "maroon"))
+RED, GREEN = COLOURS["red"], COLOURS["green"]
 
 # Sockets that can be closed from outside, and damage a chunk when they are told to.
 TAPPED = """() => {
@@ -63,9 +59,10 @@ BLOCK = 0.75
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = LiveServer(tmp_path_factory.mktemp("live"))
-    yield server
-    server.close()
+    pipe = load_pipeline(ROOT / demo.CONFIG, ROOT / demo.CHECKPOINT, use_ema=True)
+    example = "A large red circle drifts slowly to the right over a gray background."
+    with live_server(pipe, tmp_path_factory.mktemp("live"), [example]) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
