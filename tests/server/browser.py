@@ -74,9 +74,13 @@ class SlowEngine(PipelineEngine):
 class LiveServer:
     """A server that runs, and what a test may look at or change of it."""
 
-    url: str
+    port: int
     engine: SlowEngine
     pool: SessionPool
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
 
 
 @contextmanager
@@ -94,17 +98,19 @@ def live_server(pipe: VideoPipeline, folder: Path, examples: Sequence[str]) -> I
         examples=examples,
         composer=read_composer(pipe.setup),
     )
-    access = Access(frozenset({"127.0.0.1"}), None)
+    access = Access(frozenset({"127.0.0.1", "localhost"}), None)
     with served(with_prefix(build_app(pool, AppOptions(access, about=about)))) as port:
-        yield LiveServer(f"http://127.0.0.1:{port}/", engine, pool)
+        yield LiveServer(port, engine, pool)
 
 
 def with_prefix(app: ASGIApp) -> ASGIApp:
-    """The application at / and, as a proxy might offer it, at PREFIX."""
+    """The application; by the name localhost it is at PREFIX alone, as a proxy might offer it."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("path", "").startswith(PREFIX):
-            scope = {**scope, "path": "/" + scope["path"].removeprefix(PREFIX)}
+        if dict(scope.get("headers", ())).get(b"host", b"").startswith(b"localhost"):
+            inside = scope["path"].startswith(PREFIX)
+            path = "/" + scope["path"].removeprefix(PREFIX) if inside else "/v1/nothing"
+            scope = {**scope, "path": path}
         await app(scope, receive, send)
 
     return answer

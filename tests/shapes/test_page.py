@@ -284,7 +284,7 @@ def test_a_lost_socket_and_a_broken_chunk_are_got_over(open_page):
 
 def test_two_pages_at_once_and_one_dies(open_page, server):
     """One of them behind a path prefix, where only addresses relative to the page work."""
-    one, other = open_page(), open_page(server.url.rstrip("/") + PREFIX)
+    one, other = open_page(), open_page(f"http://localhost:{server.port}{PREFIX}")
     one.start(background="a gray background")
     other.start(background="a navy background")
     assert one.share(GRAY) > 0.6
