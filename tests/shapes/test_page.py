@@ -307,7 +307,7 @@ def test_a_video_that_another_window_takes_over(open_page):
     second.goto(screen.page.url)
     second.wait_for_selector("body[data-state=playing]")
     screen.wait_state("replaced")
-    assert "another window" in screen.page.inner_text("#state")
+    assert "Another window" in screen.page.inner_text("#state")
 
 
 def test_phone_and_dark(open_page):
