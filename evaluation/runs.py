@@ -151,11 +151,12 @@ def generated_run(args: argparse.Namespace, config: Config, ranks: Ranks) -> Run
         truth=truth,
     )
     if args.data_path is None and truth is not None:
-        size = {"height": evaluation.shape.height, "width": evaluation.shape.width}
-        if truth.start(prompts[0], fps=config.fps, **size) is None:
+        shape = evaluation.shape
+        known = truth.start(prompts[0], height=shape.height, width=shape.width) is not None
+        if not known or config.fps < truth.least_fps:
             raise UserError(
                 f"{args.config_path} makes no videos that {package} can measure; give prompts "
-                "with --data_path, or a config of its size"
+                "with --data_path, or a config of its size and frame rate"
             )
     trials = {t.key: t for t in list_trials(prompts, args.seeds or 1, config.seed)}
     names = {key: vbench_name(t.prompt, t.index) for key, t in trials.items()}
@@ -236,11 +237,11 @@ def measure_file(path: Path, first: int, block: int, truth: Meter | None) -> Res
     prompt, sample = prompt_of(path)
     frames = 0
     try:
-        judge = Judge(prompt, fps=frame_rate(path), truth=truth, first=first, block=block)
+        judge = Judge(prompt, truth=truth, first=first, block=block)
         for chunk in read_video_chunks(path):
             judge.add(chunk.numpy())
             frames += len(chunk)
-        report = judge.report()
+        report = judge.report(frame_rate(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return {

@@ -63,7 +63,7 @@ METER_VERSION = 3
 _CHUNK = 32  # frames read at a time
 _SLOTS = 3  # shapes looked for in a frame: one more than a prompt may ask for
 _LEAST_SIZE = 16  # of a frame: below, a small shape is under four pixels wide
-_LEAST_FPS = 2.0  # below, no frame follows within a path's half second
+LEAST_FPS = 2.0  # below, no frame follows within a path's half second
 _LEAST_SPEED = min(SPEEDS.values()) / 4  # what is slower has no direction
 _MIN_CORE = 12 / WORLD**2  # a shape has at least this share of the pixels in its flat inside
 _SAME = 60.0  # colours closer than this are one colour: under half the gap of the palette
@@ -284,29 +284,29 @@ def measure(frames: Frames, prompt: Attributes | str, *, fps: float = FPS) -> Me
         UserError: if the frames are no square video, or the caption is none of this world.
     """
     _check_square(frames, 2)
-    meter = ShapeMeter(prompt, fps=fps)
+    meter = ShapeMeter(prompt)
     meter.add(frames)
-    return meter.measures()
+    return meter.measures(fps)
 
 
 class ShapeMeter:
     """`measure` for a video that comes in pieces: the same measures, without keeping the frames."""
 
-    def __init__(self, prompt: Attributes | str, *, fps: float = FPS) -> None:
-        """Raises UserError if the caption is none of this world, or the frame rate below 2."""
-        if fps < _LEAST_FPS:
-            raise UserError(f"Motion is measured from {_LEAST_FPS:g} frames/s on, not at {fps:g}.")
+    def __init__(self, prompt: Attributes | str) -> None:
+        """Raises UserError if the caption is none of this world."""
         self.prompt = parse_caption(prompt) if isinstance(prompt, str) else prompt
         expected = PALETTE[[_index(COLOURS, shape.colour) for shape in self.prompt.shapes]]
-        self._observer = Observer(expected, fps=fps)
+        self._observer = Observer(expected)
 
     def add(self, frames: Frames) -> None:
         """The next frames, uint8 [n, S, S, 3]; UserError if they are not square."""
         self._observer.add(frames)
 
-    def measures(self) -> Measures:
-        """The video is over; UserError if it had fewer than two frames."""
-        seen = self._observer.observation()
+    def measures(self, fps: float = FPS) -> Measures:
+        """The video is over; UserError if it had fewer than two frames, or than 2 a second."""
+        if fps < LEAST_FPS:
+            raise UserError(f"Motion is measured from {LEAST_FPS:g} frames/s on, not at {fps:g}.")
+        seen = self._observer.observation(fps)
         background = _index(BACKGROUNDS, self.prompt.background)
         hidden = _hidden(seen.shapes, self.prompt.shapes, seen.fps)
         parts = zip(seen.shapes, self.prompt.shapes, hidden, strict=True)
@@ -491,18 +491,17 @@ def observe(frames: Frames, *, fps: float = FPS, colours: Array | None = None) -
         UserError: if the frames are no square video of two frames or more.
     """
     _check_square(frames, 2)
-    observer = Observer(_fullest(frames[:16]) if colours is None else colours, fps=fps)
+    observer = Observer(_fullest(frames[:16]) if colours is None else colours)
     observer.add(frames)
-    return observer.observation()
+    return observer.observation(fps)
 
 
 class Observer:
     """`observe` for a video that comes in pieces, whatever their lengths: at most 32 are kept."""
 
-    def __init__(self, colours: Array, *, fps: float = FPS) -> None:
+    def __init__(self, colours: Array) -> None:
         """`colours` [K, 3] are followed, as in `observe`."""
         self._followed = np.asarray(colours, np.float32)
-        self._fps = fps
         self._waiting: list[Frames] = []  # fewer than a chunk
         self._last: tuple[Frames, Bools] | None = None  # the frame before, and where it is clear
         self._readings: list[_Reading] = []
@@ -518,7 +517,7 @@ class Observer:
             self._take(video[start : start + _CHUNK])
         self._waiting = [video[whole:].copy()]
 
-    def observation(self) -> Observation:
+    def observation(self, fps: float = FPS) -> Observation:
         """The video is over; UserError if it had fewer than two frames."""
         rest = np.concatenate(self._waiting) if self._waiting else np.empty((0, 1, 1, 3), np.uint8)
         if len(rest):
@@ -529,7 +528,7 @@ class Observer:
         seen = _Reading(*(np.concatenate(parts) for parts in zip(*self._readings, strict=True)))
         differences = _distance(seen.edges[:, None], EDGES).mean(2)  # [F, backgrounds]
         return Observation(
-            fps=self._fps,
+            fps=fps,
             background=differences.argmin(1),
             edges=seen.edges,
             count=seen.num_shapes,
@@ -537,7 +536,7 @@ class Observer:
             sharpness=seen.sharpness,
             brightness=np.array(self._brightness),
             change=np.array(self._change),
-            shapes=tuple(_track(seen, slot, self._fps) for slot in range(len(self._followed))),
+            shapes=tuple(_track(seen, slot, fps) for slot in range(len(self._followed))),
         )
 
     def _take(self, frames: Frames) -> None:

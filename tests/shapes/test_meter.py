@@ -462,5 +462,7 @@ def test_a_video_in_pieces_needs_two_frames():
     meter.add(render(SCENES[0], 1))
     with pytest.raises(UserError, match="at least 2 frames"):
         meter.measures()
+    with pytest.raises(UserError, match="from 2 frames/s on"):
+        meter.measures(1.5)
     with pytest.raises(UserError, match="square"):
         meter.add(np.zeros((3, 8, 16, 3), np.uint8))
