@@ -243,7 +243,7 @@ def measure_file(path: Path, first: int, block: int, truth: Meter | None) -> Res
             frames += len(chunk)
         report = judge.report(frame_rate(path))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     return {
         "file": path.name,
         "prompt": prompt,

@@ -49,7 +49,7 @@ from shapes.truth import ShapesTruth
 from utils.cli import parse_command, require_matplotlib, run_main
 from utils.config import ROOT, Config, find_file, fingerprint, load_config
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import check_folder, write_text
 from utils.processes import script_command
 
 CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
@@ -280,6 +280,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if f"{args.seconds:g}" == f"{args.long_seconds:g}":
         raise UserError("--seconds and --long_seconds must differ")
     processes_of(args)
+    check_folder(args.folder)
     if args.write is not None:
         split_page(args.write)
     require_matplotlib()

@@ -387,6 +387,12 @@ REFUSED = {
     "long_text": (lambda p: p.open_stream(torch.zeros(1, 25, 32)), "L up to 24"),
     "integer_text": (lambda p: p.open_stream(TEXT.int()), "tensor of floats"),
     "infinite_text": (lambda p: p.open_stream(TEXT + torch.inf), "no finite"),
+    "text_without_values": (lambda p: p.open_stream(TEXT.to("meta")), "have no values"),
+    "infinite_text_of_8_bits": (
+        lambda p: p.open_stream((TEXT + torch.nan).to(torch.float8_e4m3fn)),
+        "no finite",
+    ),
+    "name_too_long": (lambda p: p.stream("a", image="x" * 300), "cannot be read"),
     "list_for_text": (lambda p: p.open_stream([[1.0]]), "not list"),
     "noise_of_another_size": (lambda p: p.generate_latents(TEXT, 3, (TEXT, TEXT)), "initial noise"),
     "lone_noise": (lambda p: p.generate_latents(TEXT, 3, (TEXT,)), "a pair"),
