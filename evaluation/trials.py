@@ -91,15 +91,15 @@ class Evaluation:
         """
         of_job = {self.job(trial): trial for trial in trials}
 
-        def watch(job: Job) -> list[Measurement]:
+        def watch(job: Job) -> list[ResultWatcher]:
             judge = Judge(job.prompt, truth=self.truth, first=self.first, block=self.block)
             fps = self.run.setup.fps
-            return [Measurement(judge, fps, lambda result: keep(of_job[job], result))]
+            return [ResultWatcher(judge, fps, lambda result: keep(of_job[job], result))]
 
         self.run(list(of_job), wanted=lambda job: wanted(of_job[job]), watch=watch)
 
 
-class Measurement:
+class ResultWatcher:
     """Watches a video and makes its result."""
 
     def __init__(self, judge: Judge, fps: float, keep: Callable[[Result], None]) -> None:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation import statistics as video_meter
 from evaluation.statistics import (
     BLOCK_FRAMES,
     FIRST_FRAMES,
     Array,
     Flicker,
     Frames,
+    check_frames,
     drift,
     ends,
     flicker,
@@ -166,7 +166,7 @@ class PromptAccuracy:
 
 @dataclass(frozen=True)
 class ShapesDrift:
-    """Last five seconds minus first five (`video_meter.drift`) of the measure of each name."""
+    """Last five seconds minus first five (`statistics.drift`) of the measure of each name."""
 
     background_error: float
     colour_error: float
@@ -429,9 +429,9 @@ def _direction_right(shape: ShapeAttributes, track: ShapeTrack, fps: float) -> f
     return float(speed >= _LEAST_SPEED and along >= speed * np.cos(np.pi / 8))
 
 
-def _is_near(ratio: Any, table: dict[str, float]) -> Any:
-    """Whether seen / expected is within half the step, in ratio, between the table's two values."""
-    step = max(table.values()) / min(table.values())
+def _is_near(ratio: Any, values: dict[str, float]) -> Any:
+    """Whether seen / expected is within half the step, in ratio, between the two values."""
+    step = max(values.values()) / min(values.values())
     return (ratio < step**0.5) & (ratio > step**-0.5)
 
 
@@ -448,8 +448,8 @@ def _median(values: Array) -> float:
     return float(np.median(known)) if len(known) else float("nan")
 
 
-def _index(table: dict, name: str) -> int:
-    return list(table).index(name)
+def _index(values: dict, name: str) -> int:
+    return list(values).index(name)
 
 
 def _distance(a: Array, b: Array) -> Array:
@@ -551,7 +551,7 @@ class Observer:
 
 
 def _check_square(frames: Frames, at_least: int) -> None:
-    video_meter.check_frames(frames, at_least)
+    check_frames(frames, at_least)
     if frames.shape[1] != frames.shape[2]:
         raise UserError(f"The shapes world is square, not {frames.shape[2]} x {frames.shape[1]}.")
     if frames.shape[1] < _LEAST_SIZE:
