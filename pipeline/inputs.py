@@ -23,7 +23,7 @@ def whole_number(value: Any, name: str, *, least: int = 0, most: int | None = No
     """An int, also from numpy or a tensor of one; no float and no bool."""
     bounds = f"from {least} on" if most is None else f"from {least} to {most}"
     try:
-        is_flag = isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == torch.bool
+        is_flag = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
         number = None if is_flag else operator.index(value)
     except (TypeError, RuntimeError, ValueError):
         number = None

@@ -16,18 +16,12 @@ import scripts.evaluate
 import train
 from evaluation.results import summarise
 from shapes import ablate, build
-from shapes.ablate import (
-    COLUMNS,
-    INITIALISATIONS,
-    MARKS,
-    START,
-    STUDENTS,
-    VARIANTS,
-    Measurement,
-)
+from shapes.ablate import Measurement
 from shapes.build import Training
 from shapes.meter import METER_VERSION
+from shapes.table import COLUMNS, CURVES, MARKS
 from shapes.truth import ShapesTruth
+from shapes.variants import INITIALISATIONS, START, STUDENTS, VARIANTS
 from shapes.world import sample_scene
 from tests.tiny_pipeline import random_dit, write_config
 from tests.tiny_training import write_training_world
@@ -453,7 +447,7 @@ SCENES = {name: sample_scene(0, index).caption for index, name in enumerate("ab"
 
 def result(seed, scene, *, seconds=60, survived=60, colour=1.0, late=0.5, drift=2.0, fps=30.0):
     curve = [1.0] * (seconds - 5) + [late] * 5
-    curves = (*ablate.CURVES, "background_right", "size_right", "colour_error")
+    curves = (*CURVES, "background_right", "size_right", "colour_error")
     return {
         "prompt": SCENES[scene],
         "seed": seed,
@@ -603,7 +597,7 @@ def test_every_column_is_a_measure_of_the_meter(bench):
     assert {name for name in names if not name.startswith(("survival", "right_at"))} <= set(
         summary["measures"]
     )
-    assert set(ablate.CURVES) <= {*summary["per_second"], *summary}
+    assert set(CURVES) <= {*summary["per_second"], *summary}
 
 
 def test_the_plot_shows_every_main_variant(tmp_path):
