@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline import VideoPipeline, load_pipeline
+from pipeline.inputs import embeddings, image_of
 from pipeline.prefix import image_clip, video_clip
 from tests.conftest import TinyWorld
 from tests.reference_flow import flow_from_x0
@@ -376,6 +377,7 @@ REFUSED = {
     "negative_seed": (lambda p: p.stream("a", seed=-1), "seed must be a whole number"),
     "huge_seed": (lambda p: p.stream("a", seed=2**64), "seed must be a whole number"),
     "float_seed": (lambda p: p.generate(["a"], 3, seed=1.5), "not 1.5"),
+    "bool_tensor_seed": (lambda p: p.generate(["a"], 3, torch.tensor(True)), "torch.bool"),
     "bool_seed": (lambda p: p.open_stream(TEXT, seed=True), "not True"),
     "negative_sample": (lambda p: p.stream("a", sample=-1), "sample must be"),
     "samples_of_another_batch": (lambda p: p.open_stream(TEXT, samples=[0, 1]), "1 whole numbers"),
@@ -415,6 +417,14 @@ def test_other_inputs_are_refused_in_one_sentence(pipe: VideoPipeline, case: str
     call, words = REFUSED[case]
     with pytest.raises(UserError, match=words):
         call(pipe)
+
+
+def test_other_inputs_are_taken_where_it_is_certain_what_is_meant() -> None:
+    clear = Image.new("RGBA", (4, 2))  # black without opacity
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    assert torch.equal(image_of(clear), torch.full((2, 4, 3), 255, dtype=torch.uint8))
+    assert image_of(pixels[:, ::-1]).tolist() == pixels[:, ::-1].tolist()
+    assert embeddings(torch.zeros(1, 24, 32), text_dim=32, text_len=24).shape == (1, 24, 32)
 
 
 def test_a_closed_stream_says_so(pipe: VideoPipeline) -> None:

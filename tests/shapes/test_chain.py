@@ -181,6 +181,17 @@ def test_a_loss_that_hardly_falls_is_refused() -> None:
             check_margin("teacher", 1.0, last)
 
 
+def test_weights_that_are_not_good_enough_go_nowhere(
+    rehearse: Callable[..., Rehearsal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later stages would have started from them."""
+    rehearsal = rehearse(tmp_path, quick=True)
+    monkeypatch.setitem(QUICK, "ode_init", QUICK["ode_init"]._replace(margin=0.9))
+    with pytest.raises(UserError, match="has to fall by 90"):
+        STAGES["ode_init"](rehearsal.chain).make()
+    assert not rehearsal.chain.student("ode_init").exists()
+
+
 @pytest.mark.parametrize("better", ["ode_init", "causal_init"])
 def test_a_student_that_forgot_its_prompts_is_refused(
     rehearse: Callable[..., Rehearsal],
