@@ -1,5 +1,6 @@
 """Sample videos: what one rank cannot write keeps no other waiting."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,13 @@ def test_a_failed_write_comes_when_all_passes_are_made(
     """The other ranks waited for this one's share of the passes that it left out."""
     made: list[str] = []
 
+    def blocks(prompt: str) -> Iterator[torch.Tensor]:
+        for _ in range(3):
+            made.append(prompt)
+            yield torch.zeros(4, 16, 16, 3, dtype=torch.uint8)
+
     def stream(prompt: str, num_latent_frames: int) -> Any:
-        blocks = (torch.zeros(4, 16, 16, 3, dtype=torch.uint8) for _ in range(3))
-        return nullcontext(made.append(prompt) or block for block in blocks)
+        return nullcontext(blocks(prompt))
 
     def write(writer: VideoWriter, frames: object) -> None:
         raise UserError(f"cannot write {writer.path.stem[3:]}")
