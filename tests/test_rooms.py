@@ -115,7 +115,7 @@ def test_a_copy_without_shapes_lints_and_passes(tmp_path: Path) -> None:
     tops = sorted(path.name for path in copy.glob("*.py"))
     for command in (
         ["ruff", "check", "."],
-        ["mypy", *rooms, "scripts", *tops],
+        ["mypy", *rooms, *tops],
         ["pytest", "-q", "-n", "auto", "--dist", "loadfile", "-m", "not gpu and not long"],
     ):
         done = subprocess.run(
