@@ -96,7 +96,7 @@ def test_a_saved_session_goes_on_bit_for_bit(
 def test_a_model_that_is_not_distilled_is_directed_alike(
     tiny_world: TinyWorld, sampler: str, tmp_path: Path
 ) -> None:
-    """Guided, with solvers that remember steps: changed, saved in a blend, branched into a scene."""
+    """Guided, with solvers that remember steps: changed, saved in a blend, branched to a cut."""
     overrides = ["denoising_step_list=null", "sampling_steps=4", f"sampler={sampler}"]
     pipe = load_pipeline(tiny_world.config, device="cpu", overrides=overrides)
     session = Session.start(pipe, "a", seed=1)
