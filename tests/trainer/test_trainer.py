@@ -28,7 +28,7 @@ from utils.errors import UserError
 
 def tasks(world: TrainingWorld) -> dict[str, dict[str, Any]]:
     return {
-        "distillation": {"dfake_gen_update_ratio": 5},
+        "distillation": {"dfake_gen_update_ratio": 3},
         "ode": world.ode(),
         "diffusion": world.flow(prompt_dropout=0.5),
         "block-causal": world.flow(
@@ -42,7 +42,7 @@ def tasks(world: TrainingWorld) -> dict[str, dict[str, Any]]:
 def test_stopping_and_going_on_changes_no_bit(
     task: str, training_world: TrainingWorld, tmp_path: Path
 ) -> None:
-    """With accumulation; stopped inside a 5:1 cycle, after the average has started."""
+    """With accumulation; stopped inside a 3:1 cycle, after the average has started."""
     players = {"distillation": ["generator", "critic"], "vae": ["vae"]}.get(task, ["generator"])
     assert_goes_on_bit_for_bit(training_world, tmp_path, tasks(training_world)[task], players)
 
