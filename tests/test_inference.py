@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,14 @@ def make(world: TinyWorld, folder: Path, *flags: str) -> int:
     return run_main(main, [*model_flags(world), *given, *flags])
 
 
+@pytest.fixture(scope="module")
+def made(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one frame of the prompt `a`, to copy."""
+    folder = tmp_path_factory.mktemp("made")
+    assert make(tiny_world, folder) == 0
+    return folder
+
+
 def without_its_record(record: Path) -> None:
     record.unlink()
 
@@ -132,6 +141,7 @@ def other_video(record: Path) -> None:
 )
 def test_videos_made_otherwise_are_not_replaced_unasked(
     tiny_world: TinyWorld,
+    made: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     change: Callable[[Path], None] | None,
@@ -140,7 +150,7 @@ def test_videos_made_otherwise_are_not_replaced_unasked(
 ) -> None:
     """They were, in silence; and a record that holds a list ended in a traceback."""
     video = tmp_path / "a-0.mp4"
-    assert make(tiny_world, tmp_path) == 0
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     if change is not None:
         change(video.with_suffix(".json"))
     before = video.stat().st_mtime_ns

@@ -116,6 +116,7 @@ def rehearse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rehearsal]:
         rehearsal = Rehearsal(folder, quick=quick)
         monkeypatch.setattr(build, "run_command", rehearsal)
         monkeypatch.setattr(chain_script, "run_together", rehearsal.together)
+        monkeypatch.setattr("shapes.init.CAPTIONS_READ", 50)
         return rehearsal
 
     return start
@@ -304,11 +305,14 @@ def test_a_quick_chain_needs_what_ships(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"stages"'])
-def test_a_folder_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "chain.json").write_text(content)
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "chain.json"
+    for content in ("", "[]", '{"stages"'):
+        file.write_text(content)
+        with pytest.raises(UserError, match="is not a chain's record"):
+            Record(file, {})
     assert run_main(main, ["--folder", str(tmp_path)]) == 2
-    assert run_main(main, ["--folder", str(tmp_path / "chain.json")]) == 2
+    assert run_main(main, ["--folder", str(file)]) == 2
 
 
 def test_time_of_all_starts_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
