@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from torch.utils.flop_counter import flop_registry
 
 from tests.processes import in_a_copy
 from utils.config import ROOT
@@ -103,6 +104,7 @@ def import_all(copy: Path) -> None:
         places = [vars(module).get("__file__"), *(vars(module).get("__path__") or [])]
         if any(is_ours(place) for place in places if place):
             del sys.modules[name]
+    flop_registry.clear()  # a formula is registered once
     elsewhere = [path for path in sys.path if not is_ours(path)]
     sys.path[:] = [str(copy), str(copy / "tests" / "plugins"), *elsewhere]
     os.chdir(copy)
