@@ -2,9 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Compiled afterwards, on all processors; a few files of packages are no Python.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # Threads that wait without spinning: many times faster where cores are shared.
 export OMP_WAIT_POLICY := passive
+# Else every process that is started compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: venv demo test test-slow test-long test-all lint docs clean
 
@@ -15,17 +19,19 @@ $(VENV)/.runtime: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -r requirements.txt setuptools
 	$(PIP) --no-deps --no-build-isolation -e .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.runtime requirements-dev.txt
 	$(PIP) -c constraints.txt -r requirements-dev.txt
+	$(COMPILE)
 	touch $@
 
 demo: $(VENV)/.runtime  ## stream videos of the shapes world with the weights that ship
 	@$(BIN)/python inference.py --overwrite
 
 test: venv  ## the fast tests
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not long and not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long and not gpu"
 
 # in the order of the tree, in which the longest file comes early
 test-slow: venv  ## the tests of more than a few seconds

@@ -453,7 +453,8 @@ def _index(values: dict, name: str) -> int:
 
 
 def _distance(a: Array, b: Array) -> Array:
-    return np.sqrt(_dot(a - b, a - b))
+    difference = a - b
+    return np.sqrt(_dot(difference, difference))
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -629,7 +630,8 @@ def _fit_background(pixels: Array) -> Array:
     edges = EDGES[np.argmax(likeness, axis=0)]
     for _ in range(4):
         fitted = np.einsum("hk,fkc->fhc", basis, edges)[:, :, None]
-        weight = 1 / (1 + _dot(thin - fitted, thin - fitted) / 25**2) ** 2  # [F, S/2, S/2]
+        off = thin - fitted
+        weight = 1 / (1 + _dot(off, off) / 25**2) ** 2  # [F, S/2, S/2]
         normal = np.einsum("fh,hi,hj->fij", weight.sum(2), basis, basis)
         target = np.einsum("fhc,hi->fic", (weight[..., None] * thin).sum(2), basis)
         edges = np.linalg.solve(normal, target)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import evaluation.runs
 import scripts.evaluate
 import train
+from evaluation.curves import draw_curves
 from evaluation.results import summarise
 from shapes import ablate, build
 from shapes.ablate import Measurement
@@ -42,8 +44,10 @@ def options(*arguments):
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    """The same plan on every machine."""
+    """The same plan on every machine; curves, which take a second, only where a test sees them."""
     monkeypatch.setattr(build, "default_processes", lambda: 1)
+    for module in (ablate, evaluation.runs):
+        monkeypatch.setattr(module, "draw_curves", lambda summaries, out, curves: out.touch())
 
 
 def touch(folder, *keys):
@@ -280,7 +284,7 @@ def test_two_variants_are_measured_once(bench, capsys):
     ]
     assert "1 prompt × 1 seed × 1 s on cpu" in table
     for name in ("curves.png", "curves_1.5s.png"):
-        assert min(read_image(bench.out / name).shape[:2]) > 300
+        assert (bench.out / name).is_file()
     sheets = {path.name: path for path in (bench.out / "contact_sheets").iterdir()}
     assert set(sheets) == {
         f"{key}{suffix}.png"
@@ -309,8 +313,7 @@ def test_a_variant_of_the_same_videos_is_left_out(bench, capsys):
     assert bench.ran == ["no_sink_on_rolling, 1 s"]
 
 
-def test_other_weights_numbers_and_settings_are_measured_anew(bench, monkeypatch):
-    monkeypatch.setattr(ablate, "draw", lambda *given: None)  # the slowest part
+def test_other_weights_numbers_and_settings_are_measured_anew(bench):
     assert bench(*BOTH) == 0
     bench.ran.clear()
     bench.ship("self_forcing", 3)
@@ -600,12 +603,14 @@ def test_every_column_is_a_measure_of_the_meter(bench):
     assert set(CURVES) <= {*summary["per_second"], *summary}
 
 
-def test_the_plot_shows_every_main_variant(tmp_path):
+def test_the_plot_shows_every_main_variant(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "draw_curves", draw_curves)
     pixels = []
     for late, key in ((0.5, "rolling_forcing"), (0.1, "self_forcing"), (0.9, "rolling_levels_3")):
         write_figures(tmp_path / "60s" / f"{key}.json", [result(0, "a", late=late)])
         assert run_main(ablate.main, ["--folder", str(tmp_path), "--table_only"]) == 0
         pixels.append(read_image(tmp_path / "curves.png").numpy())
+    assert min(pixels[0].shape[:2]) > 300
     assert not np.array_equal(pixels[0], pixels[1])
     assert np.array_equal(pixels[1], pixels[2])  # that one is in the table only
 
