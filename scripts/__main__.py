@@ -23,6 +23,7 @@ MODULES = (
     "shapes.chain",
     "shapes.ablate",
     "shapes.continuation",
+    "shapes.direction",
     "shapes.init",
 )
 
