@@ -2,9 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Compiled afterwards, on all processors; a few files of packages are no Python.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # Threads that wait without spinning: many times faster where cores are shared.
 export OMP_WAIT_POLICY := passive
+# Else every process that is started compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: venv demo app test test-slow test-long test-app test-app-long test-all lint docs clean
 
@@ -15,14 +19,17 @@ $(VENV)/.runtime: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -r requirements.txt setuptools
 	$(PIP) --no-deps --no-build-isolation -e .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.runtime requirements-dev.txt requirements-app.txt
 	$(PIP) -c constraints.txt -r requirements-dev.txt
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.app: $(VENV)/.runtime requirements-app.txt
 	$(PIP) -c constraints.txt -r requirements-app.txt
+	$(COMPILE)
 	touch $@
 
 app: $(VENV)/.app  ## a page that shows video while it is generated
@@ -32,7 +39,7 @@ demo: $(VENV)/.runtime  ## stream videos of the shapes world with the weights th
 	@$(BIN)/python inference.py --overwrite
 
 test: venv  ## the fast tests
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not long and not gpu and not browser"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long and not gpu and not browser"
 
 # in the order of the tree, in which the longest file comes early
 test-slow: venv  ## the tests of more than a few seconds
@@ -42,13 +49,14 @@ test-long: venv  ## long trials, by hand before a release
 	$(BIN)/python -m pytest -n auto -m "long and not gpu and not browser"
 
 test-app: $(VENV)/.browser  ## the live page in a real browser
-	$(BIN)/python -m pytest tests/server -m "browser and not long"
+	$(BIN)/python -m pytest tests/shapes/test_page.py -m "browser and not long"
 
 test-app-long: $(VENV)/.browser  ## its trials of minutes
-	$(BIN)/python -m pytest tests/server -m "browser and long"
+	$(BIN)/python -m pytest tests/shapes/test_page.py -m "browser and long"
 
 $(VENV)/.browser: $(VENV)/.ready requirements-browser.txt requirements-app.txt
 	$(PIP) -c constraints.txt -r requirements-browser.txt
+	$(COMPILE)
 	@command -v chromium > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
 		&& apt-get -qq update && apt-get -qq install --no-install-recommends -y chromium; } \
 		|| { echo "make test-app needs the browser chromium: sudo apt-get install chromium" >&2; exit 1; }

@@ -33,11 +33,11 @@ class Measuring(Protocol):
     def add(self, frames: Frames) -> None:
         """The next frames, uint8 [n, H, W, 3]; UserError if they are not such frames."""
 
-    def report(self, *, first: int, block: int) -> Any:
+    def report(self, *, fps: float, first: int, block: int) -> Any:
         """The video is over: what was measured, a dataclass or plain data with `seconds` and
         `per_second`; `first` and `block` are the frames of its first and of its later blocks.
 
-        UserError if it had too few frames.
+        UserError if it had too few frames, in all or per second.
         """
 
 
@@ -60,7 +60,11 @@ class Meter(Protocol):
     def curves(self) -> Mapping[str, Curve]:
         """Those of `per_second` and of `extra_curves` to draw, by name."""
 
-    def start(self, prompt: str, *, fps: float, height: int, width: int) -> Measuring | None:
+    @property
+    def least_fps(self) -> float:
+        """The frame rate below which it cannot measure."""
+
+    def start(self, prompt: str, *, height: int, width: int) -> Measuring | None:
         """Begin a video of this prompt; None if this meter cannot measure such a one."""
 
     def extra_measures(self, result: Result) -> Mapping[str, float]:
@@ -79,6 +83,7 @@ class FrameMeter:
 
     name: str = "video"
     version: int = VERSION
+    least_fps: float = 0.0
     main_figures: Mapping[str, Sequence[str]] = field(
         default_factory=lambda: {
             "drift, last 5 s - first 5 s": (
@@ -102,9 +107,9 @@ class FrameMeter:
         }
     )
 
-    def start(self, prompt: str, *, fps: float, height: int, width: int) -> Measuring:
+    def start(self, prompt: str, *, height: int, width: int) -> Measuring:
         """See `Meter`; it measures any video."""
-        return _Statistics(fps)
+        return _Statistics()
 
     def extra_measures(self, result: Result) -> Mapping[str, float]:
         """See `Meter`: none."""
@@ -122,13 +127,9 @@ class FrameMeter:
 class _Statistics(VideoMeter):
     """See `Measuring`."""
 
-    def __init__(self, fps: float) -> None:
-        super().__init__()
-        self._fps = fps
-
-    def report(self, *, first: int, block: int) -> Any:
+    def report(self, *, fps: float, first: int, block: int) -> Any:
         """See `Measuring`."""
-        return report_statistics(self.statistics(), fps=self._fps, first=first, block=block)
+        return report_statistics(self.statistics(), fps=fps, first=first, block=block)
 
 
 FRAMES = FrameMeter()
@@ -154,7 +155,6 @@ class Judge:
         self,
         prompt: str,
         *,
-        fps: float,
         truth: Meter | None = None,
         first: int = FIRST_FRAMES,
         block: int = BLOCK_FRAMES,
@@ -162,7 +162,7 @@ class Judge:
         """`first` and `block`: frames of its first and later blocks, for the flicker."""
         self.prompt = prompt
         self.kind = FRAMES.name
-        self._fps, self._truth, self._blocks = fps, truth, {"first": first, "block": block}
+        self._truth, self._blocks = truth, {"first": first, "block": block}
         self._measuring: Measuring | None = None
 
     def add(self, frames: Frames) -> None:
@@ -171,17 +171,17 @@ class Judge:
             self._measuring = self._start(frames)
         self._measuring.add(frames)
 
-    def report(self) -> dict[str, Any]:
-        """The video is over: its report as plain data; UserError if it had too few frames."""
+    def report(self, fps: float) -> dict[str, Any]:
+        """The video is over, of that rate: its report as plain data; UserError as `Measuring`."""
         if self._measuring is None:
             raise UserError("A video without frames cannot be measured.")
-        return to_json(self._measuring.report(**self._blocks))
+        return to_json(self._measuring.report(fps=fps, **self._blocks))
 
     def _start(self, frames: Frames) -> Measuring:
         if self._truth is not None and frames.ndim == 4:
             height, width = frames.shape[1:3]
-            known = self._truth.start(self.prompt, fps=self._fps, height=height, width=width)
+            known = self._truth.start(self.prompt, height=height, width=width)
             if known is not None:
                 self.kind = self._truth.name
                 return known
-        return FRAMES.start(self.prompt, fps=self._fps, height=0, width=0)
+        return FRAMES.start(self.prompt, height=0, width=0)

@@ -26,8 +26,8 @@ def summarise(results: Sequence[Result], meter: Meter) -> dict[str, Any]:
     seeds = [result["seed"] for result in results]
     curves = {}
     for name in results[0]["report"]["per_second"]:
-        table = _padded([result["report"]["per_second"][name] for result in results])
-        centre, spread = mean_and_spread(table, seeds)
+        values = _padded([result["report"]["per_second"][name] for result in results])
+        centre, spread = mean_and_spread(values, seeds)
         curves[name] = {"mean": centre, "spread": spread}
     summary = {
         "videos": len(results),
@@ -78,23 +78,23 @@ def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def mean_and_spread(table: np.ndarray, seeds: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_spread(values: np.ndarray, seeds: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Mean over the videos, and standard deviation of the seeds' means: [videos, n] -> 2 x [n]."""
-    groups = [table[[s == seed for s in seeds]] for seed in dict.fromkeys(seeds)]
+    groups = [values[[s == seed for s in seeds]] for seed in dict.fromkeys(seeds)]
     means = np.stack([mean(group) for group in groups])
     known = ~np.isnan(means)
     count = known.sum(0)
     centre = np.where(known, means, 0).sum(0) / np.maximum(count, 1)
     squares = (np.where(known, means - centre, 0) ** 2).sum(0)
     spread = np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
-    return mean(table), spread
+    return mean(values), spread
 
 
 def _padded(curves: Sequence[Sequence[float | None]]) -> np.ndarray:
-    table = np.full((len(curves), max(map(len, curves))), np.nan)
-    for row, curve in zip(table, curves, strict=True):
+    values = np.full((len(curves), max(map(len, curves))), np.nan)
+    for row, curve in zip(values, curves, strict=True):
         row[: len(curve)] = np.array(curve, float)
-    return table
+    return values
 
 
 # Kept results

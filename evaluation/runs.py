@@ -54,29 +54,29 @@ def evaluate(args: argparse.Namespace, config: Config | None, ranks: Ranks, outp
     nobody says.
     """
     if args.videos is not None:
-        run = videos_run(args, config, ranks)
+        videos = given_videos(args, config, ranks)
     else:
         assert config is not None
-        run = generated_run(args, config, ranks)
-    args.json = args.json or outputs / default_name(args, run)
+        videos = generated_videos(args, config, ranks)
+    args.json = args.json or outputs / default_name(args, videos)
     with locked(args.json, "give another --json", is_file=True, is_main=ranks.is_main):
-        log = ResultLog(args.json, fingerprint(run.identity), ranks.rank)
-        left = run.left(log.read())
+        log = ResultLog(args.json, fingerprint(videos.identity), ranks.rank)
+        left = videos.left(log.read())
         if left:
-            run.measure(left, log.append)
+            videos.measure(left, log.append)
         kept = log.read()
-        still = run.left(kept)
+        still = videos.left(kept)
         if still:
-            print(f"{len(still)} of {len(run.keys)} videos are still being made by other ranks")
+            print(f"{len(still)} of {len(videos.keys)} videos are still being made by other ranks")
         elif log.wrote_last() if left else ranks.is_main:  # the last to end, or nothing was to do
-            finish(args, run, [kept[key] for key in run.keys], ranks)
+            finish(args, videos, [kept[key] for key in videos.keys], ranks)
 
 
-def default_name(args: argparse.Namespace, run: "Run") -> str:
+def default_name(args: argparse.Namespace, videos: "VideoSet") -> str:
     """The name of the figures if nobody says: one for each thing that is measured."""
     what = args.videos or Path(args.checkpoint_path or args.config_path)
     name = safe_stem(what.absolute().stem or "videos")
-    return f"{name}-{fingerprint({**run.identity, **run.settings})[:8]}.json"
+    return f"{name}-{fingerprint({**videos.identity, **videos.settings})[:8]}.json"
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -86,12 +86,12 @@ Keep = Callable[[str, Result], None]
 
 
 @dataclass(frozen=True)
-class Run:
+class VideoSet:
     """Videos to measure, each by a key.
 
     `measure` makes and measures this rank's share of the keys that it gets, and keeps the results.
     `truth`: the meter of those whose truth is known. `own_identity` is what the results depend on
-    beside the meter; `own_settings` describe the run in the JSON file beside that.
+    beside the meter; `own_settings` describe them in the JSON file beside that.
     """
 
     keys: Sequence[str]
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The run in the JSON file."""
+        """What the JSON file says of them."""
         return {**self.identity, **self.own_settings}
 
     def left(self, kept: Mapping[str, Result]) -> list[str]:
@@ -129,7 +129,7 @@ def truth_of(package: str | None) -> Meter | None:
     return None if package is None else offered(package, "open_meter")()
 
 
-def generated_run(args: argparse.Namespace, config: Config, ranks: Ranks) -> Run:
+def generated_videos(args: argparse.Namespace, config: Config, ranks: Ranks) -> VideoSet:
     """Videos that a model makes."""
     config.device = str(choose_device(ranks.device_name(args.device or config.device)))
     package = package_of(args, config)
@@ -151,11 +151,12 @@ def generated_run(args: argparse.Namespace, config: Config, ranks: Ranks) -> Run
         truth=truth,
     )
     if args.data_path is None and truth is not None:
-        size = {"height": evaluation.shape.height, "width": evaluation.shape.width}
-        if truth.start(prompts[0], fps=config.fps, **size) is None:
+        shape = evaluation.shape
+        known = truth.start(prompts[0], height=shape.height, width=shape.width) is not None
+        if not known or config.fps < truth.least_fps:
             raise UserError(
                 f"{args.config_path} makes no videos that {package} can measure; give prompts "
-                "with --data_path, or a config of its size"
+                "with --data_path, or a config of its size and frame rate"
             )
     trials = {t.key: t for t in list_trials(prompts, args.seeds or 1, config.seed)}
     names = {key: vbench_name(t.prompt, t.index) for key, t in trials.items()}
@@ -169,7 +170,7 @@ def generated_run(args: argparse.Namespace, config: Config, ranks: Ranks) -> Run
             wanted=lambda trial: trial.key in wanted,
         )
 
-    return Run(
+    return VideoSet(
         list(trials),
         measure,
         is_there=lambda key: evaluation.is_there(trials[key]),
@@ -186,7 +187,7 @@ def generated_run(args: argparse.Namespace, config: Config, ranks: Ranks) -> Run
     )
 
 
-def videos_run(args: argparse.Namespace, config: Config | None, ranks: Ranks) -> Run:
+def given_videos(args: argparse.Namespace, config: Config | None, ranks: Ranks) -> VideoSet:
     """Files of a folder; with a config its blocks are used for the flicker."""
     if not args.videos.is_dir():
         raise UserError(f"--videos {args.videos} is not a folder")
@@ -216,7 +217,7 @@ def videos_run(args: argparse.Namespace, config: Config | None, ranks: Ranks) ->
         copy = args.vbench / exported[key]
         return copy.is_file() and file_hash(copy) == file_hash(files[key])
 
-    return Run(
+    return VideoSet(
         list(files),
         measure,
         is_there=is_there,
@@ -236,13 +237,13 @@ def measure_file(path: Path, first: int, block: int, truth: Meter | None) -> Res
     prompt, sample = prompt_of(path)
     frames = 0
     try:
-        judge = Judge(prompt, fps=frame_rate(path), truth=truth, first=first, block=block)
+        judge = Judge(prompt, truth=truth, first=first, block=block)
         for chunk in read_video_chunks(path):
             judge.add(chunk.numpy())
             frames += len(chunk)
-        report = judge.report()
+        report = judge.report(frame_rate(path))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     return {
         "file": path.name,
         "prompt": prompt,
@@ -273,17 +274,19 @@ def prompt_of(path: Path) -> tuple[str, int]:
 # --- what becomes of it --------------------------------------------------------------------------
 
 
-def finish(args: argparse.Namespace, run: Run, results: Sequence[Result], ranks: Ranks) -> None:
+def finish(
+    args: argparse.Namespace, videos: VideoSet, results: Sequence[Result], ranks: Ranks
+) -> None:
     """Sum up, write, print, draw, and let VBench judge if that is wanted."""
     kinds = sorted({result["kind"] for result in results})
-    meters = meters_by_kind(run.truth)
+    meters = meters_by_kind(videos.truth)
     summary = {
         kind: summarise([r for r in results if r["kind"] == kind], meters[kind]) for kind in kinds
     }
     devices = sorted({result["device"] for result in results if "device" in result})
     made_on = {"device": ", ".join(devices)} if devices else {}
     content = {
-        "settings": {**run.settings, **made_on},
+        "settings": {**videos.settings, **made_on},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},

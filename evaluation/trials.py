@@ -91,25 +91,21 @@ class Evaluation:
         """
         of_job = {self.job(trial): trial for trial in trials}
 
-        def watch(job: Job) -> list[Measurement]:
-            judge = Judge(
-                job.prompt,
-                fps=self.run.setup.fps,
-                truth=self.truth,
-                first=self.first,
-                block=self.block,
-            )
-            return [Measurement(judge, lambda result: keep(of_job[job], result))]
+        def watch(job: Job) -> list[ResultWatcher]:
+            judge = Judge(job.prompt, truth=self.truth, first=self.first, block=self.block)
+            fps = self.run.setup.fps
+            return [ResultWatcher(judge, fps, lambda result: keep(of_job[job], result))]
 
         self.run(list(of_job), wanted=lambda job: wanted(of_job[job]), watch=watch)
 
 
-class Measurement:
+class ResultWatcher:
     """Watches a video and makes its result."""
 
-    def __init__(self, judge: Judge, keep: Callable[[Result], None]) -> None:
+    def __init__(self, judge: Judge, fps: float, keep: Callable[[Result], None]) -> None:
         """`keep` gets the result when the video is complete."""
         self.judge = judge
+        self.fps = fps
         self.keep = keep
 
     def add(self, frames: Tensor) -> None:
@@ -120,7 +116,7 @@ class Measurement:
         """See `Watcher`."""
         taken = {key: record[key] for key in ("prompt", "seed", "frames", "device")}
         timings = {key: record["timings"][key] for key in ("fps", "first_frame_s")}
-        judged = {"kind": self.judge.kind, "report": self.judge.report()}
+        judged = {"kind": self.judge.kind, "report": self.judge.report(self.fps)}
         self.keep({**taken, **judged, "timings": timings})
 
 

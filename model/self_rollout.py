@@ -87,25 +87,25 @@ class RolloutRecipe:
         )
 
 
-def passes_of(setup: Setup, plan: RolloutDraw) -> Plan:
+def passes_of(setup: Setup, drawn: RolloutDraw) -> Plan:
     """The passes of a training rollout; blocks of the block schedule stop at their own level."""
     levels = None
-    if plan.schedule == "block":
-        levels = tuple(level + 1 for level in plan.exit_levels)
-    return setup.plan(setup.schedule(plan.num_blocks, kind=plan.schedule, block_levels=levels))
+    if drawn.schedule == "block":
+        levels = tuple(level + 1 for level in drawn.exit_levels)
+    return setup.plan(setup.schedule(drawn.num_blocks, kind=drawn.schedule, block_levels=levels))
 
 
-def is_output(plan: RolloutDraw, num_levels: int, window: Window) -> bool:
+def is_output(drawn: RolloutDraw, num_levels: int, window: Window) -> bool:
     """Whether this window's x_0 is the output of its blocks."""
-    if plan.schedule == "rolling":
-        return window.index % num_levels == plan.exit_levels[0]
-    return window.levels[0] == plan.exit_levels[window.blocks[-1]]
+    if drawn.schedule == "rolling":
+        return window.index % num_levels == drawn.exit_levels[0]
+    return window.levels[0] == drawn.exit_levels[window.blocks[-1]]
 
 
-def output_windows(setup: Setup, plan: RolloutDraw) -> list[Window]:
+def output_windows(setup: Setup, drawn: RolloutDraw) -> list[Window]:
     """The windows whose x_0 is the output: they do not overlap and cover all blocks."""
-    windows = (own.window for own in passes_of(setup, plan))
-    return [w for w in windows if w is not None and is_output(plan, setup.levels.num, w)]
+    windows = (own.window for own in passes_of(setup, drawn))
+    return [w for w in windows if w is not None and is_output(drawn, setup.levels.num, w)]
 
 
 def self_rollout(
@@ -113,7 +113,7 @@ def self_rollout(
     dit: WanDiT,
     text: TextContext,
     noise: BlockNoise,
-    plan: RolloutDraw,
+    drawn: RolloutDraw,
     *,
     scored_frames: int,
     grad: bool,
@@ -124,26 +124,26 @@ def self_rollout(
     frames have their output too, without.
     """
     layout = setup.layout
-    total = layout.start(plan.num_blocks)
+    total = layout.start(drawn.num_blocks)
     rollout = setup.rollout(
         dit,
-        passes_of(setup, plan).schedule,
+        passes_of(setup, drawn).schedule,
         text=text,
         noise=noise,
         rule=Renoise(setup.levels.tensor(), noise),
         recent_frames=total,  # nothing is evicted: checkpointed windows are read again later
     )
     outputs: dict[int, Tensor] = {}
-    while len(outputs) < plan.num_blocks:
+    while len(outputs) < drawn.num_blocks:
         window = rollout.next_window
         assert window is not None, "every block has its window before the schedule ends"
-        chosen = is_output(plan, setup.levels.num, window)
+        chosen = is_output(drawn, setup.levels.num, window)
         touches = layout.start(window.blocks.stop) > total - scored_frames
         result = rollout.step(grad=grad and chosen and touches)
         assert result is not None
         if chosen:
             outputs.update(_by_block(result, layout))
-    return torch.cat([outputs[block] for block in range(plan.num_blocks)], dim=1)
+    return torch.cat([outputs[block] for block in range(drawn.num_blocks)], dim=1)
 
 
 def scored_clip(
@@ -177,7 +177,7 @@ def _by_block(result: WindowResult, layout: BlockLayout) -> dict[int, Tensor]:
 def rollout_flops(
     setup: Setup,
     sizes: DiTConfig,
-    plan: RolloutDraw,
+    drawn: RolloutDraw,
     *,
     scored_frames: int,
     grad: bool,
@@ -185,16 +185,16 @@ def rollout_flops(
 ) -> int:
     """Operations of one video's rollout, with its backward passes if `grad`."""
     tokens, layout = setup.shape.tokens_per_frame, setup.layout
-    first_scored = layout.start(plan.num_blocks) - scored_frames
+    first_scored = layout.start(drawn.num_blocks) - scored_frames
     done, total = 0, 0
-    for own in passes_of(setup, plan):
+    for own in passes_of(setup, drawn):
         forward = sum(pass_flops(sizes, part.view, tokens) for part in own.parts)
         window = own.window
-        chosen = window is not None and is_output(plan, setup.levels.num, window)
+        chosen = window is not None and is_output(drawn, setup.levels.num, window)
         if grad and chosen and layout.start(own.parts[-1].blocks.stop) > first_scored:
             forward = training_flops(forward, checkpointing=checkpointing)
         total += forward
         done += len(own.parts[-1].blocks) if chosen else 0
-        if done == plan.num_blocks:
+        if done == drawn.num_blocks:
             break
     return total

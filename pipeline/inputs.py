@@ -23,7 +23,7 @@ def whole_number(value: Any, name: str, *, least: int = 0, most: int | None = No
     """An int, also from numpy or a tensor of one; no float and no bool."""
     bounds = f"from {least} on" if most is None else f"from {least} to {most}"
     try:
-        is_flag = isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == torch.bool
+        is_flag = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
         number = None if is_flag else operator.index(value)
     except (TypeError, RuntimeError, ValueError):
         number = None
@@ -73,7 +73,9 @@ def tensor_of(value: Any, name: str) -> Tensor:
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) and _numeric(value) else value
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_sparse:
         raise UserError(f"{name} must be a tensor of floats, not {_said(value)}")
-    if not tensor.is_meta and not bool(tensor.isfinite().all()):
+    if tensor.is_meta:
+        raise UserError(f"{name} is on the meta device, where tensors have no values")
+    if not bool(tensor.float().isfinite().all()):  # float: of 8 bits, too
         raise UserError(f"{name} holds values that are no finite numbers")
     return tensor
 

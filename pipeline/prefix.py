@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.schedule import BlockLayout
 from utils.errors import UserError
-from utils.video import fit_frames, probe_video, read_image, read_video, say_rate, to_float
+from utils.video import fit_frames, probe_video, read_image, read_video, say_rate
 from wan.geometry import VideoShape
 from wan.vae import WanVAE
 
@@ -95,5 +95,4 @@ def _pixels(frames: Tensor, axes: int) -> Tensor:
 def encode_prefix(clip: Tensor, vae: WanVAE) -> Prefix:
     """Latents of a clip uint8 `[n, H, W, 3]`, float32."""
     with torch.no_grad():
-        video = to_float(clip)[None].to(vae.device, vae.dtype)  # [1, n, 3, H, W]
-        return Prefix(vae.encode(video).float())
+        return Prefix(vae.encode(clip.permute(0, 3, 1, 2)[None]).float())

@@ -26,6 +26,7 @@ MODULES = (
     "shapes.chain",
     "shapes.ablate",
     "shapes.continuation",
+    "shapes.direction",
     "shapes.init",
 )
 

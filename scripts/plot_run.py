@@ -85,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("logdirs", nargs="+", type=Path, metavar="LOGDIR", help="folder of a run")
-    parser.add_argument("--out", type=Path, default=Path("run.png"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/run.png"), help="(default: %(default)s)"
+    )
     parser.add_argument("--smooth", type=int, default=1, help="mean over so many points of a line")
     return parser
 

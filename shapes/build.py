@@ -125,6 +125,13 @@ class Training(CommandTarget):
         return (self.logdir,)
 
 
+def publish_to(target: Path, exported: Path) -> None:
+    """An installer: a student's weights as a published checkpoint."""
+    from wan.checkpoints import publish_student
+
+    publish_student(exported / "model.pt", target)
+
+
 def decides_weights(config: Config) -> dict[str, Any]:
     """What decides the weights of a training, by key."""
     from trainer.tasks import find_task

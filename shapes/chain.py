@@ -29,9 +29,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from shapes.build import Target, Training, add_processes, processes_of
+from shapes.build import Target, Training, add_processes, processes_of, publish_to
 from utils.cli import parse_command, run_main
 from utils.config import ROOT, find_file, fingerprint, load_config, to_dict
 from utils.errors import UserError
@@ -44,44 +44,42 @@ STARTS = {"ode_init": "ODE initialisation", "causal_init": "causal initialisatio
 MIN_KEPT_ACCURACY = 0.8
 
 
-@dataclass(frozen=True)
-class Quick:
+class Quick(NamedTuple):
     """What `--quick` changes of a training, and the share by which its held-out loss must fall."""
 
     margin: float
-    overrides: tuple[str, ...]
+    words: str
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """The changes, one `key=value` each."""
+        return (*self.words.split(), "log_iters=1000000", "heldout_every=1000000")
 
 
-QUICK_TEACHER = ("random_init=true", "lr_warmup_steps=5", "heldout_videos=8")
 QUICK = {
-    "text_encoder": Quick(0.2, ("max_steps=30", "lr_warmup_steps=5", "heldout_videos=64")),
-    "vae_images": Quick(0.3, ("max_steps=20", "lr_warmup_steps=5", "ema_start_step=1000")),
-    "vae_short": Quick(
-        0.04, ("max_steps=10", "lr=4.5e-5", "lr_warmup_steps=5", "heldout_videos=8")
-    ),
+    "text_encoder": Quick(0.2, "max_steps=30 lr_warmup_steps=5 heldout_videos=64"),
+    "vae_images": Quick(0.3, "max_steps=20 lr_warmup_steps=5 ema_start_step=1000"),
+    "vae_short": Quick(0.04, "max_steps=10 lr=4.5e-5 lr_warmup_steps=5 heldout_videos=8"),
     "vae": Quick(
         0.02,
-        (
-            *("max_steps=12", "lr=8e-5", "lr_warmup_steps=5", "heldout_videos=4"),
-            "image_or_video_shape=[1,4,16,8,8]",
-        ),
+        "max_steps=12 lr=8e-5 lr_warmup_steps=5 heldout_videos=4 image_or_video_shape=[1,4,16,8,8]",
     ),
-    "teacher_short": Quick(0.2, ("max_steps=20", "total_batch_size=16", *QUICK_TEACHER)),
-    "teacher": Quick(0.2, ("max_steps=16", "total_batch_size=8", *QUICK_TEACHER)),
-    "ode_init": Quick(
-        0.1, ("max_steps=24", "lr_warmup_steps=5", "heldout_videos=8", "total_batch_size=8")
+    "teacher_short": Quick(
+        0.2,
+        "max_steps=20 total_batch_size=16 random_init=true lr_warmup_steps=5 heldout_videos=8",
     ),
+    "teacher": Quick(
+        0.2, "max_steps=16 total_batch_size=8 random_init=true lr_warmup_steps=5 heldout_videos=8"
+    ),
+    "ode_init": Quick(0.1, "max_steps=24 total_batch_size=8 lr_warmup_steps=5 heldout_videos=8"),
     "causal_init": Quick(
-        0.05, ("max_steps=10", "lr_warmup_steps=5", "heldout_videos=4", "total_batch_size=4")
+        0.05, "max_steps=10 total_batch_size=4 lr_warmup_steps=5 heldout_videos=4"
     ),
     # The loss is the critic's, so the student moves little.
     "rolling_forcing": Quick(
         0.03,
-        (
-            *("max_steps=8", "lr=1e-4", "lr_critic=2e-4", "heldout_videos=4"),
-            *("image_or_video_shape=[1,15,16,8,8]", "num_training_frames=15"),
-            "ema_start_step=1000",
-        ),
+        "max_steps=8 lr=1e-4 lr_critic=2e-4 heldout_videos=4 ema_start_step=1000 "
+        "image_or_video_shape=[1,15,16,8,8] num_training_frames=15",
     ),
 }
 QUICK_HELDOUT = 8
@@ -172,7 +170,7 @@ def training(
 
     def stage(chain: Chain) -> Target:
         models = chain.models if from_shipped else chain.own_models
-        quick = (*QUICK[name].overrides, "log_iters=1000000", "heldout_every=1000000")
+        quick = QUICK[name].overrides if chain.quick else ()
         return ChainTraining(
             name,
             chain.config(name),
@@ -180,7 +178,7 @@ def training(
             chain.processes,
             install=partial(install, chain),
             inputs=[f"model_root={models}", *inputs(chain)],
-            changes=[*(quick if chain.quick else ()), *chain.overrides],
+            changes=[*quick, *chain.overrides],
             judge=partial(judge_run, name, checked=chain.quick),
         )
 
@@ -249,12 +247,7 @@ def install_teacher(chain: Chain, exported: Path) -> None:
 def student(name: str, inputs: Callable[[Chain], Sequence[str]]) -> Stage:
     """A training that ends in a published checkpoint."""
 
-    def install(chain: Chain, exported: Path) -> None:
-        from wan.checkpoints import publish_student
-
-        publish_student(exported / "model.pt", chain.student(name))
-
-    return training(name, install, inputs)
+    return training(name, lambda chain, run: publish_to(chain.student(name), run), inputs)
 
 
 # --- the other stages ----------------------------------------------------------------------------

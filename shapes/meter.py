@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation import statistics as video_meter
 from evaluation.statistics import (
     BLOCK_FRAMES,
     FIRST_FRAMES,
     Array,
     Flicker,
     Frames,
+    check_frames,
     drift,
     ends,
     flicker,
@@ -63,7 +63,7 @@ METER_VERSION = 3
 _CHUNK = 32  # frames read at a time
 _SLOTS = 3  # shapes looked for in a frame: one more than a prompt may ask for
 _LEAST_SIZE = 16  # of a frame: below, a small shape is under four pixels wide
-_LEAST_FPS = 2.0  # below, no frame follows within a path's half second
+LEAST_FPS = 2.0  # below, no frame follows within a path's half second
 _LEAST_SPEED = min(SPEEDS.values()) / 4  # what is slower has no direction
 _MIN_CORE = 12 / WORLD**2  # a shape has at least this share of the pixels in its flat inside
 _SAME = 60.0  # colours closer than this are one colour: under half the gap of the palette
@@ -166,7 +166,7 @@ class PromptAccuracy:
 
 @dataclass(frozen=True)
 class ShapesDrift:
-    """Last five seconds minus first five (`video_meter.drift`) of the measure of each name."""
+    """Last five seconds minus first five (`statistics.drift`) of the measure of each name."""
 
     background_error: float
     colour_error: float
@@ -284,29 +284,29 @@ def measure(frames: Frames, prompt: Attributes | str, *, fps: float = FPS) -> Me
         UserError: if the frames are no square video, or the caption is none of this world.
     """
     _check_square(frames, 2)
-    meter = ShapeMeter(prompt, fps=fps)
+    meter = ShapeMeter(prompt)
     meter.add(frames)
-    return meter.measures()
+    return meter.measures(fps)
 
 
 class ShapeMeter:
     """`measure` for a video that comes in pieces: the same measures, without keeping the frames."""
 
-    def __init__(self, prompt: Attributes | str, *, fps: float = FPS) -> None:
-        """Raises UserError if the caption is none of this world, or the frame rate below 2."""
-        if fps < _LEAST_FPS:
-            raise UserError(f"Motion is measured from {_LEAST_FPS:g} frames/s on, not at {fps:g}.")
+    def __init__(self, prompt: Attributes | str) -> None:
+        """Raises UserError if the caption is none of this world."""
         self.prompt = parse_caption(prompt) if isinstance(prompt, str) else prompt
         expected = PALETTE[[_index(COLOURS, shape.colour) for shape in self.prompt.shapes]]
-        self._observer = Observer(expected, fps=fps)
+        self._observer = Observer(expected)
 
     def add(self, frames: Frames) -> None:
         """The next frames, uint8 [n, S, S, 3]; UserError if they are not square."""
         self._observer.add(frames)
 
-    def measures(self) -> Measures:
-        """The video is over; UserError if it had fewer than two frames."""
-        seen = self._observer.observation()
+    def measures(self, fps: float = FPS) -> Measures:
+        """The video is over; UserError if it had fewer than two frames, or than 2 a second."""
+        if fps < LEAST_FPS:
+            raise UserError(f"Motion is measured from {LEAST_FPS:g} frames/s on, not at {fps:g}.")
+        seen = self._observer.observation(fps)
         background = _index(BACKGROUNDS, self.prompt.background)
         hidden = _hidden(seen.shapes, self.prompt.shapes, seen.fps)
         parts = zip(seen.shapes, self.prompt.shapes, hidden, strict=True)
@@ -429,9 +429,9 @@ def _direction_right(shape: ShapeAttributes, track: ShapeTrack, fps: float) -> f
     return float(speed >= _LEAST_SPEED and along >= speed * np.cos(np.pi / 8))
 
 
-def _is_near(ratio: Any, table: dict[str, float]) -> Any:
-    """Whether seen / expected is within half the step, in ratio, between the table's two values."""
-    step = max(table.values()) / min(table.values())
+def _is_near(ratio: Any, values: dict[str, float]) -> Any:
+    """Whether seen / expected is within half the step, in ratio, between the two values."""
+    step = max(values.values()) / min(values.values())
     return (ratio < step**0.5) & (ratio > step**-0.5)
 
 
@@ -448,12 +448,13 @@ def _median(values: Array) -> float:
     return float(np.median(known)) if len(known) else float("nan")
 
 
-def _index(table: dict, name: str) -> int:
-    return list(table).index(name)
+def _index(values: dict, name: str) -> int:
+    return list(values).index(name)
 
 
 def _distance(a: Array, b: Array) -> Array:
-    return np.sqrt(_dot(a - b, a - b))
+    difference = a - b
+    return np.sqrt(_dot(difference, difference))
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -491,18 +492,17 @@ def observe(frames: Frames, *, fps: float = FPS, colours: Array | None = None) -
         UserError: if the frames are no square video of two frames or more.
     """
     _check_square(frames, 2)
-    observer = Observer(_fullest(frames[:16]) if colours is None else colours, fps=fps)
+    observer = Observer(_fullest(frames[:16]) if colours is None else colours)
     observer.add(frames)
-    return observer.observation()
+    return observer.observation(fps)
 
 
 class Observer:
     """`observe` for a video that comes in pieces, whatever their lengths: at most 32 are kept."""
 
-    def __init__(self, colours: Array, *, fps: float = FPS) -> None:
+    def __init__(self, colours: Array) -> None:
         """`colours` [K, 3] are followed, as in `observe`."""
         self._followed = np.asarray(colours, np.float32)
-        self._fps = fps
         self._waiting: list[Frames] = []  # fewer than a chunk
         self._last: tuple[Frames, Bools] | None = None  # the frame before, and where it is clear
         self._readings: list[_Reading] = []
@@ -518,7 +518,7 @@ class Observer:
             self._take(video[start : start + _CHUNK])
         self._waiting = [video[whole:].copy()]
 
-    def observation(self) -> Observation:
+    def observation(self, fps: float = FPS) -> Observation:
         """The video is over; UserError if it had fewer than two frames."""
         rest = np.concatenate(self._waiting) if self._waiting else np.empty((0, 1, 1, 3), np.uint8)
         if len(rest):
@@ -529,7 +529,7 @@ class Observer:
         seen = _Reading(*(np.concatenate(parts) for parts in zip(*self._readings, strict=True)))
         differences = _distance(seen.edges[:, None], EDGES).mean(2)  # [F, backgrounds]
         return Observation(
-            fps=self._fps,
+            fps=fps,
             background=differences.argmin(1),
             edges=seen.edges,
             count=seen.num_shapes,
@@ -537,7 +537,7 @@ class Observer:
             sharpness=seen.sharpness,
             brightness=np.array(self._brightness),
             change=np.array(self._change),
-            shapes=tuple(_track(seen, slot, self._fps) for slot in range(len(self._followed))),
+            shapes=tuple(_track(seen, slot, fps) for slot in range(len(self._followed))),
         )
 
     def _take(self, frames: Frames) -> None:
@@ -552,7 +552,7 @@ class Observer:
 
 
 def _check_square(frames: Frames, at_least: int) -> None:
-    video_meter.check_frames(frames, at_least)
+    check_frames(frames, at_least)
     if frames.shape[1] != frames.shape[2]:
         raise UserError(f"The shapes world is square, not {frames.shape[2]} x {frames.shape[1]}.")
     if frames.shape[1] < _LEAST_SIZE:
@@ -630,7 +630,8 @@ def _fit_background(pixels: Array) -> Array:
     edges = EDGES[np.argmax(likeness, axis=0)]
     for _ in range(4):
         fitted = np.einsum("hk,fkc->fhc", basis, edges)[:, :, None]
-        weight = 1 / (1 + _dot(thin - fitted, thin - fitted) / 25**2) ** 2  # [F, S/2, S/2]
+        off = thin - fitted
+        weight = 1 / (1 + _dot(off, off) / 25**2) ** 2  # [F, S/2, S/2]
         normal = np.einsum("fh,hi,hj->fij", weight.sum(2), basis, basis)
         target = np.einsum("fhc,hi->fic", (weight[..., None] * thin).sum(2), basis)
         edges = np.linalg.solve(normal, target)

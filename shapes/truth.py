@@ -19,9 +19,9 @@ GROUPS = {1: "one shape", 2: "two shapes"}
 class _Measuring(meter.ShapeMeter):
     """See `evaluation.meters.Measuring`."""
 
-    def report(self, *, first: int, block: int) -> meter.ShapesReport:
-        """See `Measuring`."""
-        return meter.report(self.measures(), first=first, block=block)
+    def report(self, *, fps: float, first: int, block: int) -> meter.ShapesReport:
+        """See `Measuring`; UserError if the frame rate is too low to see motion."""
+        return meter.report(self.measures(fps), first=first, block=block)
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class ShapesTruth:
 
     name: str = "shapes"
     version: int = meter.METER_VERSION
+    least_fps: float = meter.LEAST_FPS
     main_figures: Mapping[str, Sequence[str]] = field(
         default_factory=lambda: {
             "right in the first 5 s": (
@@ -73,10 +74,10 @@ class ShapesTruth:
         }
     )
 
-    def start(self, prompt: str, *, fps: float, height: int, width: int) -> _Measuring | None:
-        """See `Meter`; UserError if the frame rate is too low to see motion."""
+    def start(self, prompt: str, *, height: int, width: int) -> _Measuring | None:
+        """See `Meter`."""
         square_caption = height == width and is_caption(prompt)
-        return _Measuring(prompt, fps=fps) if square_caption else None
+        return _Measuring(prompt) if square_caption else None
 
     def extra_measures(self, result: Result) -> Mapping[str, float]:
         """See `Meter`: for each N of `SURVIVAL_SECONDS` that the video is long enough for,

@@ -102,7 +102,7 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class ShapeAttributes:
-    """What a caption says of a shape; every field is a key of the table of its name."""
+    """What a caption says of a shape; every field is a key of the values of its name."""
 
     kind: str
     colour: str
@@ -231,14 +231,14 @@ def is_held_out(shape: ShapeAttributes, background: str) -> bool:
     return (colour + 3 * kind + _HELD_OUT[background]) % len(COLOURS) == 0
 
 
-def _pick(rng: random.Random, table: Mapping[str, object]) -> str:
-    return list(table)[int(rng.random() * len(table))]
+def _pick(rng: random.Random, choices: Mapping[str, object]) -> str:
+    return list(choices)[int(rng.random() * len(choices))]
 
 
 def _sample_attributes(rng: random.Random) -> ShapeAttributes:
-    tables: dict[str, Mapping[str, object]] = {"kind": KINDS, "colour": COLOURS, "size": SIZES}
-    tables |= {"speed": SPEEDS, "direction": DIRECTIONS}
-    return ShapeAttributes(**{field: _pick(rng, table) for field, table in tables.items()})
+    choices: dict[str, Mapping[str, object]] = {"kind": KINDS, "colour": COLOURS, "size": SIZES}
+    choices |= {"speed": SPEEDS, "direction": DIRECTIONS}
+    return ShapeAttributes(**{field: _pick(rng, values) for field, values in choices.items()})
 
 
 def _lanes(shapes: list[ShapeAttributes]) -> tuple[float, ...]:
@@ -481,12 +481,12 @@ def token_labels(text: str, count_tokens: Callable[[str], int]) -> list[list[int
         UserError: if the text is no caption of this world.
     """
     plain, match, said = _read(text)
-    tables: list[list[str]] = [list(t) for t in (KINDS, COLOURS, SIZES, DIRECTIONS, SPEEDS)]
+    choices: list[list[str]] = [list(t) for t in (KINDS, COLOURS, SIZES, DIRECTIONS, SPEEDS)]
     scene = [list(BACKGROUNDS).index(said.background), len(said.shapes) - 1]
-    labels = [[*scene, *[-1] * (1 + len(tables))] for _ in range(count_tokens(text))]
+    labels = [[*scene, *[-1] * (1 + len(choices))] for _ in range(count_tokens(text))]
     for place, shape in enumerate(said.shapes):
         values = (shape.kind, shape.colour, shape.size, shape.direction, shape.speed)
-        own = [table.index(value) for table, value in zip(tables, values, strict=True)]
+        own = [known.index(value) for known, value in zip(choices, values, strict=True)]
         spans = [match.span(name) for name in match.groupdict() if name.endswith(f"_{place}")]
         first, end = min(start for start, _ in spans), max(end for _, end in spans)
         for label in labels[count_tokens(plain[:first].rstrip()) : count_tokens(plain[:end])]:

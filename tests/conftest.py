@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,3 +48,9 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
         warp_denoising_step=True,
     )
     return TinyWorld(config, root / "distilled.pt", folder)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not walk it again and again."""
+    gc.collect()
+    gc.freeze()

@@ -78,10 +78,10 @@ def split_batches(config: Config, ranks: int) -> BatchSplit:
                 f"{' and '.join(disagreeing)} disagree with {wanted} videos per update, "
                 f"which means {accumulation} micro-batches; the latter holds"
             )
-    plan = BatchSplit(config.batch_size, accumulation, ranks)
-    if config.recipe_batch_size and plan.videos < config.recipe_batch_size:
+    split = BatchSplit(config.batch_size, accumulation, ranks)
+    if config.recipe_batch_size and split.videos < config.recipe_batch_size:
         notes.append(
-            f"{plan.videos} videos per update are fewer than the recipe's "
+            f"{split.videos} videos per update are fewer than the recipe's "
             f"{config.recipe_batch_size}: set global_batch_size={config.recipe_batch_size}"
         )
     return BatchSplit(config.batch_size, accumulation, ranks, tuple(notes))

@@ -138,8 +138,8 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
     What has to be fetched first, weights or data, is said and need not be here.
     """
     check_training(config)
-    plan, setup = split_batches(config, world), planned_setup(config)
-    lines = [*data_lines(config, setup), plan.describe(), *plan.notes]
+    batches, setup = split_batches(config, world), planned_setup(config)
+    lines = [*data_lines(config, setup), batches.describe(), *batches.notes]
     memory = memory_lines(config, setup, world, local_world or min(world, 8))
     if memory:
         lines += [f"memory per rank of {world} (GiB), without activations:", *memory]

@@ -1,7 +1,7 @@
 """The held-out loss: a task's own loss on data that it is not trained on, without gradient.
 
 The items and the draws are the same at every measurement, so two of them differ by the weights
-alone. They do not depend on the run's seed either, with one exception: the plan of a rollout does.
+alone. They do not depend on the run's seed either, with one exception: the draw of a rollout does.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -3,8 +3,10 @@
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from utils.errors import BAD_INPUT, UserError
 from utils.files import check_file
 
 INTERRUPTED = 130  # exit code of a person's Ctrl-C, as shells have it
+UNREAD = 141  # exit code if nobody reads the output any more (`| head`), as shells have it
 
 
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run `main(argv)`; turn UserError into one sentence on stderr and exit code 2.
 
+    So is what the system says of a file that nobody asked for before (OSError).
     `main` imports what is heavy itself, so that an interruption meanwhile is met here, too. What a
     console cannot show (an accent where it is not UTF-8) becomes a question mark.
     """
@@ -25,16 +29,43 @@ def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = 
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return main(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
+        code = main(sys.argv[1:] if argv is None else argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        return UNREAD
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # of a library, not of the system
+            raise
         close_progress_bars()
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {' '.join(_sentence(error).split())}\n")
+        _drop_output()
         return BAD_INPUT
     except KeyboardInterrupt:
         close_progress_bars()
         if Ranks.from_environment().is_main:
             sys.stderr.write("interrupted\n")
         return INTERRUPTED
+    return code
+
+
+def _sentence(error: UserError | OSError) -> str:
+    """What went wrong, in one sentence."""
+    if isinstance(error, UserError):
+        return str(error)
+    about = "" if error.filename is None else f"{error.filename}: "
+    return f"{about}{str(error.strerror).lower()}"
+
+
+def _drop_output() -> None:
+    """Write what stdout still holds, or nothing more, so that closing it at the end is silent."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def parse_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

@@ -11,7 +11,9 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -126,7 +128,7 @@ def save_resolved(values: Mapping[str, Any], path: Path) -> None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain values, without its secret."""
-    return OmegaConf.to_container(OmegaConf.structured(replace(config, wandb_key=None)))  # type: ignore[return-value]
+    return asdict(replace(config, wandb_key=None))
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
@@ -250,16 +252,10 @@ def _with_resolution(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merge(layers: Sequence[_Layer]) -> Config:
-    merged: DictConfig = OmegaConf.structured(Config)
+    merged = deepcopy(_defaults())
     for layer in layers:
         _check_forms(layer.values, Config, f"{layer.source}: ")
-        for key, value in layer.values.items():
-            try:
-                merged.merge_with(OmegaConf.create({key: value}))
-            except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError) as error:
-                reason = str(error).splitlines()[0].rstrip(".")
-                name = getattr(error, "full_key", None) or key
-                raise UserError(f"{layer.source}: {name}: {reason}") from error
+        _merge_values(merged, layer.values, layer.source)
     shape = list(merged.image_or_video_shape)
     latent = [merged.height // LATENT_STRIDE, merged.width // LATENT_STRIDE]
     merged.image_or_video_shape = [*shape[:-2], *latent]
@@ -268,9 +264,32 @@ def _merge(layers: Sequence[_Layer]) -> Config:
     return config
 
 
+def _merge_values(merged: DictConfig, values: Mapping[str, Any], source: str) -> None:
+    """All at once, which is quick; if that fails, one by one for the name of the one at fault."""
+    try:
+        merged.merge_with(OmegaConf.create(dict(values)))
+    except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError) as error:
+        if len(values) > 1:
+            for key, value in values.items():
+                _merge_values(merged, {key: value}, source)
+        reason = str(error).splitlines()[0].rstrip(".")
+        name = getattr(error, "full_key", None) or ", ".join(values)
+        raise UserError(f"{source}: {name}: {reason}") from error
+
+
+@cache
+def _defaults() -> DictConfig:
+    return OmegaConf.structured(Config)
+
+
+@cache
+def _hints(schema: type) -> dict[str, Any]:
+    return get_type_hints(schema)
+
+
 def _check_forms(values: Mapping[str, Any], schema: type, where: str) -> None:
     """Raise UserError for a single value where a group or a list has to be."""
-    hints = get_type_hints(schema)
+    hints = _hints(schema)
     for key, value in values.items():
         inner = group_of(hints[key])
         if value is None:
@@ -306,7 +325,7 @@ def _unknown_keys(
 ) -> Iterator[tuple[str, str | None]]:
     """Keys that a schema lacks, and the nearest one that it has."""
     for key, value in values.items():
-        inner = group_of(get_type_hints(schema).get(key))
+        inner = group_of(_hints(schema).get(key))
         if key not in declared(schema):
             yield f"{group}{key}", _nearest(key, schema, group)
         elif inner is not None and isinstance(value, Mapping):
@@ -314,7 +333,7 @@ def _unknown_keys(
 
 
 def _nearest(key: str, schema: type, group: str) -> str | None:
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in _hints(schema).items():
         inner, last = group_of(hint), key.rpartition(".")[2]
         if inner is not None and last in declared(inner):
             return f"{name}.{last}"
@@ -358,8 +377,9 @@ def check_training(config: Config) -> None:
 
 
 def _check_bounds(group: Any, prefix: str) -> None:
-    hints = get_type_hints(type(group))
-    for name, key in declared(type(group)).items():
+    schema: type = type(group)
+    hints = _hints(schema)
+    for name, key in declared(schema).items():
         value, where = getattr(group, name), f"{prefix}{name}"
         if is_dataclass(value):
             _check_bounds(value, f"{where}.")

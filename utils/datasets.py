@@ -330,6 +330,10 @@ class ShardInfo:
             raise UserError(
                 f"{path} is no shard of latents or ODE pairs: make them with scripts/precompute.py."
             ) from error
+        dimensions = 5 if kind == "latents" else 6
+        texts = all(isinstance(prompt, str) for prompt in info.prompts)
+        if not (info.prompts and texts and len(info.shape) == dimensions):
+            raise UserError(f"{path} holds no items with prompts in text: make it again.")
         states = info.shape[1:2] if kind == "ode_pairs" else (0,)
         if info.shape[:1] != (len(info.prompts),) or states != (len(info.timesteps),):
             raise UserError(f"{path} contradicts its own metadata: make it again.")
@@ -406,7 +410,10 @@ class _Shards:
     def _row(self, index: int) -> Tensor:
         shard, row = self._find(index)
         with safe_open(shard.path, framework="pt") as file:
-            return file.get_slice(TENSOR_OF[self.format])[row].to(torch.float32)
+            item = file.get_slice(TENSOR_OF[self.format])[row].to(torch.float32)
+        if not item.isfinite().all():
+            raise UserError(f"{shard.path} holds NaN or Inf (item {row}): make it again.")
+        return item
 
 
 class LatentDataset(_Shards):

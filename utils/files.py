@@ -56,7 +56,8 @@ def written(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     if _kind(path) == "device":
-        yield path
+        with told(path):
+            yield path
         return
     _check_file_name(path)
     part = part_path(path)

@@ -176,6 +176,10 @@ def as_numpy(frames: Frames) -> np.ndarray:
 
 def require_file(path: str | Path) -> None:
     """UserError unless there is a file at `path`."""
-    if not Path(path).is_file():
+    try:
+        if Path(path).is_file():
+            return
         what = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: give a file.")
+    except (OSError, ValueError) as error:  # a name too long, a folder closed to us, a zero byte
+        raise UserError(f"{path} cannot be read: {error}") from error
+    raise UserError(f"{path} {what}: give a file.")

@@ -25,7 +25,14 @@ RESERVED_STEMS = frozenset(  # names of devices on Windows
 PROMPT_COLUMNS = frozenset({"prompt", "caption", "text", "prompt_en"})  # the last is VBench's
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
-OTHER_SUFFIXES = frozenset({".yaml", ".yml", ".toml", ".ini", ".xml", ".html", ".htm", ".ipynb"})
+OTHER_SUFFIXES = frozenset(
+    {
+        *(".yaml", ".yml", ".toml", ".ini", ".json5", ".jsonc", ".xml", ".html", ".htm", ".ipynb"),
+        *(".md", ".rst", ".rtf", ".doc", ".docx", ".odt", ".pdf", ".srt", ".vtt"),
+        *(".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".pkl", ".npy", ".npz", ".pt"),
+        *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".safetensors", ".py"),
+    }
+)
 PROMPT_FORMS = (
     "give lines of text, a JSON list of texts or of objects with a prompt, "
     '{"prompts": […]}, JSON lines, or a CSV or TSV table, where the key or column of the prompt is '
@@ -123,12 +130,24 @@ def _is_json_lines(text: str) -> bool:
 def _parse(path: Path, text: str, line: int | None = None) -> Any:
     """JSON; UserError that names the place where it is broken."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_doubles)
     except json.JSONDecodeError as error:
         place = line or error.lineno
         raise UserError(f"{path} is not valid JSON (line {place}): {error.msg}.") from error
+    except KeyError as error:
+        raise UserError(f"{path} has the key {error} twice in one object: remove one.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable as JSON: {PROMPT_FORMS}.") from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; KeyError for a key that stands in it twice, where one value would be lost."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise KeyError(key)
+        values[key] = value
+    return values
 
 
 def _json_prompts(path: Path, value: Any) -> list[str]:

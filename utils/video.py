@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from itertools import islice
 from math import ceil, isfinite
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Self, cast
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 
 from utils.errors import UserError
 from utils.files import cannot_write, written
@@ -330,18 +330,18 @@ def frame_rate(path: str | Path) -> float:
 def probe_video(path: str | Path, fps: float | Fraction | None = None) -> VideoInfo:
     """Number of frames (of its own, or at the rate `fps`), own frame rate and size of a video.
 
-    The file is decoded once to its end, without keeping it, and remembered until it changes.
+    A file is decoded to its end for it, unless that has been done, for whatever reason, since it
+    changed.
 
     Raises:
         UserError: the file is missing, damaged, or holds no video.
     """
     require_file(path)
-    about = Path(path).absolute()
-    try:
-        state = about.stat()
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    found = _measured(about, state.st_mtime_ns, state.st_size)
+    known = _state(path)
+    if known not in _measured:
+        for _ in _decoded(path):
+            pass
+    found = _measured[known]
     frames = found.frames
     if fps is not None:
         period = 1 / _rate(fps)
@@ -421,14 +421,17 @@ class _Measured:
     end: Fraction
 
 
-@lru_cache(maxsize=2**16)
-def _measured(path: Path, mtime_ns: int, size: int) -> _Measured:
-    count, last = 0, None
-    for picture in _decoded(path):
-        count, last = count + 1, picture
-    assert last is not None  # `_decoded` has seen to it
-    end = last.start + last.length
-    return _Measured(count, float(count / end), *last.size, last.start, end)
+_measured: LRUCache[tuple[Path, int, int], _Measured] = LRUCache(2**16)  # by `_state`
+
+
+def _state(path: str | Path) -> tuple[Path, int, int]:
+    """What is another when a file has changed."""
+    about = Path(path).absolute()
+    try:
+        state = about.stat()
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    return about, state.st_mtime_ns, state.st_size
 
 
 class _ToRgb:
@@ -496,7 +499,7 @@ def _pictures(path: str | Path, fps: float | Fraction | None = None) -> Iterator
 
 
 def _decoded(path: str | Path) -> Iterator[Picture]:
-    """All frames of a file in the order that they are shown in.
+    """All frames of a file in the order that they are shown in; at the end it is `_measured`.
 
     Raises:
         UserError: no readable video, or (at the place, or at the end) one that is not whole.
@@ -507,8 +510,14 @@ def _decoded(path: str | Path) -> Iterator[Picture]:
     try:
         if _promised_bytes(Path(path)) > Path(path).stat().st_size:
             raise _DamagedError("its end is missing")
-        with av.open(str(Path(path).absolute()), metadata_errors="replace") as file:
-            yield from _timed(_whole_frames(file, _video_stream(file)), _video_stream(file))
+        known, count, last = _state(path), 0, None
+        with av.open(str(known[0]), metadata_errors="replace") as file:
+            for last in _timed(_whole_frames(file, _video_stream(file)), _video_stream(file)):
+                count += 1
+                yield last
+        assert last is not None  # `_timed` has seen to it
+        end = last.start + last.length
+        _measured[known] = _Measured(count, float(count / end), *last.size, last.start, end)
     except _NoVideoError as error:
         raise UserError(f"{path} {error}: give another file.") from error
     except _DamagedError as error:

@@ -65,6 +65,10 @@ class DiTConfig:
             raise UserError(
                 f"model_type {known['model_type']} is not supported: use a text-to-video model"
             )
+        if config.get("window_size") not in (None, [-1, -1], (-1, -1)):
+            raise UserError(
+                f"{source} has a window_size, which no causal model here has; remove it"
+            )
         for field in fields(cls):
             if field.name in known and not _is_possible(field.name, known[field.name]):
                 raise UserError(f"{source} has an impossible {field.name}: {known[field.name]!r}")

@@ -80,4 +80,8 @@ def find_checkpoint(path: str | Path) -> Path:
     for place in (Path(path), ROOT / path):
         if place.is_dir() and any(place.glob("**/*.safetensors")):
             return place
+    if Path(path).is_dir():
+        raise UserError(
+            f"checkpoint {path} is a folder without .safetensors; give a file of weights"
+        )
     return find_file(path, "checkpoint")

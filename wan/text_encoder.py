@@ -216,13 +216,20 @@ class WanTextEncoder:
         What does not fit into `text_len` tokens is dropped, which is said once for each prompt.
 
         Raises:
-            UserError: an embedding has NaN or Inf; the first such prompt is named.
+            UserError: an embedding has NaN or Inf; the first such prompt is named. Or the tokenizer
+                knows more tokens than the weights.
         """
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         for prompt in cleaned:
             if (cut := self.tokenizer.cut(prompt, self.text_len)) is not None:
                 _say_cut(prompt, self.text_len, *cut)
         tokens = self.tokenizer(cleaned, self.text_len)
+        last = self.model.config.vocab_size - 1
+        if (token := int(tokens.ids.max())) > last:
+            raise UserError(
+                f"the tokenizer gives token {token}, and the text encoder's last is {last}: "
+                "they are not of one model; fetch both again"
+            )
         embeddings = self.encode_ids(tokens.ids, tokens.mask)
         finite = embeddings.isfinite().all(dim=2).all(dim=1)  # [B]
         for prompt, right in zip(prompts, finite.tolist(), strict=True):

@@ -38,12 +38,13 @@ from wan.weights import Shapes, assign_weights, read_json, read_weights, save_we
 def encode_moments(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance `[B, f, C, h, w]` of the latents of video `[B, F, 3, H, W]`.
 
-    Not normalised; with gradient, if it is enabled.
+    Not normalised; with gradient, if it is enabled. Pixels in uint8 become floats on the model's
+    device clip by clip, so a long video is never whole in memory as such.
     """
     x = rearrange(video, "b f c h w -> b c f h w")
     features = _empty_features(model.encoder)
     moments = [  # [B, 2C, 1, h, w] each
-        model.quant_conv(model.encoder(clip, feat_cache=features, feat_idx=[0]))
+        model.quant_conv(model.encoder(_floats(clip, model), feat_cache=features, feat_idx=[0]))
         for clip in _clips(x, model.config["scale_factor_temporal"])
     ]
     mean, log_variance = torch.cat(moments, dim=2).chunk(2, dim=1)
@@ -168,7 +169,7 @@ class WanVAE:
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Encode video [B, F, 3, H, W] in [-1, 1] to normalised latents [B, f, C, h, w].
+        """Encode video [B, F, 3, H, W] in [-1, 1], or uint8, to normalised latents [B, f, C, h, w].
 
         F = 1 + temporal_stride * (f - 1); H and W are multiples of `spatial_stride`.
 
@@ -182,7 +183,9 @@ class WanVAE:
                 f"the VAE encodes 1 + {self.temporal_stride}k frames with sides divisible by "
                 f"{self.spatial_stride}, got {frames} frames of {height}x{width}"
             )
-        mu, _ = encode_moments(self.model, video.to(self.device, self.dtype))
+        if video.is_floating_point():
+            video = video.to(self.device, self.dtype)
+        mu, _ = encode_moments(self.model, video)
         mean, std = self.statistics()
         return ((mu.float() - mean) / std).to(self.dtype)
 
@@ -366,6 +369,13 @@ _ZEROS_BEFORE = "Rep"  # diffusers' mark in the features of a temporal upsamplin
 def _empty_features(module: nn.Module) -> list[Any]:
     """One place per causal convolution: None, a tensor [B, C, 1 or 2, h, w], or a mark."""
     return [None] * sum(isinstance(m, WanCausalConv3d) for m in module.modules())
+
+
+def _floats(clip: Tensor, model: AutoencoderKLWan) -> Tensor:
+    """Pixels in [-1, 1]; floats are so already."""
+    if clip.is_floating_point():
+        return clip
+    return (clip.float() / 127.5 - 1).to(model.device, model.dtype)
 
 
 def _clips(x: Tensor, stride: int) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ import { makePolicies } from "./policies.js";
 import { Connection, socketUrl } from "./protocol.js";
 import { drawView } from "./strip.js";
 import { pointBefore, TimelineView } from "./timeline.js";
+import { branchWords, sentence, stateWords } from "./words.js";
 
 /**
  * @typedef {object} Session  what is known of the session on this page
@@ -54,6 +55,11 @@ class Page {
     this.#takeUp();
   }
 
+  /** @returns {boolean} whether a video is being made, or paused, that can be changed */
+  get running() {
+    return this.phase === "live" || this.phase === "paused";
+  }
+
   // -- what is on the page
 
   #build() {
@@ -81,7 +87,8 @@ class Page {
   #describe() {
     const { title, model, width, height, fps, methods, sinks, max_seconds: longest } = this.config;
     if (title) document.title = byId("title").textContent = title;
-    byId("model").textContent = [model, `${width}×${height}`, `${fps} frames/s`].filter(Boolean).join(" · ");
+    const about = [model, `${width}×${height}`, `${fps} frames/s`];
+    byId("model").textContent = about.filter(Boolean).join(" · ");
     const stage = byId("stage");
     stage.style.setProperty("--ratio", String(width / height));
     document.documentElement.style.setProperty("--stage-ratio", String(width / height));
@@ -90,31 +97,36 @@ class Page {
     fillChoice(byId("sink"), byId("sink-field"), sinks ?? []);
     if (longest) {
       byId("seconds").max = String(longest);
-      document.querySelector('[name="length"][value="endless"]').parentElement.append(` (${longest} s at most)`);
+      byId("endless").parentElement.append(` (${longest} s at most)`);
     }
   }
 
   #listen() {
     byId("form").addEventListener("submit", (event) => {
       event.preventDefault();
-      if (this.phase === "live" || this.phase === "paused") this.change();
+      if (this.running) this.change();
       else this.start();
     });
     byId("again").addEventListener("click", () => this.start());
-    byId("pause").addEventListener("click", () => (this.phase === "paused" ? this.resume() : this.pause()));
+    byId("pause").addEventListener("click", () => {
+      if (this.phase === "paused") this.resume();
+      else this.pause();
+    });
     byId("stop").addEventListener("click", () => this.stop());
     byId("copy").addEventListener("click", () => this.#copy());
     byId("unblock").addEventListener("click", () => this.player.play());
     byId("alert-close").addEventListener("click", () => this.#alert(""));
     byId("seconds").addEventListener("input", () => {
-      document.querySelector('[name="length"][value="seconds"]').checked = true;
+      byId("limited").checked = true;
     });
     byId("branch").addEventListener("submit", (event) => {
       event.preventDefault();
       this.branch();
     });
     byId("branch-cancel").addEventListener("click", () => this.#closeBranch());
-    byId("branch").addEventListener("keydown", (event) => event.key === "Escape" && this.#closeBranch());
+    byId("branch").addEventListener("keydown", (event) => {
+      if (event.key === "Escape") this.#closeBranch();
+    });
     document.addEventListener("visibilitychange", () => this.#visibility());
     addEventListener("resize", () => this.timeline.draw());
   }
@@ -123,15 +135,14 @@ class Page {
 
   /** Start a new video with what the form says. */
   start() {
-    const seconds = document.querySelector('[name="length"]:checked').value === "seconds";
     const request = { prompt: this.box.prompt, format: playableFormat() };
-    request.seconds = seconds ? Number(byId("seconds").value) : null;
+    request.seconds = byId("limited").checked ? Number(byId("seconds").value) : null;
     const seed = wholeNumber(byId("seed"));
     if (seed !== null) request.seed = seed;
     if (!byId("method-field").hidden) request.method = byId("method").value;
     if (!byId("sink-field").hidden) request.sink = Number(byId("sink").value);
     this.#alert("");
-    if (this.phase === "live" || this.phase === "paused") this.connection.sendNow("session.stop", {});
+    if (this.running) this.connection.sendNow("session.stop", {});
     this.connection.renew();
     this.clicked = performance.now();
     this.session = null;
@@ -263,12 +274,11 @@ class Page {
     this.#setPhase("replaced");
   }
 
-  #stopped({ reason, frames, replay }) {
+  #stopped({ reason, replay }) {
     this.connection.release();
     this.player.finish();
     this.player.play();
     this.reason = reason;
-    this.frames = frames;
     this.pending.clear();
     this.#setPhase("ended");
     this.#offerFiles(replay);
@@ -295,9 +305,9 @@ class Page {
   #firstFrame() {
     byId("welcome").hidden = true;
     if (!this.clicked) return;
-    this.firstFrame = (performance.now() - this.clicked) / 1000;
+    const seconds = (performance.now() - this.clicked) / 1000;
     this.clicked = 0;
-    byId("n-first").textContent = `${this.firstFrame.toFixed(2)} s`;
+    byId("n-first").textContent = `${seconds.toFixed(2)} s`;
   }
 
   /** The player cannot go on with what it has: ask for the video again, from here. */
@@ -343,20 +353,12 @@ class Page {
     document.body.dataset.state = key;
     if (key === this.told) return;
     this.told = key;
-    const fps = this.session?.fps ?? this.config.fps;
-    const rate = this.stats.fps ? ` makes ${this.stats.fps.toFixed(1)} frames/s, the video plays ${fps}` : " is slower than the video";
-    byId("state").textContent = {
-      idle: "Ready.",
-      starting: "Starting…",
-      loading: "The first picture is on its way…",
-      playing: "Playing.",
-      waiting: `Waiting for the model: it${rate}. It goes on by itself.`,
-      paused: "Paused.",
-      offline: "The connection is lost. Trying again; the video goes on from here.",
-      replaced: "This video was taken over by another window; load this page again to take it back.",
-      ending: "The video is complete; playing to its end.",
-      ended: `The end, after ${this.timeline.made.toFixed(1)} s${reasonWords(this.reason)}.`,
-    }[key];
+    byId("state").textContent = stateWords(key, {
+      fps: this.config.fps,
+      rate: this.stats.fps,
+      made: this.timeline.made,
+      reason: this.reason,
+    });
   }
 
   #stateKey(now) {
@@ -370,11 +372,11 @@ class Page {
   /** @param {Phase} phase */
   #setPhase(phase) {
     this.phase = phase;
-    const changes = phase === "live" || phase === "paused";
+    const changes = this.running;
     byId("form-title").textContent = changes ? "Change it" : "What to show";
     byId("start-options").hidden = changes;
     byId("change-options").hidden = !changes;
-    byId("submit").textContent = changes ? "Change" : phase === "replaced" ? "Start a new one" : "Start";
+    byId("submit").textContent = changes ? "Change" : "Start";
     byId("submit").disabled = phase === "starting";
     byId("again").hidden = !changes;
     byId("pause").disabled = byId("stop").disabled = !changes;
@@ -403,10 +405,7 @@ class Page {
 
   #offerBranch(seconds) {
     this.chosen = pointBefore(this.timeline.points, seconds);
-    const words = this.chosen
-      ? `Go back to ${this.chosen.seconds.toFixed(1)} s, the branch point at or before ${seconds.toFixed(1)} s, and go on from there?`
-      : "No branch point at or before this moment is kept; choose a later one.";
-    byId("branch-words").textContent = words;
+    byId("branch-words").textContent = branchWords(seconds, this.chosen);
     if (this.chosen) this.timeline.setCursor(this.chosen.seconds);
     byId("branch-go").hidden = !this.chosen;
     byId("branch").hidden = false;
@@ -463,27 +462,11 @@ class Page {
   }
 }
 
-function reasonWords(reason) {
-  const words = {
-    stopped: ", as you asked",
-    disk_full: ": the server's disk is full",
-    idle: ": nobody was watching",
-    room: ": it gave way to another one",
-    shutdown: ": the server was shut down",
-  };
-  return words[reason] ?? "";
-}
-
-/** What the server says, with a capital at its beginning and a stop at its end. */
-function sentence(text) {
-  const whole = text[0].toUpperCase() + text.slice(1);
-  return /[.!?]$/.test(whole) ? whole : `${whole}.`;
-}
-
 /** Offer a choice where there is one. */
 function fillChoice(select, field, values) {
   field.hidden = values.length < 2;
-  select.append(...values.map((value) => element("option", "", { value: String(value) }, String(value))));
+  const texts = values.map(String);
+  select.append(...texts.map((value) => element("option", "", { value }, value)));
 }
 
 /** To the clipboard, also where a page without TLS may not use it directly. */
@@ -512,7 +495,8 @@ async function begin() {
     config = await answer.json();
   } catch (error) {
     byId("alert").hidden = false;
-    byId("alert-text").textContent = `The server cannot be reached (${error.message}). Load the page again once it runs.`;
+    const words = `The server cannot be reached (${error.message}).`;
+    byId("alert-text").textContent = `${words} Load the page again once it runs.`;
     return;
   }
   new Page(config);

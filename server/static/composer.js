@@ -204,7 +204,8 @@ function exampleButtons(examples, box) {
  */
 export function pieces(template) {
   const parts = template.split(/\{(\w+)\}/);
-  return parts.map((part, i) => (i % 2 ? { slot: part } : { text: part })).filter((p) => p.slot || p.text);
+  const all = parts.map((part, i) => (i % 2 ? { slot: part } : { text: part }));
+  return all.filter(({ slot, text }) => slot || text);
 }
 
 function slots(template) {

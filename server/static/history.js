@@ -14,9 +14,10 @@ export function drawPrompts(root, heard, pending) {
   const items = heard.map((change, index) =>
     item(change.prompt, `${index + 1}`, `colour-${colours[index]}`, timesOf(change, index)),
   );
-  const waiting = pending.map(({ prompt, policy, asked }) =>
-    item(prompt ?? "a new seed", "…", "none", `${policy} · asked at ${clock(asked)} · not heard yet`),
-  );
+  const waiting = pending.map(({ prompt, policy, asked }) => {
+    const times = `${policy} · asked at ${clock(asked)} · not heard yet`;
+    return item(prompt ?? "a new seed", "…", "none", times);
+  });
   const none = element("li", "quiet", {}, "None yet.");
   root.replaceChildren(...items, ...waiting, ...(items.length + waiting.length ? [] : [none]));
 }

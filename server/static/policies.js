@@ -38,7 +38,8 @@ export function makePolicies(root, blend, blendWords, sizes) {
     const label = element("label", "policy");
     const radio = element("input", "", { type: "radio", name: "policy", value: policy });
     radio.checked = index === 0;
-    label.append(radio, element("b", "", {}, policy), element("span", "quiet", {}, explain(policy, sizes)));
+    const words = element("span", "quiet", {}, explain(policy, sizes));
+    label.append(radio, element("b", "", {}, policy), words);
     root.append(label);
     return radio;
   });

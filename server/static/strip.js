@@ -1,4 +1,4 @@
-/** What the model sees at this moment: sink, recent frames, and the window with its noise levels. */
+/** What the model sees now: sink, recent frames, and the window with its noise levels. */
 
 import { element } from "./dom.js";
 
@@ -50,6 +50,7 @@ function blocks(window) {
   if (!window.length) return "none";
   const numbers = window.map(([block]) => block);
   const levels = window.map(([, level]) => level).join(" ");
-  const name = numbers.length > 1 ? `blocks ${numbers[0]}–${numbers.at(-1)}` : `block ${numbers[0]}`;
+  const [first, last] = [numbers[0], numbers.at(-1)];
+  const name = first === last ? `block ${first}` : `blocks ${first}–${last}`;
   return `${name}, levels ${levels} (0 is noise)`;
 }

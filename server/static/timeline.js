@@ -6,7 +6,7 @@
 import { clock, element } from "./dom.js";
 
 /**
- * @typedef {object} Heard  a change of prompt as the timeline knows it; times in seconds of the video
+ * @typedef {object} Heard  a change as the timeline knows it; times in seconds of the video
  * @property {string} id
  * @property {string} prompt
  * @property {string | null} policy

@@ -13,6 +13,7 @@ from endless import held_out_prompts, open_meter
 
 import evaluation.runs
 import pipeline.batch
+import utils.video
 from evaluation.meters import FRAMES, Judge
 from evaluation.results import ResultLog, mean_and_spread, numbers, summarise
 from evaluation.trials import Evaluation, list_trials
@@ -85,14 +86,21 @@ def test_videos_are_held_against_the_truth_of_a_package(clips, tmp_path, capsys)
     assert set(json.loads(out.read_text())["summary"]) == {"video"}, "nothing was kept"
 
 
-def test_other_videos_are_held_against_their_beginning(tmp_path):
+def test_other_videos_are_held_against_their_beginning(tmp_path, monkeypatch):
+    """Each is decoded once: it was twice, to learn its frame rate first."""
     write_clip(tmp_path / "a boat at dawn-0.mp4", 90, 40)
+    decoded, whole_frames = [], utils.video._whole_frames
+    monkeypatch.setattr(
+        utils.video, "_whole_frames", lambda *given: decoded.append(1) or whole_frames(*given)
+    )
     assert evaluate("--videos", tmp_path, "--json", tmp_path / "out.json") == 0
     content = json.loads((tmp_path / "out.json").read_text())
     (result,) = content["videos"]
     assert (result["prompt"], result["seed"], result["kind"]) == ("a boat at dawn", 0, "video")
     assert set(content["summary"]) == {"video"}
     assert content["summary"]["video"]["measures"]["motion"]["spread"] is None
+    assert result["report"]["seconds"] == 40 / 16
+    assert decoded == [1]
 
 
 def test_a_model_is_measured_and_the_file_says_how(tiny_world, tmp_path, capsys):
@@ -116,9 +124,9 @@ def test_a_model_is_measured_and_the_file_says_how(tiny_world, tmp_path, capsys)
     # what was measured is what inference gives for this prompt and seed
     pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", SQUARE)
     frames = pipe.generate([prompt], 7, seed=6)[0, :24]
-    judge = Judge(prompt, fps=16, truth=open_meter())
+    judge = Judge(prompt, truth=open_meter())
     judge.add(frames.numpy())
-    assert judge.report() == content["videos"][1]["report"]
+    assert judge.report(16) == content["videos"][1]["report"]
     files = sorted(videos.glob("*.mp4"))
     assert [f.stem.rsplit("-", 1)[1] for f in files] == ["0", "1"]
     assert len(read_video(files[0])) == 24
@@ -240,7 +248,7 @@ def test_results_of_another_meter_are_not_used(clips, tmp_path, monkeypatch):
     assert evaluate("--videos", clips, "--json", out) == 0
     changed = {"motion": 7.0}
     before = Judge.report
-    monkeypatch.setattr(Judge, "report", lambda self: before(self) | changed)
+    monkeypatch.setattr(Judge, "report", lambda self, fps: before(self, fps) | changed)
     assert evaluate("--videos", clips, "--json", out) == 0
     measures = json.loads(out.read_text())["summary"]["video"]["measures"]
     assert measures["motion"]["mean"] < 2, "kept"

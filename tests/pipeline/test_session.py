@@ -92,6 +92,23 @@ def test_a_saved_session_goes_on_bit_for_bit(
     assert not same(steps(other, 3)[2:], steps(loaded, 1))
 
 
+@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+def test_a_model_that_is_not_distilled_is_directed_alike(
+    tiny_world: TinyWorld, sampler: str, tmp_path: Path
+) -> None:
+    """Guided, with solvers that remember steps: changed, saved in a blend, branched to a cut."""
+    overrides = ["denoising_step_list=null", "sampling_steps=4", f"sampler={sampler}"]
+    pipe = load_pipeline(tiny_world.config, device="cpu", overrides=overrides)
+    session = Session.start(pipe, "a", seed=1)
+    steps(session, 3)
+    session.set_prompt("b", "recache", 1)
+    steps(session, 1)
+    session.save(tmp_path / "copy")
+    assert same(steps(session, 3), steps(Session.load(pipe, tmp_path / "copy"), 3))
+    branches = [session.branch(session.branch_points[-1], "c", policy="cut") for _ in range(2)]
+    assert same(*(steps(branch, 2) for branch in branches))
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
     [

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline import VideoPipeline, load_pipeline
+from pipeline.inputs import embeddings, image_of
 from pipeline.prefix import image_clip, video_clip
 from tests.conftest import TinyWorld
 from tests.reference_flow import flow_from_x0
@@ -376,6 +377,7 @@ REFUSED = {
     "negative_seed": (lambda p: p.stream("a", seed=-1), "seed must be a whole number"),
     "huge_seed": (lambda p: p.stream("a", seed=2**64), "seed must be a whole number"),
     "float_seed": (lambda p: p.generate(["a"], 3, seed=1.5), "not 1.5"),
+    "bool_tensor_seed": (lambda p: p.generate(["a"], 3, torch.tensor(True)), "torch.bool"),
     "bool_seed": (lambda p: p.open_stream(TEXT, seed=True), "not True"),
     "negative_sample": (lambda p: p.stream("a", sample=-1), "sample must be"),
     "samples_of_another_batch": (lambda p: p.open_stream(TEXT, samples=[0, 1]), "1 whole numbers"),
@@ -387,6 +389,12 @@ REFUSED = {
     "long_text": (lambda p: p.open_stream(torch.zeros(1, 25, 32)), "L up to 24"),
     "integer_text": (lambda p: p.open_stream(TEXT.int()), "tensor of floats"),
     "infinite_text": (lambda p: p.open_stream(TEXT + torch.inf), "no finite"),
+    "text_without_values": (lambda p: p.open_stream(TEXT.to("meta")), "have no values"),
+    "infinite_text_of_8_bits": (
+        lambda p: p.open_stream((TEXT + torch.nan).to(torch.float8_e4m3fn)),
+        "no finite",
+    ),
+    "name_too_long": (lambda p: p.stream("a", image="x" * 300), "cannot be read"),
     "list_for_text": (lambda p: p.open_stream([[1.0]]), "not list"),
     "noise_of_another_size": (lambda p: p.generate_latents(TEXT, 3, (TEXT, TEXT)), "initial noise"),
     "lone_noise": (lambda p: p.generate_latents(TEXT, 3, (TEXT,)), "a pair"),
@@ -409,6 +417,14 @@ def test_other_inputs_are_refused_in_one_sentence(pipe: VideoPipeline, case: str
     call, words = REFUSED[case]
     with pytest.raises(UserError, match=words):
         call(pipe)
+
+
+def test_other_inputs_are_taken_where_it_is_certain_what_is_meant() -> None:
+    clear = Image.new("RGBA", (4, 2))  # black without opacity
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    assert torch.equal(image_of(clear), torch.full((2, 4, 3), 255, dtype=torch.uint8))
+    assert image_of(pixels[:, ::-1]).tolist() == pixels[:, ::-1].tolist()
+    assert embeddings(torch.zeros(1, 24, 32), text_dim=32, text_len=24).shape == (1, 24, 32)
 
 
 def test_a_closed_stream_says_so(pipe: VideoPipeline) -> None:

@@ -39,7 +39,7 @@ def test_one_png_of_several_runs(tmp_path):
     assert main([*map(str, folders), "--out", str(out), "--smooth", "3"]) == 0
     with Image.open(out) as image:
         assert min(image.size) > 500
-        assert len(np.unique(np.asarray(image).reshape(-1, len(image.getbands())), axis=0)) > 50
+        assert len(image.getcolors(image.width * image.height)) > 50
     assert [path.name for path in out.parent.iterdir()] == ["run.png"]
 
 

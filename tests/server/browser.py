@@ -1,22 +1,24 @@
-"""A server with the shapes model, and what a viewer sees of its page in a real browser."""
+"""A server of a model, and what a viewer sees of its page in a real browser."""
 
 import shutil
-import threading
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import load_pipeline
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pipeline import VideoPipeline
 from pipeline.session import Session
 from server.access import Access
 from server.app import AppOptions, about_model, build_app
 from server.engine import PipelineEngine
-from server.listen import listen, new_server
 from server.models import read_composer, warm_up
 from server.pool import PoolOptions, SessionPool
 from server.storage import Storage
+from tests.server.fakes import served
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = [
@@ -31,14 +33,7 @@ FLAGS = [
     "--autoplay-policy=no-user-gesture-required",
 ]
 
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs" / "shapes" / "rolling_forcing.yaml"
-CHECKPOINT = ROOT / "checkpoints" / "shapes_rolling_forcing.pt"
-EXAMPLES = ["A large red circle drifts slowly to the right over a gray background."]
-
-# What `share` looks for: the colours of `shapes.world`, by the words of the composer.
-RED, GREEN = (220, 30, 40), (35, 165, 65)
-GRAY, NAVY, MAROON = (128, 128, 128), (14, 22, 84), (88, 14, 32)
+PREFIX = "/some/prefix/"
 SHARE = """([r, g, b]) => {
   const shown = ['still', 'video', 'frames'].map((id) => document.getElementById(id))
     .find((e) => !e.hidden && (e.videoWidth ?? e.width));
@@ -75,43 +70,50 @@ class SlowEngine(PipelineEngine):
         return session
 
 
+@dataclass(frozen=True)
 class LiveServer:
-    """The server of `app.py` with the weights that ship, in a thread of this process."""
+    """A server that runs, and what a test may look at or change of it."""
 
-    def __init__(self, folder: Path) -> None:
-        pipe = load_pipeline(str(CONFIG), str(CHECKPOINT))
-        self.engine = SlowEngine(pipe)
-        warm_up(self.engine)
-        options = PoolOptions(max_sessions=8, sessions_per_address=8, idle_seconds=3.0)
-        self.pool = SessionPool(self.engine, Storage(folder, 10**9), options)
-        about = about_model(
-            title="Rolling Forcing",
-            model="Shapes",
-            levels=pipe.setup.levels.num,
-            methods=["rolling_forcing"],
-            examples=EXAMPLES,
-            composer=read_composer(pipe.setup),
-        )
-        ready = threading.Event()
-        self._thread = threading.Thread(target=partial(self._serve, about, ready))
-        self._thread.start()
-        assert ready.wait(10)
+    port: int
+    engine: SlowEngine
+    pool: SessionPool
 
-    def close(self) -> None:
-        """End it and all its sessions."""
-        self._web.should_exit = True
-        self._thread.join()
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
 
-    def _serve(self, about: Any, ready: threading.Event) -> None:
-        with listen("127.0.0.1", 0) as listener:
-            port = listener.getsockname()[1]
-            self.url = f"http://127.0.0.1:{port}/"
-            access = Access.of("127.0.0.1", port, None, [])
-            app = build_app(self.pool, AppOptions(access, about=about))
-            self._web = new_server(app, proxied=False)
-            listener.listen()
-            ready.set()
-            self._web.run(sockets=[listener])
+
+@contextmanager
+def live_server(pipe: VideoPipeline, folder: Path, examples: Sequence[str]) -> Iterator[LiveServer]:
+    """A server of a model in a thread of this process, by the code that `app.py` runs."""
+    engine = SlowEngine(pipe)
+    warm_up(engine)
+    options = PoolOptions(max_sessions=8, sessions_per_address=8, idle_seconds=2.0)
+    pool = SessionPool(engine, Storage(folder, 10**9), options)
+    about = about_model(
+        title="Rolling Forcing",
+        model=pipe.setup.folder.path.name if pipe.setup.folder else "",
+        levels=pipe.setup.levels.num,
+        methods=[],
+        examples=examples,
+        composer=read_composer(pipe.setup),
+    )
+    access = Access(frozenset({"127.0.0.1", "localhost"}), None)
+    with served(with_prefix(build_app(pool, AppOptions(access, about=about)))) as port:
+        yield LiveServer(port, engine, pool)
+
+
+def with_prefix(app: ASGIApp) -> ASGIApp:
+    """The application; by the name localhost it is at PREFIX alone, as a proxy might offer it."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if dict(scope.get("headers", ())).get(b"host", b"").startswith(b"localhost"):
+            inside = scope["path"].startswith(PREFIX)
+            path = "/" + scope["path"].removeprefix(PREFIX) if inside else "/v1/nothing"
+            scope = {**scope, "path": path}
+        await app(scope, receive, send)
+
+    return answer
 
 
 class Screen:

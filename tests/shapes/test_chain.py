@@ -42,17 +42,15 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_videos_per_update_are_the_same_on_any_number_of_processes(
-    path: Path, processes: int
-) -> None:
+def test_the_videos_per_update_are_the_same_on_any_number_of_processes(path: Path) -> None:
     config = load_config(path, ())
-    ranks, batch = split_batch(config, processes)
-    assert 1 <= ranks <= processes
-    assert 1 <= batch <= config.batch_size
-    assert config.total_batch_size is not None
-    assert config.total_batch_size % (ranks * batch) == 0
+    for processes in (1, 2, 3, 8, 64):
+        ranks, batch = split_batch(config, processes)
+        assert 1 <= ranks <= processes
+        assert 1 <= batch <= config.batch_size
+        assert config.total_batch_size is not None
+        assert config.total_batch_size % (ranks * batch) == 0
 
 
 def parse(script: str, arguments: list[str]) -> None:
@@ -118,6 +116,7 @@ def rehearse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rehearsal]:
         rehearsal = Rehearsal(folder, quick=quick)
         monkeypatch.setattr(build, "run_command", rehearsal)
         monkeypatch.setattr(chain_script, "run_together", rehearsal.together)
+        monkeypatch.setattr("shapes.init.CAPTIONS_READ", 50)
         return rehearsal
 
     return start
@@ -179,6 +178,17 @@ def test_a_loss_that_hardly_falls_is_refused() -> None:
     for last in (1.0 - 0.99 * margin, 2.0, float("nan")):
         with pytest.raises(UserError, match="teacher: the held-out loss went from 1"):
             check_margin("teacher", 1.0, last)
+
+
+def test_weights_that_are_not_good_enough_go_nowhere(
+    rehearse: Callable[..., Rehearsal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later stages would have started from them."""
+    rehearsal = rehearse(tmp_path, quick=True)
+    monkeypatch.setitem(QUICK, "ode_init", QUICK["ode_init"]._replace(margin=0.9))
+    with pytest.raises(UserError, match="has to fall by 90"):
+        STAGES["ode_init"](rehearsal.chain).make()
+    assert not rehearsal.chain.student("ode_init").exists()
 
 
 @pytest.mark.parametrize("better", ["ode_init", "causal_init"])
@@ -295,11 +305,14 @@ def test_a_quick_chain_needs_what_ships(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"stages"'])
-def test_a_folder_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "chain.json").write_text(content)
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "chain.json"
+    for content in ("", "[]", '{"stages"'):
+        file.write_text(content)
+        with pytest.raises(UserError, match="is not a chain's record"):
+            Record(file, {})
     assert run_main(main, ["--folder", str(tmp_path)]) == 2
-    assert run_main(main, ["--folder", str(tmp_path / "chain.json")]) == 2
+    assert run_main(main, ["--folder", str(file)]) == 2
 
 
 def test_time_of_all_starts_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

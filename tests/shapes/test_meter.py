@@ -256,7 +256,7 @@ def check_against_truth(scenes, num_frames):
 
 
 def test_the_meter_reads_true_clips():
-    check_against_truth([sample_scene(5, index) for index in range(64)], 25)
+    check_against_truth([sample_scene(5, index) for index in range(32)], 25)
 
 
 @pytest.mark.slow
@@ -443,18 +443,18 @@ def test_what_is_no_square_video_is_refused():
         measure(np.zeros((4, 64, 64, 3), np.uint8), "a dog")
 
 
-@pytest.mark.parametrize("lengths", [[9, 12], [1, 40], [64]])
-def test_a_video_in_pieces_measures_as_the_whole(lengths):
+def test_a_video_in_pieces_measures_as_the_whole():
     scene = SCENES[2]
     frames = render(scene, NUM_FRAMES)
-    meter = ShapeMeter(scene.attributes)
-    start = 0
-    while start < NUM_FRAMES:
-        length = lengths.pop(0) if len(lengths) > 1 else lengths[0]
-        meter.add(frames[start : start + length])
-        start += length
-    whole, pieces = (to_json(m) for m in (measure(frames, scene.attributes), meter.measures()))
-    assert json.dumps(whole) == json.dumps(pieces)
+    whole = json.dumps(to_json(measure(frames, scene.attributes)))
+    for lengths in ([9, 12], [1, 40], [64]):
+        meter = ShapeMeter(scene.attributes)
+        start = 0
+        while start < NUM_FRAMES:
+            length = lengths.pop(0) if len(lengths) > 1 else lengths[0]
+            meter.add(frames[start : start + length])
+            start += length
+        assert json.dumps(to_json(meter.measures())) == whole
 
 
 def test_a_video_in_pieces_needs_two_frames():
@@ -462,5 +462,7 @@ def test_a_video_in_pieces_needs_two_frames():
     meter.add(render(SCENES[0], 1))
     with pytest.raises(UserError, match="at least 2 frames"):
         meter.measures()
+    with pytest.raises(UserError, match="from 2 frames/s on"):
+        meter.measures(1.5)
     with pytest.raises(UserError, match="square"):
         meter.add(np.zeros((3, 8, 16, 3), np.uint8))

@@ -1,12 +1,15 @@
 """Command lines, the environment of ranks, and how soon a mistake is told."""
 
 import argparse
+import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from utils.cli import parse_command
+from utils.cli import UNREAD, parse_command, run_main
 from utils.config import ROOT
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -88,3 +91,24 @@ def test_a_configuration_is_read_without_torch() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert said.startswith("False rolling_forcing_dmd.yaml: unknown key 'heigth'")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at_the_end", "on_the_way"])
+def test_a_reader_that_has_gone_is_no_mistake(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], lines: int
+) -> None:
+    """`download.py --list | head -1` ended in a traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with io.TextIOWrapper(os.fdopen(writer, "wb")) as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert run_main(lambda argv: sys.stdout.write("line\n" * lines), []) == UNREAD
+    assert capfd.readouterr().err == ""
+
+
+def test_what_the_system_refuses_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name too long, a working directory that has gone, a full disk behind stdout."""
+    assert run_main(lambda argv: len(Path("x" * 300).read_text()), []) == 2
+    assert capsys.readouterr().err == f"error: {'x' * 300}: file name too long\n"
+    with pytest.raises(OSError, match="of a library"):
+        run_main(lambda argv: (_ for _ in ()).throw(OSError("of a library")), [])

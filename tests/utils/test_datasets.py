@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -272,3 +273,24 @@ def test_prompt_dataset_refuses_extended_prompts_of_another_number(
     (tmp_path / "e.txt").write_text("only one\n", encoding="utf-8")
     with pytest.raises(UserError, match="one line for each prompt"):
         PromptDataset(prompt_file, tmp_path / "e.txt")
+
+
+@pytest.mark.parametrize(
+    ("shape", "prompts"), [((0, 1, 2, 2, 2), []), ((2,), ["a", "b"]), ((2, 1, 2, 2, 2), [1, 2])]
+)
+def test_a_shard_without_items_or_texts_is_refused(tmp_path, shape, prompts):
+    metadata = {"format": "latents", "timesteps": "[]", "fingerprint": ""}
+    save_file(
+        {"latents": torch.zeros(shape)},
+        tmp_path / "a.safetensors",
+        metadata | {"prompts": json.dumps(prompts)},
+    )
+    with pytest.raises(UserError, match="no items with prompts in text"):
+        LatentDataset(tmp_path)
+
+
+def test_latents_that_are_no_numbers_are_refused(tmp_path):
+    """A training went on with them to a loss of NaN."""
+    write_shard(tmp_path / "a.safetensors", torch.full((1, 1, 2, 2, 2), torch.nan), ["a"])
+    with pytest.raises(UserError, match="NaN or Inf"):
+        LatentDataset(tmp_path)[0]

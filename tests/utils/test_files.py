@@ -169,6 +169,8 @@ def test_a_possible_name_passes_and_leaves_nothing(tmp_path: Path) -> None:
     check_file("/dev/null")
     write_text("/dev/null", "goes where a device takes it")  # and is not renamed over it
     assert Path("/dev/null").is_char_device()
+    with pytest.raises(UserError, match="no space left on device"):
+        write_text("/dev/full", "ended in a traceback")
 
 
 @pytest.mark.parametrize(

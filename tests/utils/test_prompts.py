@@ -110,7 +110,10 @@ def test_lines_may_begin_with_a_bracket(tmp_path):
         ("p.csv", "id,prompt\n1,a\n2\n", "line 3 has no prompt"),
         ("p.csv", 'prompt\n"a cat\n', "no readable table"),
         ("p.tsv", "text\tprompt\na\tb\n", 'has "text" and "prompt"'),
+        ("p.json", '{"prompts": ["a"], "prompts": ["b"]}', "the key 'prompts' twice"),
         ("p.yaml", "- a cat\n", "no prompt file: give lines of text"),
+        ("p.xlsx", "PK", "no prompt file: give lines of text"),
+        ("p.md", "# Prompts\n", "no prompt file: give lines of text"),
     ],
 )
 def test_other_forms_are_refused_in_a_sentence(tmp_path, name, content, message):

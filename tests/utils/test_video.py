@@ -1,12 +1,15 @@
+import os
 import resource
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from PIL import Image
 
 from utils.errors import UserError
@@ -15,6 +18,8 @@ from utils.video import (
     Picture,
     VideoInfo,
     VideoWriter,
+    _timed,
+    _turns,
     at_rate,
     contact_sheet,
     fit_frames,
@@ -240,6 +245,7 @@ def mux(
         file.mux(stream.encode(None))
 
 
+FASTSTART = {"movflags": "+faststart"}
 UNEVEN = [0, 20, 40, 200, 240, 500, 520, 560, 700, 1000]
 
 
@@ -316,6 +322,40 @@ def test_cut_files_are_refused(tmp_path: Path, name: str, share: float) -> None:
             read(cut)
 
 
+def test_a_file_cut_between_two_frames_is_refused(tmp_path: Path) -> None:
+    """All that is there decodes; only the index of the file tells that there was more."""
+    mux(tmp_path / "a.mp4", gradient(9).numpy(), range(0, 450, 50), options=FASTSTART)
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        ends = sorted((packet.pos or 0) + packet.size for packet in file.demux(video=0))
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[: ends[-3]])
+    with pytest.raises(UserError, match=r"\d of 9 frames are there"):
+        probe_video(tmp_path / "cut.mp4")
+
+
+def test_frames_of_two_sizes_are_refused(tmp_path: Path) -> None:
+    parts = [tmp_path / f"{size}.h264" for size in (32, 64)]
+    for part, size in zip(parts, (32, 64), strict=True):
+        mux(part, gradient(3, size, size).numpy(), [0, 50, 100])
+    (tmp_path / "both.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(UserError, match="change their size"):
+        read_video(tmp_path / "both.h264")
+
+
+def test_a_file_that_changed_is_counted_anew(tmp_path: Path) -> None:
+    """Also if its size is the same: a box without content fills the shorter one up."""
+    contents = []
+    for count in (5, 9):
+        mux(tmp_path / "a.mp4", gradient(count).numpy(), range(0, 50 * count, 50))
+        contents.append((tmp_path / "a.mp4").read_bytes())
+    missing = len(contents[1]) - len(contents[0])
+    assert missing >= 8
+    contents[0] += missing.to_bytes(4, "big") + b"free" + bytes(missing - 8)
+    for time, (content, count) in enumerate(zip(contents, (5, 9), strict=True), 1):
+        (tmp_path / "a.mp4").write_bytes(content)
+        os.utime(tmp_path / "a.mp4", ns=(time, time))
+        assert probe_video(tmp_path / "a.mp4").frames == count
+
+
 def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
     """The decoder fills it with what it guesses."""
     path = tmp_path / "a.mp4"
@@ -342,6 +382,53 @@ def test_pixels_are_square_and_the_picture_upright(tmp_path: Path) -> None:
     assert (3, info.height, info.width, 3) == turned.shape == (3, 64, 48, 3)
     upright = torch.from_numpy(np.rot90(pixels, 1, (1, 2)).copy()).float()
     assert (turned.float() - upright).abs().mean() < 4
+    mux(tmp_path / "mistaken.mp4", pixels, [0, 50, 100], aspect=9)  # no file is made so
+    assert read_video(tmp_path / "mistaken.mp4").shape == (3, 48, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turns"),
+    [
+        ((-1, 0, 0, 1), (False, False, True)),
+        ((1, 0, 0, -1), (False, True, False)),
+        ((0, 1, 1, 0), (True, False, False)),
+        ((0, -1, 1, 0), (True, True, False)),
+        ((0, 1, -1, 0), (True, False, True)),
+    ],
+)
+def test_mirrored_pictures(matrix: Sequence[int], turns: Sequence[bool]) -> None:
+    """`matrix` a, b, c, d of x' = a x + c y, y' = b x + d y."""
+    a, b, c, d = matrix
+    held = np.array([a, b, 0, c, d, 0, 0, 0, 1], np.int32) << 16
+    assert _turns(SimpleNamespace(side_data={"DISPLAYMATRIX": held.tobytes()})) == turns
+
+
+def test_time_stamps_that_say_nothing_follow_the_rate() -> None:
+    """One that stands twice, or is missing; and a length of one tick of the clock."""
+    tick = Fraction(1, 16000)
+    frames = [
+        SimpleNamespace(pts=pts, time_base=tick, duration=1) for pts in (500, 1500, 1500, None)
+    ]
+    stream = SimpleNamespace(guessed_rate=16, sample_aspect_ratio=None)
+    found = list(_timed(frames, stream))
+    assert [picture.start * 16 for picture in found] == [0, 1, 2, 3]
+    assert [picture.length * 16 for picture in found] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("width", "red", "green"), [(64, 181, 70), (1280, 191, 78)])
+def test_untagged_high_definition_is_bt709(
+    tmp_path: Path, width: int, red: int, green: int
+) -> None:
+    """As players have it: smaller video is BT.601."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = 32, width, "yuv420p"
+        planes = [np.full((32, width), 100), np.full((8, width), 90), np.full((8, width), 180)]
+        pixels = np.concatenate(planes).astype(np.uint8)
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="yuv420p")))
+        file.mux(stream.encode(None))
+    mean = read_video(tmp_path / "a.mp4").float().mean(dim=(0, 1, 2))
+    assert (mean[:2] - torch.tensor([red, green])).abs().max() < 3
 
 
 @pytest.mark.parametrize(
@@ -382,6 +469,20 @@ def test_sound_alone_is_no_video(tmp_path: Path) -> None:
     for read in (read_video, probe_video, all_chunks, frame_rate):
         with pytest.raises(UserError, match="only sound"):
             read(tmp_path / "a.mp4")
+
+
+def test_the_cover_of_a_song_is_no_video(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        song, cover = file.add_stream("aac", rate=48000), file.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 64, 64, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 2048), np.float32), "fltp", "mono")
+        sound.sample_rate = 48000
+        for stream, frame in ((cover, av.VideoFrame(64, 64, "yuvj420p")), (song, sound)):
+            for packet in [*stream.encode(frame), *stream.encode(None)]:
+                file.mux(packet)
+    with pytest.raises(UserError, match="only sound"):
+        probe_video(tmp_path / "a.mp4")
 
 
 def test_image_is_turned_as_its_exif_tag_says(tmp_path):

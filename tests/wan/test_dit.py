@@ -317,6 +317,9 @@ def test_unusable_sizes_are_refused() -> None:
         DiTConfig.from_dict({"ffn_dim": 96, "num_heads": 2})
     with pytest.raises(UserError, match="text-to-video"):
         DiTConfig.from_dict(sizes | {"model_type": "i2v"})
+    with pytest.raises(UserError, match="window_size"):
+        DiTConfig.from_dict(sizes | {"window_size": [3, 3]})
+    assert DiTConfig.from_dict(sizes | {"window_size": [-1, -1]}) == DiTConfig.from_dict(sizes)
     with pytest.raises(UserError, match="patch_size"):
         WanDiT(DiTConfig.from_dict(sizes | {"patch_size": [2, 2, 2]}))
     published = {"_class_name": "WanModel", "_diffusers_version": "0.30.0"}

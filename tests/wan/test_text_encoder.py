@@ -275,6 +275,13 @@ def test_wrong_files_are_user_errors(folder, tokenizer_folder, tmp_path):
         WanTextEncoder.from_official(tmp_path / WEIGHTS, tokenizer_folder)
 
 
+def test_a_tokenizer_of_another_model_is_refused(encoder, monkeypatch):
+    """Its tokens beyond the weights ended in an IndexError of torch."""
+    monkeypatch.setattr(encoder.tokenizer, "split", lambda text: [encoder.model.config.vocab_size])
+    with pytest.raises(UserError, match="not of one model"):
+        encoder.encode(["a cat"])
+
+
 def test_embeddings_are_numbers(encoder, monkeypatch):
     """Overflow in the encoder made black videos."""
     overflow = torch.full((1, encoder.text_len, encoder.dim), float("inf"))

@@ -10,9 +10,11 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from safetensors.torch import save_file
 
+import wan.vae
 from tests.golden_cases import load_case, load_json, load_weights
 from tests.tiny_models import write_tiny_text_encoder, write_tiny_vae
 from utils.errors import UserError
+from utils.video import to_float
 from wan.vae import AutoencoderKLWan, WanVAE, official_vae_key, vae_config_from_shapes
 
 TOLERANCE = 1e-4
@@ -143,6 +145,18 @@ def test_latents_are_the_normalised_mean(vae):
     mean, std = (torch.tensor(vae.model.config[k]) for k in ("latents_mean", "latents_std"))
     expected = (frames_first(mu) - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
     torch.testing.assert_close(vae.encode(video), expected, atol=1e-6, rtol=0)
+
+
+def test_pixels_become_floats_clip_by_clip(vae, monkeypatch):
+    """A minute of 720p was whole in memory as floats, of which the encoder sees four frames."""
+    pixels = torch.randint(256, (1, 9, 3, 16, 24), dtype=torch.uint8)
+    expected = vae.encode(to_float(pixels[0].movedim(1, 3))[None])
+    made, floats = [], wan.vae._floats
+    monkeypatch.setattr(
+        wan.vae, "_floats", lambda clip, model: made.append(clip) or floats(clip, model)
+    )
+    assert torch.equal(vae.encode(pixels), expected)
+    assert [(clip.dtype, clip.shape[2]) for clip in made] == [(torch.uint8, n) for n in (1, 4, 4)]
 
 
 @pytest.mark.parametrize(("frames", "height"), [(0, 16), (2, 16), (4, 16), (5, 20)])

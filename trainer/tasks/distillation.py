@@ -83,12 +83,12 @@ class Distillation(GeneratorTask):
     def flops(self, player: str, draws: Draws) -> int:
         """See `Task`."""
         grad, config = player == "generator", self.config
-        plan = rollout_recipe(config).draw(self.layout, draws.update)
+        drawn = rollout_recipe(config).draw(self.layout, draws.update)
         frames, tokens = self.frames, self.shape.tokens_per_frame
         rollout = rollout_flops(
             self.setup,
             self.generator.config,
-            plan,
+            drawn,
             scored_frames=frames,
             grad=grad,
             checkpointing=config.gradient_checkpointing,
@@ -113,7 +113,7 @@ class Distillation(GeneratorTask):
             self.layout.frames(0),
         )
         noise = BlockNoise(source, draws.indices, self.world.device)
-        plan = rollout_recipe(self.config).draw(self.layout, draws.update)
+        drawn = rollout_recipe(self.config).draw(self.layout, draws.update)
         with self.timer.phase("rollout"), torch.set_grad_enabled(grad):
             text = self.generator.encode_text(embeddings)
             latents = self_rollout(
@@ -121,7 +121,7 @@ class Distillation(GeneratorTask):
                 self.generator,
                 text,
                 noise,
-                plan,
+                drawn,
                 scored_frames=self.frames,
                 grad=grad,
             )
@@ -131,7 +131,7 @@ class Distillation(GeneratorTask):
                 scored=self.frames,
                 block_frames=self.layout.frames(0),
             )
-        return clip, counts, plan
+        return clip, counts, drawn
 
     def _score_inputs(self, clip: Tensor, draws: Draws, lowest: int = 0) -> tuple[Tensor, Tensor]:
         """Timesteps `[B, F]` and noise `[B, F, C, h, w]` of the scores."""
@@ -142,14 +142,14 @@ class Distillation(GeneratorTask):
         on = clip.device
         return timesteps.to(on)[:, None].expand(-1, clip.shape[1]), noise.to(on)
 
-    def _lowest(self, plan: RolloutDraw) -> int:
+    def _lowest(self, drawn: RolloutDraw) -> int:
         """With `ts_schedule`, scores stay above the next level of a Self Forcing rollout.
 
         In timesteps before the shift. There is no such level where every block has its own.
         """
-        config, following = self.config, plan.exit_levels[0] + 1
+        config, following = self.config, drawn.exit_levels[0] + 1
         steps = config.denoising_step_list or []
-        shared = plan.schedule == "block" and config.same_step_across_blocks
+        shared = drawn.schedule == "block" and config.same_step_across_blocks
         if not config.ts_schedule or not shared or following >= len(steps):
             return 0
         if config.warp_denoising_step:
@@ -161,8 +161,8 @@ class Distillation(GeneratorTask):
     def _generator_loss(self, batch: Batch, draws: Draws) -> LossResult:
         cond = self.text(batch["prompt"])
         both = self.text([*batch["prompt"], *[self.config.negative_prompt] * len(cond)])
-        clip, counts, plan = self._rollout(cond, draws, grad=True)
-        timesteps, noise = self._score_inputs(clip, draws, self._lowest(plan))
+        clip, counts, drawn = self._rollout(cond, draws, grad=True)
+        timesteps, noise = self._score_inputs(clip, draws, self._lowest(drawn))
         with self.timer.phase("scores"), torch.no_grad():
             scores = predict_scores(
                 self.real_score,
@@ -175,7 +175,7 @@ class Distillation(GeneratorTask):
             )
         result = generator_loss(clip, scores, counts)
         statistics = latent_statistics(clip.detach())
-        shares = {"rolling": float(plan.schedule == "rolling"), "blocks": plan.num_blocks}
+        shares = {"rolling": float(drawn.schedule == "rolling"), "blocks": drawn.num_blocks}
         metrics = {
             **result.metrics,
             **{f"generated/{name}": value for name, value in statistics.items()},
@@ -185,8 +185,8 @@ class Distillation(GeneratorTask):
 
     def _critic_loss(self, batch: Batch, draws: Draws) -> LossResult:
         cond = self.text(batch["prompt"])
-        clip, _, plan = self._rollout(cond, draws, grad=False)
-        timesteps, noise = self._score_inputs(clip, draws, self._lowest(plan))
+        clip, _, drawn = self._rollout(cond, draws, grad=False)
+        timesteps, noise = self._score_inputs(clip, draws, self._lowest(drawn))
         with self.timer.phase("scores"):
             text = self.fake_score.encode_text(cond)
             return critic_loss(self.fake_score, clip, noise, timesteps, text)

@@ -103,8 +103,8 @@ class FlowMatching(GeneratorTask):
         """Timesteps `[F]` and attention of the output windows of one rollout, drawn as in DMD."""
         layout = self.layout
         recipe = replace(rollout_recipe(self.config), longest=self.frames, seed=draws.seed)
-        plan = recipe.draw(layout, draws.update)
-        windows = output_windows(self.setup, plan)
+        drawn = recipe.draw(layout, draws.update)
+        windows = output_windows(self.setup, drawn)
         timesteps = self.setup.levels.tensor()
         per_block = [timesteps[level] for window in windows for _, level in window]
         per_frame = [t.expand(layout.frames(block)) for block, t in enumerate(per_block)]
@@ -115,7 +115,7 @@ class FlowMatching(GeneratorTask):
         if spans not in self.windowed:
             self.windowed[spans] = ForcedContext(
                 self.setup.policy,
-                [range(layout.start(b), layout.start(b + 1)) for b in range(plan.num_blocks)],
+                [range(layout.start(b), layout.start(b + 1)) for b in range(drawn.num_blocks)],
                 spans,
                 self.shape.grid,
                 self.generator.config.head_dim,

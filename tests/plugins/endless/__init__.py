@@ -49,7 +49,7 @@ class _Measuring:
     def add(self, frames: np.ndarray) -> None:
         self._errors += [float(np.abs(frame - float(self._level)).mean()) for frame in frames]
 
-    def report(self, *, first: int, block: int) -> Any:
+    def report(self, *, fps: float, first: int, block: int) -> Any:
         error = sum(self._errors) / len(self._errors)
         return {"seconds": 1.0, "error": error, "per_second": {"error": [error]}}
 
@@ -57,7 +57,7 @@ class _Measuring:
 class GreyTruth(FrameMeter):
     """Square videos of the prompts "grey 38"."""
 
-    def start(self, prompt: str, *, fps: float, height: int, width: int) -> Any:
+    def start(self, prompt: str, *, height: int, width: int) -> Any:
         word, _, level = prompt.partition(" ")
         known = word == "grey" and height == width
         return _Measuring(int(level)) if known else None

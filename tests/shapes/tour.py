@@ -1,4 +1,4 @@
-"""The tour of `docs/live.md`, taken by a browser: `python -m tests.server.tour docs/images`."""
+"""The tour of `docs/live.md`, taken by a browser: `python -m tests.shapes.tour docs/images`."""
 
 import sys
 import tempfile
@@ -7,22 +7,28 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from tests.server.browser import CHROMIUM, FLAGS, LiveServer, Screen
+from pipeline import load_pipeline
+from shapes import demo
+from tests.server.browser import CHROMIUM, FLAGS, Screen, live_server
+from utils.config import ROOT
+from utils.prompts import read_prompts
 
 COLOURS = 96  # of a picture, which keeps them small
 
 
 def main(folder: Path) -> None:
     """Write the pictures of the tour into a folder."""
-    with tempfile.TemporaryDirectory() as videos, sync_playwright() as playwright:
-        server = LiveServer(Path(videos))
+    pipe = load_pipeline(ROOT / demo.CONFIG, ROOT / demo.CHECKPOINT, use_ema=True)
+    examples = read_prompts(ROOT / demo.PROMPTS)
+    with (
+        tempfile.TemporaryDirectory() as videos,
+        live_server(pipe, Path(videos), examples) as server,
+        sync_playwright() as playwright,
+    ):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        try:
-            take_desktop(browser, server.url, folder)
-            take_phone(browser, server.url, folder)
-        finally:
-            browser.close()
-            server.close()
+        take_desktop(browser, server.url, folder)
+        take_phone(browser, server.url, folder)
+        browser.close()
 
 
 def take_desktop(browser: Browser, url: str, folder: Path) -> None:

@@ -1,0 +1,58 @@
+/** What the page says in sentences. */
+
+const REASONS = {
+  stopped: ", as you asked",
+  disk_full: ": the server's disk is full",
+  idle: ": nobody was watching",
+  room: ": it gave way to another one",
+  shutdown: ": the server was shut down",
+};
+
+/**
+ * What goes on, by the name of the state.
+ * @param {string} state
+ * @param {object} facts
+ * @param {number} facts.fps  of the video
+ * @param {number | undefined} facts.rate  frames a second that the model makes
+ * @param {number} facts.made  seconds made
+ * @param {string | undefined} facts.reason  why it ended
+ * @returns {string}
+ */
+export function stateWords(state, { fps, rate, made, reason }) {
+  const slow = rate && rate < fps;
+  const why = slow ? ` makes ${rate.toFixed(1)} frames/s, the video plays ${fps}` : " is behind";
+  return {
+    idle: "Ready.",
+    starting: "Starting…",
+    loading: "The first picture is on its way…",
+    playing: "Playing.",
+    waiting: `Waiting for the model: it${why}. It goes on by itself.`,
+    paused: "Paused.",
+    offline: "The connection is lost. Trying again; the video goes on from here.",
+    replaced: "Another window has taken over this video; load this page again to take it back.",
+    ending: "The video is complete; playing to its end.",
+    ended: `The end, after ${made.toFixed(1)} s${REASONS[reason] ?? ""}.`,
+  }[state];
+}
+
+/**
+ * The question before a branch.
+ * @param {number} seconds  the chosen moment
+ * @param {{seconds: number} | null} point  the branch point at or before it
+ * @returns {string}
+ */
+export function branchWords(seconds, point) {
+  if (!point) return "No branch point at or before this moment is kept; choose a later one.";
+  const [back, chosen] = [point.seconds, seconds].map((value) => `${value.toFixed(1)} s`);
+  return `Go back to ${back}, the branch point at or before ${chosen}, and go on from there?`;
+}
+
+/**
+ * What the server says, with a capital at its beginning and a stop at its end.
+ * @param {string} text
+ * @returns {string}
+ */
+export function sentence(text) {
+  const whole = text[0].toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(whole) ? whole : `${whole}.`;
+}
