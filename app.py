@@ -27,6 +27,8 @@ DEMO_PACKAGE = "shapes"  # its `open_demo` is the model without flags
 DEFAULT_FOLDER = "videos/live"
 RANDOM_CONFIG, RANDOM_SIZES = "configs/rolling_forcing_dmd.yaml", "configs/models/tiny.json"
 GIB = 2**30
+REACHED_HERE = "Only this machine reaches it; --server_name 0.0.0.0 opens it to others."
+REACHED_BY_TOKEN = "Whoever has this address may use it."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -190,7 +192,8 @@ def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
     with listen(args.server_name, args.server_port) as listener:
         pipe = open_pipeline(args, config)
         engine = PipelineEngine(pipe)
-        most = args.max_sessions or places(warm_up(engine), pipe.device)
+        session_bytes = warm_up(engine)
+        most = args.max_sessions or places(session_bytes, pipe.device)
         own = is_loopback(args.server_name)
         token = args.token or (None if own else new_token())
         options = AppOptions(
@@ -212,11 +215,7 @@ def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
         )
         app = build_app(SessionPool(engine, storage, pool_options), options)
         print(f"Open {address_of(args, token)}")
-        print(
-            "Only this machine reaches it; --server_name 0.0.0.0 opens it to others."
-            if own
-            else "Whoever has this address may use it."
-        )
+        print(REACHED_HERE if own else REACHED_BY_TOKEN, flush=True)
         run(app, listener, proxied=bool(args.allowed_host))
 
 

@@ -98,7 +98,6 @@ class SessionPool:
 
     async def start(self, asked: Start, address: str) -> LiveSession:
         """A new session; ProtocolError if there is no place, or it cannot be begun."""
-
         began_at, engine = self.clock(), self.engine
 
         async def begin(name: str) -> LiveSession:
@@ -274,9 +273,7 @@ class SessionPool:
             requests = live.begin_turn()
             try:
                 live.end_turn(await self._in(self._steps, take_step, live.session, requests))
-            except (
-                Exception
-            ) as error:  # what a model raises is in the step; this is a fault of ours
+            except Exception as error:  # of ours: what a model raises is told in the step
                 live.end_turn(error)
 
     def _next_turn(self) -> LiveSession | None:
