@@ -1,7 +1,4 @@
-"""Start a session of a live server, change its prompt once, save the video: an example client.
-
-python scripts/live_client.py "a red ball" --then "a blue ball" --seconds 10
-"""
+"""Start a session of a live server, change its prompt once, save the video: an example client."""
 
 import argparse
 import asyncio

@@ -193,6 +193,7 @@ def test_limit_of_the_disk(tmp_path):
     with pytest.raises(UserError, match="fill their limit of"):
         made.add(frames)
     assert 4 < made.frames < 100
+    assert storage.used == 2 * made.path.stat().st_size
     assert decoded(made.path.read_bytes())[-1][0] == (made.frames - 1) / FPS
     made.finish({})
     files = [path.stat().st_size for path in tmp_path.iterdir()]
