@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.prompts import check_text
+from wan.dit import DiTConfig
 
 LARGEST_SEED = 2**64 - 1
 
@@ -58,9 +59,14 @@ def text_of(prompt: Any) -> str:
     return prompt
 
 
-def embeddings(value: Any, text_dim: int, text_len: int, name: str = "text_embeddings") -> Tensor:
-    """Text embeddings `[B, L, text_dim]`, L <= text_len, of finite floats."""
-    tensor = tensor_of(value, name)
+def embeddings(
+    value: Any, sizes: DiTConfig, name: str = "text_embeddings", *, meta: bool = False
+) -> Tensor:
+    """Text embeddings `[B, L, text_dim]`, L <= text_len, of finite floats.
+
+    `meta`: the network has no values either.
+    """
+    tensor, text_dim, text_len = tensor_of(value, name, meta=meta), sizes.text_dim, sizes.text_len
     shape = list(tensor.shape)
     if tensor.ndim != 3 or 0 in shape or shape[2] != text_dim or shape[1] > text_len:
         wanted = f"[B, L, {text_dim}] with B and L from 1 on and L up to {text_len}"
@@ -68,11 +74,13 @@ def embeddings(value: Any, text_dim: int, text_len: int, name: str = "text_embed
     return tensor
 
 
-def tensor_of(value: Any, name: str) -> Tensor:
-    """A tensor of finite floats, also from numpy."""
+def tensor_of(value: Any, name: str, *, meta: bool = False) -> Tensor:
+    """A tensor of finite floats, also from numpy; one without values where `meta` allows it."""
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) and _numeric(value) else value
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_sparse:
         raise UserError(f"{name} must be a tensor of floats, not {_said(value)}")
+    if tensor.is_meta and meta:
+        return tensor
     if tensor.is_meta:
         raise UserError(f"{name} is on the meta device, where tensors have no values")
     if not bool(tensor.float().isfinite().all()):  # float: of 8 bits, too

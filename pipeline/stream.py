@@ -242,8 +242,7 @@ class Stream:
         )
 
     def _embeddings(self, text: Any) -> Tensor:
-        sizes = self.rollout.dit.config
-        return inputs.embeddings(text, sizes.text_dim, sizes.text_len, "text")
+        return inputs.embeddings(text, self.rollout.dit.config, "text")
 
     # --- state ----------------------------------------------------------------------------------
 

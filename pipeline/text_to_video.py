@@ -407,8 +407,7 @@ class VideoPipeline:
         return inputs.seed_of(seed, self.setup.seed), num_latent_frames, numbers
 
     def _checked_text(self, value: Any, name: str = "text_embeddings") -> Tensor:
-        sizes = self.dit.config
-        return inputs.embeddings(value, sizes.text_dim, sizes.text_len, name)
+        return inputs.embeddings(value, self.dit.config, name, meta=self.device.type == "meta")
 
     def _num_blocks(self, num_latent_frames: int | None, prefix: Sequence[Tensor]) -> int | None:
         if num_latent_frames is None:

@@ -16,9 +16,11 @@ from pipeline.inputs import embeddings, image_of
 from pipeline.prefix import image_clip, video_clip
 from tests.conftest import TinyWorld
 from tests.reference_flow import flow_from_x0
+from tests.tiny_pipeline import TINY_DIT
 from utils.errors import UserError
 from utils.video import VideoWriter, fit_frames, read_video, to_float, to_uint8
 from wan.context import CachedContext
+from wan.dit import DiTConfig
 from wan.text_encoder import WanTextEncoder
 from wan.vae import StreamingDecoder
 
@@ -424,7 +426,7 @@ def test_other_inputs_are_taken_where_it_is_certain_what_is_meant() -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     assert torch.equal(image_of(clear), torch.full((2, 4, 3), 255, dtype=torch.uint8))
     assert image_of(pixels[:, ::-1]).tolist() == pixels[:, ::-1].tolist()
-    assert embeddings(torch.zeros(1, 24, 32), text_dim=32, text_len=24).shape == (1, 24, 32)
+    assert embeddings(torch.zeros(1, 24, 32), DiTConfig.from_dict(TINY_DIT)).shape == (1, 24, 32)
 
 
 def test_a_closed_stream_says_so(pipe: VideoPipeline) -> None:
