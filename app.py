@@ -203,6 +203,7 @@ def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
                 model="random weights" if args.random_weights else config.generator_name,
                 levels=pipe.setup.levels.num,
                 methods=[config.method] if config.method else [],
+                sinks=engine.sinks,
                 examples=read_prompts(prompts),
                 composer=read_composer(pipe.setup),
             ),

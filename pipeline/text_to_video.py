@@ -21,7 +21,7 @@ from pipeline.schedule import BlockLayout
 from pipeline.setup import Setup
 from pipeline.stream import NOT_FINITE, LatentStream, PrefixFrames, Stream
 from pipeline.text import TextSource
-from utils.config import Config, check_config, fingerprint, load_config
+from utils.config import Config, check_config, config_of, fingerprint, load_config
 from utils.devices import choose_device, choose_dtype
 from utils.embeddings import pad_batch
 from utils.errors import UserError
@@ -132,6 +132,20 @@ class VideoPipeline:
             dtype=torch.bfloat16 if dit.dtype == torch.bfloat16 else torch.float32,
             device=self.device,
         )
+
+    def variant(self, overrides: Sequence[str]) -> "VideoPipeline":
+        """The same networks under other settings: `key=value`, such as `model_kwargs.sink_size=0`.
+
+        Raises UserError for a key that there is not, or a value that it cannot have.
+        """
+        config = config_of(self.setup.resolved, "this pipeline", overrides)
+        setup = Setup.of(
+            config,
+            folder=self.setup.folder,
+            sizes=self.setup.sizes,
+            strides=self.setup.shape.strides,
+        )
+        return VideoPipeline(setup, self.dit, vae=self._vae, text=self._text, source=self.source)
 
     @property
     def shape(self) -> VideoShape:

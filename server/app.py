@@ -31,7 +31,8 @@ SOCKETS_PER_ADDRESS = 16
 class AppOptions:
     """What clients may do, and what the page shows of the model.
 
-    `about`: the model's part of `/v1/config`: title, model, levels, methods, examples, composer.
+    `about`: the model's part of `/v1/config`: title, model, levels, methods, sinks,
+    examples, composer.
     """
 
     access: Access
@@ -161,6 +162,7 @@ def about_model(
     model: str,
     levels: int,
     methods: Sequence[str],
+    sinks: Sequence[int],
     examples: Sequence[str],
     composer: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -170,6 +172,7 @@ def about_model(
         "model": model,
         "levels": levels,
         "methods": list(methods),
+        "sinks": list(sinks),
         "examples": list(examples),
         "composer": composer,
     }

@@ -26,8 +26,15 @@ class Engine(Protocol):
         """Text embeddings `[1, L, dim]`."""
         ...
 
-    def start(self, prompt: str, seed: int | None, seconds: float | None, text: Tensor) -> Session:
-        """A new session."""
+    def start(
+        self,
+        prompt: str,
+        seed: int | None,
+        seconds: float | None,
+        text: Tensor,
+        sink: int | None = None,
+    ) -> Session:
+        """A new session; `sink`: latent frames of its attention sink, by default the model's."""
         ...
 
 
@@ -35,7 +42,9 @@ class PipelineEngine:
     """The engine of a `VideoPipeline`."""
 
     def __init__(self, pipe: VideoPipeline) -> None:
-        self._pipe = pipe
+        own = pipe.setup.policy.sink_frames
+        self.sinks = (own, 0) if own else (0,)  # that a viewer may choose from
+        self._pipe, self._pipes = pipe, {own: pipe}
         self.size = pipe.shape.height, pipe.shape.width
         self.fps = pipe.setup.fps
         self.block_frames = pipe.layout.block_frames * pipe.shape.strides.time
@@ -44,9 +53,24 @@ class PipelineEngine:
         """See `Engine`."""
         return self._pipe.encode_prompts([prompt])
 
-    def start(self, prompt: str, seed: int | None, seconds: float | None, text: Tensor) -> Session:
-        """See `Engine`."""
-        return Session.start(self._pipe, prompt, seed=seed, seconds=seconds, text=text)
+    def start(
+        self,
+        prompt: str,
+        seed: int | None,
+        seconds: float | None,
+        text: Tensor,
+        sink: int | None = None,
+    ) -> Session:
+        """See `Engine`; UserError for a sink that is not one of `sinks`."""
+        pipe = self._pipe if sink is None else self._with_sink(sink)
+        return Session.start(pipe, prompt, seed=seed, seconds=seconds, text=text)
+
+    def _with_sink(self, frames: int) -> VideoPipeline:
+        if frames not in self.sinks:
+            raise UserError(f"sink must be one of {', '.join(map(str, self.sinks))} latent frames")
+        if frames not in self._pipes:
+            self._pipes[frames] = self._pipe.variant([f"model_kwargs.sink_size={frames}"])
+        return self._pipes[frames]
 
 
 @dataclass(frozen=True)

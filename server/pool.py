@@ -102,7 +102,7 @@ class SessionPool:
 
         async def begin(name: str) -> LiveSession:
             text = await self._in(self._texts, engine.encode, asked.prompt)
-            make = partial(engine.start, asked.prompt, asked.seed, asked.seconds, text)
+            make = partial(engine.start, asked.prompt, asked.seed, asked.seconds, text, asked.sink)
             recording = await self._in(
                 self._media, Recording, self.storage, name, engine.size, engine.fps
             )

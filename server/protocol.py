@@ -17,6 +17,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 LARGEST_MESSAGE = 2**16  # characters
 LARGEST_SEED = 2**64 - 1
+LARGEST_SINK = 1000
 LARGEST_BLEND = 64  # blocks
 LARGEST_ID = 64  # characters of a client's own id
 LARGEST_NUMBER = 1e12
@@ -45,6 +46,7 @@ class Start:
     seconds: float | None
     format: Format | None
     policy: Policy
+    sink: int | None = None
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ def _start(fields: _Fields, limits: Limits) -> Start:
         limits.max_seconds if seconds is None else seconds,
         fields.maybe("format", lambda: fields.choice("format", FORMATS)),
         fields.policy() or "keep",
+        fields.maybe("sink", lambda: fields.whole("sink", LARGEST_SINK)),
     )
 
 

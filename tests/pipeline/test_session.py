@@ -109,6 +109,24 @@ def test_a_model_that_is_not_distilled_is_directed_alike(
     assert same(*(steps(branch, 2) for branch in branches))
 
 
+def test_the_same_networks_run_under_other_settings(
+    pipe: VideoPipeline, tiny_world: TinyWorld
+) -> None:
+    """A video without a sink is the one of a config that says so, and its record says it, too."""
+    override = "model_kwargs.sink_size=0"
+    other = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", [override])
+    ours = Session.start(pipe.variant([override]), "a", seed=1)
+    theirs = Session.start(other, "a", seed=1)
+    own = Session.start(pipe, "a", seed=1)
+    frames = steps(ours, 9)
+    assert same(frames, steps(theirs, 9))
+    assert not same(frames, steps(own, 9))
+    assert ours.record() == theirs.record()
+    assert ours.record()["config"]["model_kwargs"]["sink_size"] == 0
+    with pytest.raises(UserError, match="unknown key"):
+        pipe.variant(["sink=0"])
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
     [

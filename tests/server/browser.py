@@ -95,6 +95,7 @@ def live_server(pipe: VideoPipeline, folder: Path, examples: Sequence[str]) -> I
         model=pipe.setup.folder.path.name if pipe.setup.folder else "",
         levels=pipe.setup.levels.num,
         methods=[],
+        sinks=[],
         examples=examples,
         composer=read_composer(pipe.setup),
     )

@@ -181,7 +181,12 @@ class FakeEngine:
         return torch.zeros(1, 1, 1)
 
     def start(
-        self, prompt: str, seed: int | None, seconds: float | None, text: Tensor
+        self,
+        prompt: str,
+        seed: int | None,
+        seconds: float | None,
+        text: Tensor,
+        sink: int | None = None,
     ) -> FakeSession:
         if prompt == "no memory":
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -39,6 +39,10 @@ LIMITS = Limits(max_prompt=50)
             Start("fox", 2**64 - 1, 1.5, "jpeg", "cut"),
         ),
         ({"type": "session.start", "prompt": "x", "seed": 3.0}, Start("x", 3, None, None, "keep")),
+        (
+            {"type": "session.start", "prompt": "x", "sink": 0},
+            Start("x", None, None, None, "keep", 0),
+        ),
         ({"type": "session.attach", "id": "ab"}, Attach("ab", None)),
         ({"type": "session.attach", "id": "ab", "from_seconds": 0}, Attach("ab", 0.0)),
         (
