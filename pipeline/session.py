@@ -1,6 +1,7 @@
 """Sessions: one viewer's video without an end, directed while it is made, saved and branched."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from pipeline.stream import Stream
 from pipeline.text_to_video import VideoPipeline
 from utils.errors import UserError
 from utils.files import require_space, write_json, written_folder
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1  # of a saved session
 MAX_BRANCH_POINTS = 64
@@ -275,6 +278,7 @@ class Session:
         state = self._stream.state_dict()
         size = state_bytes(state)
         require_space(folder, size, f"this session takes {readable(size)}")
+        logger.info("saving a session of %s to %s", readable(size), folder)
         described = {
             "version": VERSION,
             "first_prompt": self.first_prompt,
