@@ -147,12 +147,12 @@ class Connection:
         reader = self._reader
         assert reader is not None
         messages = await self._pool.read(reader.read, self._frames_to_send)
+        if reader is self._reader:  # before, since the answer may be here before `send` is back
+            self.sent_seconds = reader.next_frame / reader.recording.fps
         for message in messages:
             if reader is not self._reader:
                 return
             await self._socket.send_bytes(message)
-        if reader is self._reader:
-            self.sent_seconds = reader.next_frame / reader.recording.fps
 
     # --- in --------------------------------------------------------------------------------------
 

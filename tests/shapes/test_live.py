@@ -29,11 +29,10 @@ def engine() -> PipelineEngine:
 @pytest.mark.slow
 def test_record_makes_the_same_video(engine, tmp_path, monkeypatch, capsys):
     """A session that was directed, branched and watched equals its replay, frame for frame."""
-    with served(fake_app(tmp_path, engine, lead=2.0)) as port, opened(port) as socket:
+    with served(fake_app(tmp_path, engine, lead=4.0)) as port, opened(port) as socket:
         say(socket, "session.start", prompt=PROMPTS["red"], seed=5)
         until(socket, "snapshot.available")
         say(socket, "session.prompt_update", id="1", prompt=PROMPTS["green"], policy="recache")
-        say(socket, "playhead", seconds=0.5)
         until(socket, "session.prompt_update.applied")
         snapshot = until(socket, "snapshot.available")["id"]
         say(socket, "session.branch", snapshot=snapshot, prompt=PROMPTS["blue"], policy="cut")
