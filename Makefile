@@ -46,13 +46,13 @@ test-slow: venv  ## the tests of more than a few seconds
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow and not long and not gpu and not browser"
 
 test-long: venv  ## long trials, by hand before a release
-	$(BIN)/python -m pytest -n auto -m "long and not gpu and not browser"
+	$(BIN)/python -m pytest -n auto --timeout 0 -m "long and not gpu and not browser"
 
 test-app: $(VENV)/.browser  ## the live page in a real browser
 	$(BIN)/python -m pytest tests/shapes/test_page.py -m "browser and not long"
 
 test-app-long: $(VENV)/.browser  ## its trials of minutes
-	$(BIN)/python -m pytest tests/shapes/test_page.py -m "browser and long"
+	$(BIN)/python -m pytest tests/shapes/test_page.py --timeout 0 -m "browser and long"
 
 $(VENV)/.browser: $(VENV)/.ready requirements-browser.txt requirements-app.txt
 	$(PIP) -c constraints.txt -r requirements-browser.txt
