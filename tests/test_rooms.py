@@ -100,10 +100,13 @@ def is_ours(place: str) -> bool:
 
 def import_all(copy: Path) -> None:
     """Import every module of a copy, and its tests, in place of this checkout's."""
-    for name, module in list(sys.modules.items()):
+    ours = []
+    for name, module in sys.modules.items():
         places = [vars(module).get("__file__"), *(vars(module).get("__path__") or [])]
         if any(is_ours(place) for place in places if place):
-            del sys.modules[name]
+            ours.append(name)
+    for name in ours:
+        del sys.modules[name]
     flop_registry.clear()  # a formula is registered once
     elsewhere = [path for path in sys.path if not is_ours(path)]
     sys.path[:] = [str(copy), str(copy / "tests" / "plugins"), *elsewhere]

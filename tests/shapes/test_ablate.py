@@ -14,6 +14,7 @@ import torch
 
 import evaluation.runs
 import scripts.evaluate
+import shapes.table
 import train
 from evaluation.curves import draw_curves
 from evaluation.results import summarise
@@ -46,7 +47,7 @@ def options(*arguments):
 def one_process(monkeypatch):
     """The same plan on every machine; curves, which take a second, only where a test sees them."""
     monkeypatch.setattr(build, "default_processes", lambda: 1)
-    for module in (ablate, evaluation.runs):
+    for module in (shapes.table, evaluation.runs):
         monkeypatch.setattr(module, "draw_curves", lambda summaries, out, curves: out.touch())
 
 
@@ -604,7 +605,7 @@ def test_every_column_is_a_measure_of_the_meter(bench):
 
 
 def test_the_plot_shows_every_main_variant(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "draw_curves", draw_curves)
+    monkeypatch.setattr(shapes.table, "draw_curves", draw_curves)
     pixels = []
     for late, key in ((0.5, "rolling_forcing"), (0.1, "self_forcing"), (0.9, "rolling_levels_3")):
         write_figures(tmp_path / "60s" / f"{key}.json", [result(0, "a", late=late)])
