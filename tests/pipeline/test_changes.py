@@ -477,7 +477,7 @@ def test_an_error_within_a_step_leaves_the_stream_before_it(
             for module in parts:
                 patch.setattr(module, "forward", counted(module.forward))
             with pipe.open_stream(pipe.encode_prompts(["a"]), seed=1, repeatable=True) as stream:
-                while len(made) < 9:
+                while len(made) < 12:
                     if len(made) == 8 and not (stream.changes or stream.pending):
                         stream.set_prompt("b", "recache")
                     with suppress(torch.OutOfMemoryError):
