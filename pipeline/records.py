@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.changes import Change
 from pipeline.setup import Setup
-from utils.config import VIDEO_KEYS, fingerprint
+from utils.config import ROUNDING_KEYS, VIDEO_KEYS, fingerprint
 from utils.devices import computed_dtype, device_name
 
 MIB = 2**20
@@ -88,11 +88,19 @@ def describe_video(
 
 
 def replay_config(setup: Setup) -> dict[str, Any]:
-    """The keys that decide a video, with the dtype that was computed in; the seed stands apart."""
-    decide = {name: value for name, value in setup.resolved.items() if name in VIDEO_KEYS}
+    """The keys that decide a video, to the last bit, with what was chosen for `auto` and null.
+
+    The seed stands apart.
+    """
+    named = VIDEO_KEYS | ROUNDING_KEYS
+    decide = {name: value for name, value in setup.resolved.items() if name in named}
     del decide["seed"], decide["i2v"]
     dtype = computed_dtype(setup.machine.dtype, setup.machine.device)
-    return {**decide, "dtype": str(dtype).removeprefix("torch.")}
+    return {
+        **decide,
+        "dtype": str(dtype).removeprefix("torch."),
+        "merge_clean_pass": setup.merges_clean_pass,
+    }
 
 
 def video_settings_of(
