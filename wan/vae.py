@@ -269,7 +269,7 @@ class StreamingDecoder:
     The causal convolutions find their past in `features`, the last two inputs of each. So the state
     has a constant size, whatever the length of the stream, and the result does not depend on how
     the stream is cut: to the last bit where every latent frame goes through the decoder on its own,
-    to rounding (1e-5 in float32) where small ones go together (`pixels_at_once`). The same cuts
+    to rounding (below 1e-4 in float32) where small ones go together (`pixels_at_once`). The same cuts
     give the same bits; a `Stream` cuts between blocks.
     """
 
@@ -349,7 +349,9 @@ class _CausalConv3d(WanCausalConv3d):
 
     PyTorch's own choice for inputs of this many elements and one video is a loop without blocking,
     several times slower; channels that lie together save oneDNN most of its own reordering. At the
-    start of a video two of three taps in time have nothing to see.
+    start of a video two of three taps in time have nothing to see. It computes `_LEAST_CHANNELS`
+    channels even where there are only three (red, green, blue): there the taps in time are channels
+    of one convolution in space, and are added up.
     """
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -365,8 +367,22 @@ class _CausalConv3d(WanCausalConv3d):
         elif missing > 0:
             seen = F.pad(seen, (0, 0, 0, 0, missing, 0))
         seen = seen.contiguous(memory_format=torch.channels_last_3d)  # as it is after one layer
+        channels, taps = weight.shape[0], weight.shape[2]
+        if taps > 1 and channels * taps <= _LEAST_CHANNELS and self.stride[0] == 1:
+            apart = rearrange(weight, "o c t h w -> (t o) c 1 h w")
+            each = self._convolve(seen, apart, None, top, left).split(channels, dim=1)
+            frames = seen.shape[2] - taps + 1
+            out = each[0][:, :, :frames]
+            for i, part in enumerate(each[1:], start=1):
+                out = out + part[:, :, i : i + frames]
+            return out if self.bias is None else out + self.bias.view(-1, 1, 1, 1)
+        return self._convolve(seen, weight, self.bias, top, left)
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int
+    ) -> Tensor:
         return torch.ops.aten.mkldnn_convolution(
-            seen, weight, self.bias, (0, top, left), self.stride, self.dilation, self.groups
+            x, weight, bias, (0, top, left), self.stride, self.dilation, self.groups
         )
 
 
@@ -382,6 +398,7 @@ class _ChannelNorm(WanRMS_norm):
         return (wide * (self.scale / length)).to(x.dtype) * self.gamma
 
 
+_LEAST_CHANNELS = 16  # of fp32 in a vector of a CPU
 _SMALLEST_LENGTH = 1e-12  # as in `torch.nn.functional.normalize`
 _CPU_KERNELS: dict[type, type] = {WanCausalConv3d: _CausalConv3d, WanRMS_norm: _ChannelNorm}
 

@@ -235,7 +235,7 @@ def test_cuts_change_nothing(vae, chunks):
     one_by_one.pixels_at_once = 0
     whole = one_by_one.decode(latents)
     assert torch.equal(decode_in_chunks(one_by_one, latents, chunks), whole)
-    torch.testing.assert_close(video, whole, atol=1e-5, rtol=0)
+    assert_close(video, whole)
 
 
 @pytest.mark.parametrize(
