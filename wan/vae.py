@@ -269,8 +269,8 @@ class StreamingDecoder:
     The causal convolutions find their past in `features`, the last two inputs of each. So the state
     has a constant size, whatever the length of the stream, and the result does not depend on how
     the stream is cut: to the last bit where every latent frame goes through the decoder on its own,
-    to rounding (below 1e-4 in float32) where small ones go together (`pixels_at_once`). The same cuts
-    give the same bits; a `Stream` cuts between blocks.
+    to rounding (below 1e-4 in float32) where small ones go together (`pixels_at_once`). The same
+    cuts give the same bits; a `Stream` cuts between blocks.
     """
 
     def __init__(self, vae: WanVAE) -> None:
