@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.changes import Change
 from pipeline.setup import Setup
-from utils.config import ROUNDING_KEYS, VIDEO_KEYS, fingerprint
+from utils.config import VIDEO_KEYS, fingerprint
 from utils.devices import computed_dtype, device_name
 
 MIB = 2**20
@@ -92,8 +92,7 @@ def replay_config(setup: Setup) -> dict[str, Any]:
 
     The seed stands apart.
     """
-    named = VIDEO_KEYS | ROUNDING_KEYS
-    decide = {name: value for name, value in setup.resolved.items() if name in named}
+    decide = {name: value for name, value in setup.resolved.items() if name in VIDEO_KEYS}
     del decide["seed"], decide["i2v"]
     dtype = computed_dtype(setup.machine.dtype, setup.machine.device)
     return {

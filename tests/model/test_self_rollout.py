@@ -295,8 +295,12 @@ def test_merged_clean_passes_change_no_output_and_no_gradient(rolling: Config, k
     outputs, gradients, forwards = [], [], []
     for merged in (False, True):
         dit = random_dit(5).requires_grad_(True)
-        passes: list[bool] = []
-        dit.register_forward_hook(lambda _, __, flow, seen=passes: seen.append(flow.requires_grad))
+        passes: list[int] = []  # frames with gradient
+
+        def look(_: Any, __: Any, flow: Tensor, seen: list[int] = passes) -> None:
+            seen.append(flow.shape[1] if flow.requires_grad else 0)
+
+        dit.register_forward_hook(look)
         text = dit.encode_text(torch.ones(1, 4, dit.config.text_dim))
         config = replace(rolling, merge_clean_pass=merged)
         output = rolled(config, dit, text, seeded_noise(config, dit), plan, grad=True)

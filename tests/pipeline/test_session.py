@@ -251,3 +251,4 @@ def test_a_record_is_plain_values(pipe: VideoPipeline) -> None:
     assert record["checkpoint"] == "distilled.pt"
     assert record["config"]["generator_name"] == "Tiny"
     assert record["config"]["dtype"] == "float32"
+    assert record["config"]["merge_clean_pass"] is True
