@@ -188,12 +188,12 @@ def rollout_flops(
     first_scored = layout.start(drawn.num_blocks) - scored_frames
     done, total = 0, 0
     for own in passes_of(setup, drawn):
-        forward = sum(pass_flops(sizes, part.view, tokens) for part in own.parts)
+        forwards = [pass_flops(sizes, part.view, tokens) for part in own.parts]
         window = own.window
         chosen = window is not None and is_output(drawn, setup.levels.num, window)
         if grad and chosen and layout.start(own.parts[-1].blocks.stop) > first_scored:
-            forward = training_flops(forward, checkpointing=checkpointing)
-        total += forward
+            forwards[-1] = training_flops(forwards[-1], checkpointing=checkpointing)
+        total += sum(forwards)
         done += len(own.parts[-1].blocks) if chosen else 0
         if done == drawn.num_blocks:
             break

@@ -88,11 +88,18 @@ def describe_video(
 
 
 def replay_config(setup: Setup) -> dict[str, Any]:
-    """The keys that decide a video, with the dtype that was computed in; the seed stands apart."""
+    """The keys that decide a video, to the last bit, with what was chosen for `auto` and null.
+
+    The seed stands apart.
+    """
     decide = {name: value for name, value in setup.resolved.items() if name in VIDEO_KEYS}
     del decide["seed"], decide["i2v"]
     dtype = computed_dtype(setup.machine.dtype, setup.machine.device)
-    return {**decide, "dtype": str(dtype).removeprefix("torch.")}
+    return {
+        **decide,
+        "dtype": str(dtype).removeprefix("torch."),
+        "merge_clean_pass": setup.merges_clean_pass,
+    }
 
 
 def video_settings_of(

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pipeline.changes import BRANCH, CAUSES, POLICIES, Change
 from pipeline.records import Record
 from pipeline.stream import PrefixFrames
-from utils.config import ROOT, VIDEO_KEYS, Config, config_of
+from utils.config import ROOT, ROUNDING_KEYS, VIDEO_KEYS, Config, config_of
 from utils.errors import UserError
 from utils.prompts import check_text
 
@@ -158,7 +158,7 @@ def _config(values: Any, what: str) -> dict[str, Any]:
     """The config of a record: keys that decide a video alone, and names without paths."""
     if not isinstance(values, dict):
         raise UserError(f"{what}: 'config' must hold keys with their values")
-    others = sorted(str(key) for key in values.keys() - VIDEO_KEYS)
+    others = sorted(str(key) for key in values.keys() - VIDEO_KEYS - ROUNDING_KEYS)
     if others:
         raise UserError(f"{what}: its config says '{others[0]}', which does not decide a video")
     if not _is_name(values.get("generator_name"), _MODELS):

@@ -23,7 +23,7 @@ ContextWrapper = Callable[[CachedContext, Window | None], AttentionContext]
 
 
 STATE_KEYS = frozenset(
-    ["index", "plan", "in_flight", "unwritten", "timesteps", "policy", "rule", "cache"]
+    ["index", "plan", "merged", "in_flight", "unwritten", "timesteps", "policy", "rule", "cache"]
 )
 
 
@@ -104,10 +104,11 @@ class Rollout:
     def step(self, *, grad: bool = False) -> WindowResult | None:
         """Run passes up to the next window, that one with gradient if `grad`.
 
-        None when the plan has ended.
+        None when the plan has ended. A clean pass has no gradient: it runs alone where it would
+        share its forward with such a window.
         """
         while (coming := self.plan.at(self.index)) is not None:
-            result = self._run(coming, grad=grad)
+            result = self._run(self._parted(coming) if grad else coming, grad=grad)
             self.index += 1
             if result is not None:
                 return result
@@ -187,6 +188,7 @@ class Rollout:
         return {
             "index": self.index,
             "plan": [plan.schedule.first_block, plan.origin, plan.stored],
+            "merged": plan.merged,
             "in_flight": copied(self._in_flight),
             "unwritten": copied(self._unwritten),
             "timesteps": self.rule.timesteps.tolist(),
@@ -223,6 +225,7 @@ class Rollout:
         pairs = {
             "levels": (state["timesteps"], self.rule.timesteps.tolist()),
             "the policy": (state["policy"], asdict(self.plan.policy)),
+            "merge_clean_pass": (state["merged"], self.plan.merged),
         }
         for what, (theirs, ours) in pairs.items():
             if theirs != ours:
@@ -247,6 +250,15 @@ class Rollout:
                 raise ValueError(f"block {block} of this state is {list(x.shape)}, not {expected}")
         self.cache.check_state(state["cache"])
         return plan
+
+    def _parted(self, own: Pass) -> Pass:
+        """A pass without the clean part before its window, which has run once this returns."""
+        if len(own.parts) < 2:
+            return own
+        clean, window = own.parts
+        if own.stores in self._unwritten:  # not so where this pass is run again
+            self._run(replace(own, parts=(clean,)), grad=False)
+        return replace(own, parts=(window,), stores=None)
 
     def _run(self, own: Pass, *, grad: bool) -> WindowResult | None:
         """One pass; what its window gave, if it has one."""

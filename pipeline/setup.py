@@ -17,7 +17,7 @@ from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, OdeStep, Renoise, Sampler, StepRule
 from pipeline.schedule import BlockLayout, Schedule, ScheduleKind
 from utils.config import VIDEO_KEYS, Config, to_dict
-from utils.devices import computed_dtype
+from utils.devices import choose_device, choose_merging, computed_dtype
 from utils.errors import UserError
 from utils.noise import CounterNoise
 from wan.dit import DiTConfig, TextContext, WanDiT
@@ -64,6 +64,8 @@ class Machine:
     attention_backend: str
     text_encoder_device: str
     compile: bool
+    vae_dtype: str
+    merge_clean_pass: bool | None
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ class Setup:
                 config.attention_backend,
                 config.text_encoder_device,
                 config.compile,
+                config.vae_dtype,
+                config.merge_clean_pass,
             ),
         )
 
@@ -163,6 +167,11 @@ class Setup:
     def distilled(self) -> bool:
         """Whether the generator is sampled in the few levels it was distilled to."""
         return self.levels.timesteps is not None
+
+    @property
+    def merges_clean_pass(self) -> bool:
+        """Whether a clean pass shares a forward with the window behind it."""
+        return choose_merging(self.machine.merge_clean_pass, choose_device(self.machine.device))
 
     def video_settings(self) -> dict[str, Any]:
         """See the function."""
@@ -212,7 +221,7 @@ class Setup:
 
     def plan(self, schedule: Schedule) -> Plan:
         """The passes of a schedule."""
-        return Plan(schedule, self.layout, self.policy)
+        return Plan(schedule, self.layout, self.policy, merged=self.merges_clean_pass)
 
     def cache(
         self,

@@ -22,7 +22,12 @@ from pipeline.setup import Setup
 from pipeline.stream import NOT_FINITE, LatentStream, PrefixFrames, Stream
 from pipeline.text import TextSource
 from utils.config import Config, check_config, config_of, fingerprint, load_config
-from utils.devices import choose_device, choose_dtype
+from utils.devices import (
+    choose_decoding_dtype,
+    choose_device,
+    choose_dtype,
+    computes_in_bf16,
+)
 from utils.embeddings import pad_batch
 from utils.errors import UserError
 from utils.families import warn_of_other_settings
@@ -164,7 +169,7 @@ class VideoPipeline:
 
     @property
     def vae(self) -> WanVAE:
-        """The VAE, loaded at its first use, in the dtype of the generator."""
+        """The VAE, loaded at its first use, in the dtype of the generator or of `vae_dtype`."""
         return self.load_vae()
 
     def load_vae(self) -> WanVAE:
@@ -172,6 +177,10 @@ class VideoPipeline:
         if self._vae is None:
             folder = self.setup.require_folder()
             self._vae = WanVAE.from_official(folder.vae, device=self.device, dtype=self.dit.dtype)
+            wish = self.setup.machine.vae_dtype
+            if wish == "bfloat16" and not computes_in_bf16(self.device):
+                logger.warning("vae_dtype=bfloat16 is slower than float32 on this machine")
+            self._vae.decode_in(choose_decoding_dtype(wish, self.dit.dtype))
         return self._vae
 
     @cached_property

@@ -27,10 +27,11 @@ from pipeline.passes import Pass, Plan
 from pipeline.setup import Setup
 from pipeline.stream import Stream
 from pipeline.text_to_video import VideoPipeline
-from utils.devices import choose_device, choose_dtype
+from utils.devices import choose_decoding_dtype, choose_device, choose_dtype
 from utils.errors import UserError
 from wan.attention import best_backend, check_backend
 from wan.checkpoints import empty_dit
+from wan.context import CachedContext
 from wan.dit import DiTConfig, WanDiT
 from wan.flops import pass_flops
 from wan.vae import StreamingDecoder, WanVAE
@@ -114,11 +115,15 @@ class TimedVAE(WanVAE):
 
 
 def timed(pipe: VideoPipeline, watch: Stopwatch) -> VideoPipeline:
-    """The same networks; their passes are told to `watch` as `window`, `clean` and `decode`."""
+    """The same networks; their passes are told to `watch` as `window`, `clean` and `decode`.
+
+    A clean pass that shares its forward with a window is part of `window`.
+    """
 
     def before(dit: nn.Module, arguments: tuple[Any, ...]) -> None:
         context = arguments[3]  # latents, timesteps, text, context
-        watch.start("window" if context.destination is None else "clean")
+        alone = isinstance(context, CachedContext) and context.destination is not None
+        watch.start("clean" if alone else "window")
 
     pipe.dit.register_forward_pre_hook(before)
     pipe.dit.register_forward_hook(lambda *_: watch.stop())
@@ -134,6 +139,7 @@ def random_pipeline(setup: Setup, base_dim: int) -> VideoPipeline:
     dit.attention_backend = check_backend(machine.attention_backend, device, dtype)
     vae = WanVAE.random(base_dim=base_dim, z_dim=setup.sizes.in_dim)
     nn.Module.to(vae.model, device, dtype)
+    vae.decode_in(choose_decoding_dtype(machine.vae_dtype, dtype))
     return VideoPipeline(setup, dit, vae=vae)
 
 
@@ -183,10 +189,13 @@ class SteadyState:
         return cls(max(own.parts[-1].blocks[0] for own in passes if own.parts), passes)
 
     def flops(self, sizes: DiTConfig, tokens: int, *, window: bool) -> int:
-        """Operations of one window pass, or of one clean pass (0: there is none)."""
-        parts = [part for own in self.passes for part in own.parts]
-        alike = [part.view for part in parts if (part.window is not None) == window]
-        return pass_flops(sizes, alike[0], tokens) if alike else 0
+        """Operations of all forwards with a window, or of all that are clean passes alone."""
+        return sum(
+            pass_flops(sizes, part.view, tokens)
+            for own in self.passes
+            if (own.window is not None) == window
+            for part in own.parts
+        )
 
 
 @dataclass(frozen=True)
@@ -274,9 +283,12 @@ def figures(pipe: VideoPipeline, steady: SteadyState, measured: Measured) -> dic
     blocks = len(measured.block)
     rows = 1 if pipe.setup.distilled else 2  # with guidance, text and no text
     sizes, tokens = pipe.dit.config, pipe.shape.tokens_per_frame
-    window_flops = rows * steady.flops(sizes, tokens, window=True)
-    clean_flops = rows * steady.flops(sizes, tokens, window=False)
-    block_flops = (window_flops * len(measured.window) + clean_flops * len(measured.clean)) / blocks
+    windows, cleans = (
+        rows * steady.flops(sizes, tokens, window=window) for window in (True, False)
+    )
+    window_flops = windows * blocks / len(measured.window)
+    clean_flops = cleans * blocks / len(measured.clean) if measured.clean else 0
+    block_flops = windows + cleans
     dit = (sum(measured.window) + sum(measured.clean)) / blocks
     interval = statistics.mean(measured.block)
     window = statistics.mean(measured.window)
@@ -333,7 +345,8 @@ def setting(pipe: VideoPipeline, args: argparse.Namespace, steady: SteadyState) 
         "dtype": str(pipe.dit.dtype).removeprefix("torch."),
         "attention_backend": best_backend(device, pipe.dit.dtype) if backend == "auto" else backend,
         "vae": f"in (Wan2.1, base_dim {pipe.vae.model.config['base_dim']})",
-        "clean_pass": "in",
+        "vae_dtype": str(pipe.vae.decoded_dtype).removeprefix("torch."),
+        "clean_pass": "in, in one forward with a window" if pipe.setup.merges_clean_pass else "in",
         "text_encoder": "out",
         "memory": "CUDA max_memory_allocated" if on_gpu else "peak resident set",
         "ramp_up_blocks": steady.first + 1,

@@ -33,8 +33,9 @@ experiment file says only what differs. In rising precedence: these defaults, th
 A value that decides what a **video** shows makes another video of it; of `dtype` the one counts
 that is computed in. One that decides the **weights** that a training ends with makes another
 training of it: the run is not gone on with, unless the value is also one of its **course**, that is
-how long it is, how it is split up, what it saves, measures and shows on its way. A key that decides
-nothing is of the machine and its logs.
+how long it is, how it is split up, what it saves, measures and shows on its way. A key of
+**rounding** moves the last bits of a video and no more; records say it. A key that decides nothing
+is of the machine and its logs.
 """
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Method = Literal["rolling_forcing", "self_forcing", "infinite_forcing"]
 Strategy = Literal["full", "hybrid", "hybrid_full", "none"]
-Role = Literal["video", "weights", "course"]
+Role = Literal["video", "weights", "course", "rounding"]
 # What a publication means by its method. Each value can be overridden on its own.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "rolling_forcing": {
@@ -122,7 +122,8 @@ class Key:
     """What a field of a configuration means beyond its type.
 
     `decides`: what a video shows; the weights that a training ends with; a training's course, which
-    may differ from one start to the next. Empty: it is of the machine and its logs alone.
+    may differ from one start to the next; the last bits of a video and nothing that can be seen.
+    Empty: it is of the machine and its logs alone.
     `section`: heading of the part of the file that begins here. `form`: what a text may be.
     """
 
@@ -329,6 +330,15 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "of inference; auto: bfloat16 on a GPU, float32 elsewhere", "video"
     )
+    vae_dtype: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "of decoding; auto: as `dtype`. bfloat16: about 55 dB from float32", "video"
+    )
+    merge_clean_pass: bool | None = key(
+        None,
+        "a clean pass shares a forward with the window behind it; null: on a CPU, where it is "
+        "faster",
+        "rounding",
+    )
     attention_backend: Literal["auto", "flash3", "cudnn", "flash2", "sdpa"] = key(
         "auto", "kernel of attention; auto: the fastest that is there"
     )
@@ -527,5 +537,7 @@ def _names(choose: Callable[[tuple[Role, ...]], bool]) -> frozenset[str]:
 
 VIDEO_KEYS = _names(lambda decides: "video" in decides)
 """Keys that make a video another one. The machine may move its last bits at most."""
+ROUNDING_KEYS = _names(lambda decides: "rounding" in decides)
+"""Keys that move the last bits of a video: a record says them, and a replay may have others."""
 FREE_KEYS = _names(lambda decides: "course" in decides or "weights" not in decides)
 """Keys that may differ between one start of a training and the next."""

@@ -46,6 +46,16 @@ def computed_dtype(dtype: str, device: str) -> torch.dtype:
     return choose_dtype(dtype, choose_device(device))
 
 
+def choose_decoding_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What the VAE decodes in; `auto` is `dtype`, that of the generator."""
+    return dtype if name == "auto" else getattr(torch, name)
+
+
+def choose_merging(wish: bool | None, device: torch.device) -> bool:
+    """Whether clean passes share a forward with the window behind them; None: on a CPU."""
+    return device.type == "cpu" if wish is None else wish
+
+
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16: without them it is slower than float32."""
     if device.type == "cuda":

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from wan.attention import Backend, attention
 from wan.kv_cache import ContextPolicy, KVCache, View
-from wan.rope import Rotation, apply_rope, rotation
+from wan.rope import apply_rope, rotation
 
 
 class AttentionContext(Protocol):
@@ -123,11 +123,11 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 def view_rotations(
     view: View, grid: tuple[int, int], head_dim: int, device: torch.device
-) -> tuple[Rotation, Rotation]:
+) -> tuple[Tensor, Tensor]:
     """Rotations of a pass's queries, and of all its keys, the past first."""
     keys = rotation(view.positions, grid, head_dim, device)
     past_tokens = len(view.frames) * grid[0] * grid[1]
-    return Rotation(*(table[past_tokens:] for table in keys)), keys
+    return keys[past_tokens:], keys
 
 
 class CachedContext:
@@ -216,7 +216,7 @@ class ForcedContext:
     ) -> None:
         self.backend: Backend = backend
         tokens, frames = grid[0] * grid[1], blocks[-1].stop
-        self.parts: list[tuple[Tensor, Rotation, Rotation]] = []
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
         """For each pass: tokens of the keys; rotations of the queries and of the keys."""
         self.views: list[View] = []
         for spans, clean_pass, offset in ((blocks, True, 0), (windows, False, frames)):
@@ -229,7 +229,7 @@ class ForcedContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `AttentionContext`."""
-        queries = q.split([len(own.cos) for _, own, _ in self.parts], dim=1)
+        queries = q.split([len(own) for _, own, _ in self.parts], dim=1)
         outputs = [
             attention(
                 *(apply_rope(query, own), apply_rope(k[:, index], keys), v[:, index]),

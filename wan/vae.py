@@ -52,32 +52,44 @@ def encode_moments(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tens
 
 
 def decode_moments(
-    model: AutoencoderKLWan, latents: Tensor, features: list[Any] | None = None
+    model: AutoencoderKLWan,
+    latents: Tensor,
+    features: list[Any] | None = None,
+    *,
+    pixels_at_once: int = 0,
 ) -> Tensor:
     """Video `[B, n, 3, H, W]` of latents `[B, f, C, h, w]` that are not normalised; not clamped.
 
-    One latent frame after the other; `features` hold what the convolutions saw before, and move
-    on. None starts a video. With gradient, if it is enabled.
+    One latent frame after the other, or as many in one call of the decoder as have at most
+    `pixels_at_once` latent pixels; the first of a video always alone. `features` hold what the
+    convolutions saw before, and move on. None starts a video. With gradient, if it is enabled.
     """
     features = _empty_features(model.decoder) if features is None else features
+    at_once = max(1, pixels_at_once // (latents.shape[-2] * latents.shape[-1]))
+    x = rearrange(latents, "b f c h w -> b c f h w")
     frames = []
-    for latent in latents.unbind(1):
+    for clip in _clips(x, at_once) if features[0] is None else x.split(at_once, dim=2):
         first = features[0] is None
-        x = model.post_quant_conv(latent.unsqueeze(2))  # [B, C, 1, h, w]
-        x = model.decoder(x, feat_cache=features, feat_idx=[0], first_chunk=first)
-        frames.append(rearrange(x, "b c n h w -> b n c h w"))
+        video = model.post_quant_conv(clip)  # [B, C, 1 or more, h, w]
+        video = model.decoder(video, feat_cache=features, feat_idx=[0], first_chunk=first)
+        frames.append(rearrange(video, "b c n h w -> b n c h w"))
     return torch.cat(frames, dim=1)
+
+
+PIXELS_AT_ONCE = 256
+"""A block of 64x64 pixels. More at once do not fit the cache of a CPU, and take longer."""
 
 
 class WanVAE:
     """A Wan2.1 VAE for inference: video to normalised latents and back, without gradient.
 
     `model` is the diffusers module, with layers that are faster on a CPU; code that trains a VAE
-    uses it directly.
+    uses it directly. `pixels_at_once`: see `decode_moments`.
     """
 
     def __init__(self, model: AutoencoderKLWan) -> None:
         self.model = _with_cpu_kernels(model)
+        self.pixels_at_once = PIXELS_AT_ONCE
         self.latents_mean = torch.tensor(model.config["latents_mean"])  # [C]
         self.latents_std = torch.tensor(model.config["latents_std"])  # [C]
 
@@ -154,8 +166,22 @@ class WanVAE:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights, of encoded latents and of decoded video."""
+        """Type of the encoder's weights and of encoded latents."""
         return self.model.dtype
+
+    @property
+    def decoded_dtype(self) -> torch.dtype:
+        """Type of the decoder's weights and of decoded video."""
+        return self.model.post_quant_conv.weight.dtype
+
+    def decode_in(self, dtype: torch.dtype) -> Self:
+        """Convert what decodes; what encodes stays as it is.
+
+        In bfloat16 instead of float32 video is about 55 dB from it, with the shipped weights.
+        """
+        for part in (self.model.post_quant_conv, self.model.decoder):
+            nn.Module.to(part, dtype)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -240,9 +266,11 @@ class WanVAE:
 class StreamingDecoder:
     """Decodes one stream of latents, any number of latent frames at a time.
 
-    The result does not depend on how the stream is cut: every latent frame goes through the decoder
-    on its own, and the causal convolutions find their past in `features`, the last two inputs of
-    each. So the state has a constant size, whatever the length of the stream.
+    The causal convolutions find their past in `features`, the last two inputs of each. So the state
+    has a constant size, whatever the length of the stream, and the result does not depend on how
+    the stream is cut: to the last bit where every latent frame goes through the decoder on its own,
+    to rounding (below 1e-4 in float32) where small ones go together (`pixels_at_once`). The same
+    cuts give the same bits; a `Stream` cuts between blocks.
     """
 
     def __init__(self, vae: WanVAE) -> None:
@@ -264,7 +292,9 @@ class StreamingDecoder:
         mean, std = vae.statistics()
         mu = latents.to(vae.device).float() * std + mean
         features = list(self._features)  # after an error the stream stands where it stood
-        video = decode_moments(vae.model, mu.to(vae.dtype), features).clamp(-1, 1)
+        video = decode_moments(
+            vae.model, mu.to(vae.decoded_dtype), features, pixels_at_once=vae.pixels_at_once
+        ).clamp(-1, 1)
         self._features = features
         return video
 
@@ -319,7 +349,9 @@ class _CausalConv3d(WanCausalConv3d):
 
     PyTorch's own choice for inputs of this many elements and one video is a loop without blocking,
     several times slower; channels that lie together save oneDNN most of its own reordering. At the
-    start of a video two of three taps in time have nothing to see.
+    start of a video two of three taps in time have nothing to see. It computes `_LEAST_CHANNELS`
+    channels even where there are only three (red, green, blue): there the taps in time are channels
+    of one convolution in space, and are added up.
     """
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -335,8 +367,22 @@ class _CausalConv3d(WanCausalConv3d):
         elif missing > 0:
             seen = F.pad(seen, (0, 0, 0, 0, missing, 0))
         seen = seen.contiguous(memory_format=torch.channels_last_3d)  # as it is after one layer
+        channels, taps = weight.shape[0], weight.shape[2]
+        if taps > 1 and channels * taps <= _LEAST_CHANNELS and self.stride[0] == 1:
+            apart = rearrange(weight, "o c t h w -> (t o) c 1 h w")
+            each = self._convolve(seen, apart, None, top, left).split(channels, dim=1)
+            frames = seen.shape[2] - taps + 1
+            out = each[0][:, :, :frames]
+            for i, part in enumerate(each[1:], start=1):
+                out = out + part[:, :, i : i + frames]
+            return out if self.bias is None else out + self.bias.view(-1, 1, 1, 1)
+        return self._convolve(seen, weight, self.bias, top, left)
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int
+    ) -> Tensor:
         return torch.ops.aten.mkldnn_convolution(
-            seen, weight, self.bias, (0, top, left), self.stride, self.dilation, self.groups
+            x, weight, bias, (0, top, left), self.stride, self.dilation, self.groups
         )
 
 
@@ -352,6 +398,7 @@ class _ChannelNorm(WanRMS_norm):
         return (wide * (self.scale / length)).to(x.dtype) * self.gamma
 
 
+_LEAST_CHANNELS = 16  # of fp32 in a vector of a CPU
 _SMALLEST_LENGTH = 1e-12  # as in `torch.nn.functional.normalize`
 _CPU_KERNELS: dict[type, type] = {WanCausalConv3d: _CausalConv3d, WanRMS_norm: _ChannelNorm}
 
@@ -379,7 +426,7 @@ def _floats(clip: Tensor, model: AutoencoderKLWan) -> Tensor:
 
 
 def _clips(x: Tensor, stride: int) -> Iterator[Tensor]:
-    """Cut [B, C, 1 + stride * k, H, W] into the first frame and k clips of `stride` frames."""
+    """Cut [B, C, F, H, W] into the first frame and clips of `stride` frames, or what is left."""
     yield x[:, :, :1]
     yield from x[:, :, 1:].split(stride, dim=2) if x.shape[2] > 1 else ()
 

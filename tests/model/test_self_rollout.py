@@ -288,6 +288,35 @@ def test_checkpointed_rollout_recomputes_what_it_read(rolling: Config) -> None:
         torch.testing.assert_close(plain, again)
 
 
+@pytest.mark.parametrize("kind", ["rolling", "block"])
+def test_merged_clean_passes_change_no_output_and_no_gradient(rolling: Config, kind: Any) -> None:
+    """They run alone, without gradient, before windows that have one."""
+    plan = RolloutDraw(kind, 8, (2,) * 8)
+    outputs, gradients, forwards = [], [], []
+    for merged in (False, True):
+        dit = random_dit(5).requires_grad_(True)
+        passes: list[int] = []  # frames with gradient
+
+        def look(_: Any, __: Any, flow: Tensor, seen: list[int] = passes) -> None:
+            seen.append(flow.shape[1] if flow.requires_grad else 0)
+
+        dit.register_forward_hook(look)
+        text = dit.encode_text(torch.ones(1, 4, dit.config.text_dim))
+        config = replace(rolling, merge_clean_pass=merged)
+        output = rolled(config, dit, text, seeded_noise(config, dit), plan, grad=True)
+        output.square().sum().backward()
+        outputs.append(output.detach())
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in dit.parameters() if p.grad is not None])
+        )
+        forwards.append((sum(passes), len(passes)))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+    (with_gradient, all_alone), (with_gradient_merged, all_merged) = forwards
+    assert with_gradient == with_gradient_merged
+    assert all_merged < all_alone
+
+
 def test_plan_is_a_function_of_seed_and_update(rolling: Config) -> None:
     plans = [drawn(rolling, update) for update in range(400)]
     assert plans == [drawn(rolling, update) for update in range(400)]

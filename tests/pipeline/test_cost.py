@@ -102,29 +102,35 @@ def steady(pipe):
 
 
 def views_of(rollout):
-    """Views of the passes that the next steps run, up to and with the next finished block."""
-    views, index = [], rollout.index
+    """Views of the passes that the next steps run, up to and with the next finished block.
+
+    And the frames that go through the network in several parts.
+    """
+    views, joined, index = [], 0, rollout.index
     while True:
         own = rollout.plan.at(index)
         views += [part.view for part in own.parts]
+        joined += sum(part.frames for part in own.parts) if len(own.parts) > 1 else 0
         index += 1
         if own.window is not None and rollout.plan.schedule.finishes(own.window):
-            return views
+            return views, joined
 
 
 def test_a_steady_block_copies_of_the_cache_only_what_attention_reads(pipe):
-    """Per layer and pass: keys and values of the context once, and once joined with the queries'.
+    """Per layer and part: keys and values of the context once, and once joined with the queries'.
 
+    What the parts of a pass have attended to is joined, too.
     The clean pass writes the block's own keys and values, and nothing else is written.
     """
     rollout = steady_stream(pipe).rollout
     config = pipe.dit.config
     frame = pipe.shape.tokens_per_frame * config.dim
-    expected = sum(len(view.frames) + len(view.positions) for view in views_of(rollout))
+    views, joined = views_of(rollout)
+    expected = sum(len(view.frames) + len(view.positions) for view in views)
     with CacheTraffic(config.num_heads, config.head_dim) as traffic:
         while not rollout.step().finished:
             pass
-    assert traffic.copied == 2 * config.num_layers * expected * frame
+    assert traffic.copied == config.num_layers * (2 * expected + joined) * frame
     assert traffic.written == 2 * config.num_layers * pipe.layout.block_frames * frame
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.passes import Pass, Plan
 from pipeline.schedule import BlockLayout, Schedule
 from tests.tiny_pipeline import random_dit
-from tests.tiny_rollout import LATENT, LoggingDiT, new_rollout, run, tiny_method
+from tests.tiny_rollout import LATENT, LoggingDiT, new_rollout, run, some_text, tiny_method
 from wan.kv_cache import ContextPolicy
 from wan.rope import rotation
 
@@ -135,17 +135,21 @@ def test_views_count_from_where_the_past_begins() -> None:
 # --- the engine runs any plan --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", [0, 2])
-@pytest.mark.parametrize("name", METHODS)
-def test_merged_passes_give_the_same_video(name: str, first: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "first", "guidance"),
+    [*((name, first, None) for name in METHODS for first in (0, 2)), ("rolling", 2, 3.0)],
+)
+def test_merged_passes_give_the_same_video(name: str, first: int, guidance: float | None) -> None:
     """In one forward fewer a block; only the sizes of the matrix products differ."""
     dit = random_dit(num_layers=2)
     method = tiny_method(name)
     draw = torch.Generator().manual_seed(0)
     prefix = [torch.randn(1, 2, *LATENT, generator=draw) for _ in range(first)]
     alone, shared = LoggingDiT(dit), LoggingDiT(dit)
-    expected = run(new_rollout(alone, method, 7, prefix=prefix))
-    rollout = new_rollout(shared, method, 7, prefix=prefix)
+    text = None if guidance is None else some_text(dit, (0, 1))
+    options = {"prefix": prefix, "text": text, "rows": 1, "guidance_scale": guidance}
+    expected = run(new_rollout(alone, method, 7, **options))
+    rollout = new_rollout(shared, method, 7, **options)
     rollout.plan = replace(rollout.plan, merged=True)
     blocks = run(rollout)
     assert blocks.keys() == expected.keys()

@@ -176,7 +176,7 @@ class ListedContext:
         values = torch.cat([frame[layer][1] for frame in self.past] + [v], dim=1)
         turn = rotation(self.positions, GRID, q.shape[-1], CPU)
         own = slice(-q.shape[1], None)
-        q = apply_rope(q, type(turn)(turn.cos[own], turn.sin[own]))
+        q = apply_rope(q, turn[own])
         scores = torch.einsum("bqhd,bkhd->bhqk", q, apply_rope(keys, turn)) / q.shape[-1] ** 0.5
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
 

@@ -159,6 +159,7 @@ def test_a_copy_of_another_model_or_without_room_is_refused(
     for overrides, word in (
         (["height=64"], "block 1 of this state is"),
         (["denoising_step_list=[1000,500]"], "levels"),
+        (["merge_clean_pass=false"], "merge_clean_pass True, not False"),
     ):
         other = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", overrides)
         with pytest.raises(UserError, match=f"cannot go on here: .*{word}"):
@@ -250,3 +251,4 @@ def test_a_record_is_plain_values(pipe: VideoPipeline) -> None:
     assert record["checkpoint"] == "distilled.pt"
     assert record["config"]["generator_name"] == "Tiny"
     assert record["config"]["dtype"] == "float32"
+    assert record["config"]["merge_clean_pass"] is True

@@ -19,7 +19,7 @@ from tests.reference_flow import flow_from_x0
 from tests.tiny_pipeline import TINY_DIT
 from utils.errors import UserError
 from utils.video import VideoWriter, fit_frames, read_video, to_float, to_uint8
-from wan.context import CachedContext
+from wan.context import CachedContext, SplitContext
 from wan.dit import DiTConfig
 from wan.text_encoder import WanTextEncoder
 from wan.vae import StreamingDecoder
@@ -211,9 +211,14 @@ class Oracle(nn.Module):
         )
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: object, context: CachedContext
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: object,
+        context: CachedContext | SplitContext,
     ) -> Tensor:
-        start = context.cache.finished
+        first = context.contexts[0] if isinstance(context, SplitContext) else context
+        start = first.cache.finished
         x0 = self.truth[:, start : start + latents.shape[1]]
         return flow_from_x0(latents, x0, timesteps.clamp(min=1e-3))
 

@@ -33,19 +33,21 @@ def files(tmp_path):
     return ["--config_path", config, "--random_weights", "--model", preset, "--device", "cpu"]
 
 
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "alone"])
 @pytest.mark.parametrize("method", ["rolling_forcing", "self_forcing"])
-def test_figures_agree_with_each_other(tmp_path, files, capsys, method):
+def test_figures_agree_with_each_other(tmp_path, files, capsys, method, merged):
     out = tmp_path / "out.json"
     given = ["--json", out, "--blocks", 4, "--warmup", 1, f"method={method}"]
+    given.append(f"merge_clean_pass={str(merged).lower()}")
     assert run_main(main, list(map(str, [*files, *given]))) == 0
     said = capsys.readouterr().out
     report = json.loads(out.read_text())
     seconds, fps, flops = report["seconds"], report["fps"], report["flops"]
 
     windows = 1 if method == "rolling_forcing" else LEVELS
-    assert report["passes_per_block"] == {"window": windows, "clean": 1}
+    assert report["passes_per_block"] == {"window": windows, "clean": 0 if merged else 1}
     assert report["frames_per_block"] == 4 * BLOCK
-    passes = windows * seconds["window_pass"] + seconds["clean_pass"]
+    passes = windows * seconds["window_pass"] + (seconds["clean_pass"] or 0)
     assert seconds["dit_per_block"] == pytest.approx(passes)
     assert passes + seconds["vae_decode"] <= seconds["block_interval"]
     assert seconds["block_interval_p50"] <= seconds["block_interval_p99"]
@@ -55,9 +57,10 @@ def test_figures_agree_with_each_other(tmp_path, files, capsys, method):
 
     dit = DiTConfig.from_dict(TINY_DIT)
     window = forward_flops(dit, BLOCK * (LEVELS if windows == 1 else 1), 21, TOKENS)
-    assert flops["window_pass"] == window
-    assert flops["clean_pass"] == forward_flops(dit, BLOCK, 21, TOKENS)
-    assert flops["dit_per_block"] == windows * window + flops["clean_pass"]
+    clean = forward_flops(dit, BLOCK, 21, TOKENS)
+    assert flops["window_pass"] == window + (clean / windows if merged else 0)
+    assert flops["clean_pass"] == (0 if merged else clean)
+    assert flops["dit_per_block"] == windows * window + clean
     rate = report["tflops_per_second"]["dit_per_block"]
     assert rate == pytest.approx(flops["dit_per_block"] / seconds["dit_per_block"] / 1e12)
     assert report["peak_memory_bytes"] > 2**26
@@ -67,7 +70,7 @@ def test_figures_agree_with_each_other(tmp_path, files, capsys, method):
     assert setting["dtype"] == "float32"
     assert setting["attention_backend"] == "sdpa"
     assert setting["vae"] == "in (Wan2.1, base_dim 4)"
-    assert setting["ramp_up_blocks"] == 7  # a clean pass sees 21 frames from block 6 on
+    assert setting["ramp_up_blocks"] == 7 + merged  # a clean pass sees 21 frames from block 6 on
     assert setting["warmup_blocks"] == 1
     assert setting["measured_blocks"] == 4
     for line in ("window pass", "clean pass", "vae decode", "first frame", "end to end"):

@@ -108,6 +108,18 @@ def test_the_vae_keeps_what_a_clip_shows() -> None:
     assert torch.tensor(right).mean() > 0.9
 
 
+def test_decoding_in_bfloat16_is_50_db_from_float32() -> None:
+    """And encoding does not change with it."""
+    exact, half = (WanVAE.from_official(MODEL / VAE_FILE) for _ in range(2))
+    half.decode_in(torch.bfloat16)
+    video = to_float(torch.from_numpy(held_out(0, 25).frames))[None]
+    latents = exact.encode(video)
+    assert torch.equal(half.encode(video), latents)
+    assert (half.dtype, half.decoded_dtype) == (torch.float32, torch.bfloat16)
+    error = (half.decode(latents).float() - exact.decode(latents)).square().mean()
+    assert 10 * (4 / error).log10() > 50  # of values in [-1, 1]
+
+
 def measured(out: Path, *flags: str) -> dict[str, float]:
     """What evaluate.py finds in videos of the student, mean over all of them."""
     command = ["--config_path", "configs/shapes/rolling_forcing.yaml", "--checkpoint_path"]

@@ -14,6 +14,7 @@ from utils.config import (
     INERT_SUFFIX,
     METHOD_DEFAULTS,
     ROOT,
+    ROUNDING_KEYS,
     VIDEO_KEYS,
     Config,
     check_training,
@@ -57,7 +58,7 @@ def test_what_keys_decide() -> None:
         *("num_frame_per_block", "independent_first_frame", "context_noise", "model_kwargs"),
         *("denoising_step_list", "warp_denoising_step", "timestep_shift", "step_rule", "sampler"),
         *("sampling_steps", "sampling_guidance_scale", "negative_prompt", "generator_name"),
-        *("text_embeddings", "height", "width", "fps", "seed", "i2v", "dtype"),
+        *("text_embeddings", "height", "width", "fps", "seed", "i2v", "dtype", "vae_dtype"),
     } == VIDEO_KEYS
     assert {
         *("max_steps", "log_iters", "keep_checkpoints", "resume", "compile", "device", "dtype"),
@@ -68,7 +69,9 @@ def test_what_keys_decide() -> None:
         *("heldout_data_path", "heldout_every", "heldout_videos", "model_root", "i2v"),
         *("wandb_host", "wandb_key", "wandb_entity", "wandb_project"),
         *("step_rule", "sampler", "sampling_steps", "sampling_guidance_scale"),
+        *("vae_dtype", "merge_clean_pass"),
     } == FREE_KEYS
+    assert {"merge_clean_pass"} == ROUNDING_KEYS
 
 
 def test_what_is_written_down_is_what_is_declared() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan.rope import THETA, Rotation, apply_rope, axis_dims, rotation
+from wan.rope import THETA, _product, _real_product, apply_rope, axis_dims, rotation
 
 CPU = torch.device("cpu")
 GRID = (3, 4)
@@ -84,9 +84,37 @@ def test_keeps_lengths_and_dtype() -> None:
 def test_tables_are_memoised_for_steady_states() -> None:
     first = rotation((0, 1), GRID, 16, CPU)
     assert rotation((0, 1), GRID, 16, CPU) is first
-    assert isinstance(first, Rotation)
-    assert first.cos.shape == (2 * GRID[0] * GRID[1], 8)
-    assert first.cos.dtype == torch.float32
+    assert first.shape == (2 * GRID[0] * GRID[1], 8, 2)
+    assert first.dtype == torch.float32
+
+
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_the_form_for_compilers_is_the_same_to_the_last_bit(head_dim: int) -> None:
+    """At the sizes of the shapes and Wan2.1 models, whose rows fill whole vectors of a CPU."""
+    turn = rotation((0, 7), GRID, head_dim, CPU)[:, None]
+    x, again = (some_heads(2, head_dim).unflatten(-1, (-1, 2)).requires_grad_() for _ in range(2))
+    ours, real = _product(x, turn), _real_product(again, turn)
+    assert torch.equal(ours, real)
+    weights = torch.randn_like(real)
+    ours.backward(weights)
+    real.backward(weights)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, again.grad, atol=1e-6, rtol=0)
+
+
+def test_compiled_code_is_real() -> None:
+    """Inductor runs complex products unfused."""
+    x, turn = some_heads(2, 16), rotation((0, 1), GRID, 16, CPU)
+    graphs: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(apply_rope, backend=look)
+    torch.testing.assert_close(compiled(x, turn), apply_rope(x, turn), atol=1e-6, rtol=0)
+    assert len(graphs) == 1
+    assert "complex" not in graphs[0]
 
 
 def test_tables_made_in_inference_mode_serve_training() -> None:

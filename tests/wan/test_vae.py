@@ -225,11 +225,41 @@ def test_decode_equals_diffusers_decode(vae):
 
 
 @pytest.mark.parametrize("chunks", [[1] * 7, [7], [3, 3, 1], [1, 2, 4], [2, 5]])
-def test_chunked_equals_whole_exactly(vae, chunks):
+def test_cuts_change_nothing(vae, chunks):
+    """Not a bit where frames are decoded one by one, else to rounding; the same cuts never."""
     latents = some_latents(vae)
     video = decode_in_chunks(vae, latents, chunks)
     assert video.shape[1] == 1 + vae.temporal_stride * (latents.shape[1] - 1)
-    assert (video - vae.decode(latents)).abs().max() == 0.0
+    assert torch.equal(video, decode_in_chunks(vae, latents, chunks))
+    one_by_one = copy.copy(vae)
+    one_by_one.pixels_at_once = 0
+    whole = one_by_one.decode(latents)
+    assert torch.equal(decode_in_chunks(one_by_one, latents, chunks), whole)
+    assert_close(video, whole)
+
+
+@pytest.mark.parametrize(
+    ("height", "pixels", "expected"),
+    [
+        (2, 256, [1, 6]),
+        (2, 18, [1, 3, 3]),
+        (2, 17, [1, 2, 2, 2]),
+        (4, 12, [1] * 7),
+        (4, 0, [1] * 7),
+    ],
+)
+def test_small_frames_are_decoded_together(vae, monkeypatch, height, pixels, expected):
+    """As many as have `pixels_at_once`, 3 columns each; the first of a video alone."""
+    sizes = []
+    convolve = vae.model.post_quant_conv.forward
+    monkeypatch.setattr(
+        vae.model.post_quant_conv, "forward", lambda x: sizes.append(x.shape[2]) or convolve(x)
+    )
+    latents = torch.zeros(1, 7, vae.model.config["z_dim"], height, 3)
+    ours = copy.copy(vae)
+    ours.pixels_at_once = pixels
+    ours.decode(latents)
+    assert sizes == expected
 
 
 def test_first_latent_frame_gives_one_video_frame(vae):
@@ -248,8 +278,8 @@ def test_interleaved_streams_are_independent(vae):
         videos_a.append(a.decode(first[:, i : i + 2]))
         videos_b.append(b.decode(second[:, i : i + 2]))
         vae.encode(torch.zeros(1, 1, 3, 16, 16))
-    assert torch.equal(torch.cat(videos_a, 1), vae.decode(first[:, :6]))
-    assert torch.equal(torch.cat(videos_b, 1), vae.decode(second[:, :6]))
+    assert torch.equal(torch.cat(videos_a, 1), decode_in_chunks(vae, first[:, :6], 2))
+    assert torch.equal(torch.cat(videos_b, 1), decode_in_chunks(vae, second[:, :6], 2))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 4])
