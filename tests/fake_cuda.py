@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 CUDA = torch.device("cuda:0")  # with its index: without one PyTorch would ask the driver
+META = torch.device("meta")  # for backward passes: autograd of a CPU build refuses CUDA's
 GB, GIB, TERA = 10**9, 2**30, 10**12
 
 aten = torch.ops.aten
@@ -63,10 +64,14 @@ class Counts:
 
 
 class FakeCuda(TorchDispatchMode):
-    """While it is entered, `CUDA` is a device of compute capability 9 without memory."""
+    """While it is entered, `CUDA` is a device of compute capability 9 without memory.
 
-    def __init__(self) -> None:
+    `device`: another one whose work is counted (`META`).
+    """
+
+    def __init__(self, device: torch.device = CUDA) -> None:
         super().__init__()
+        self.device = device
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # so PyTorch looks for no driver
         self._watching: list[Counts] = []
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -90,8 +95,6 @@ class FakeCuda(TorchDispatchMode):
             before = torch._C._only_lift_cpu_tensors()
             torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=CUDA) is a copy
             patches.callback(torch._C._set_only_lift_cpu_tensors, before)
-            # device threads were started, or not, when the process had its first backward pass
-            patches.enter_context(torch.autograd.set_multithreading_enabled(False))
             self._patches = patches.pop_all()
         return entered
 
@@ -122,21 +125,24 @@ class FakeCuda(TorchDispatchMode):
             return self._pin(args[0].clone())
         pinned = kwargs.pop("pin_memory", None)
         device = kwargs.get("device")
-        on_device = device is not None and torch.device(device).type == "cuda"
+        on_device = device is not None and torch.device(device).type == self.device.type
         if not on_device and not any(isinstance(x, FakeTensor) for x in inputs):
             out = func(*args, **kwargs)
             return self._pin(out) if pinned else out
         if packet is aten._local_scalar_dense:
-            if args[0].is_cuda:
+            if self._has(args[0]):
                 self._wait("a value")
             return args[0].dtype == torch.bool or 1
         with self._fake:
             out = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if any(x.is_cuda for x in (*inputs, *outputs)):
+        if any(map(self._has, (*inputs, *outputs))):
             self._track(outputs)
             self._count(packet, args, kwargs, out, inputs, outputs)
         return out
+
+    def _has(self, tensor: Tensor) -> bool:
+        return tensor.device.type == self.device.type
 
     def _pin(self, tensor: Tensor) -> Tensor:
         key = _key(tensor)
@@ -147,7 +153,7 @@ class FakeCuda(TorchDispatchMode):
     def _track(self, outputs: Sequence[Tensor]) -> None:
         for tensor in outputs:
             key, storage = _key(tensor), tensor.untyped_storage()
-            if tensor.is_cuda and key not in self._known:
+            if self._has(tensor) and key not in self._known:
                 self._known.add(key)
                 watching, size = tuple(self._watching), storage.nbytes()
                 weakref.finalize(storage, self._freed, key, size, watching)
@@ -176,7 +182,7 @@ class FakeCuda(TorchDispatchMode):
         name = packet.__name__
         if packet in (aten._to_copy, aten.copy_):
             source = args[1] if packet is aten.copy_ else args[0]
-            if source.is_cuda != out.is_cuda:
+            if self._has(source) != self._has(out):
                 self._count_transfer(source, out, packet is aten._to_copy, args, kwargs)
                 return
         if packet is aten.index and any(x.device.type == "cpu" for x in inputs[1:]):
@@ -197,9 +203,9 @@ class FakeCuda(TorchDispatchMode):
     ) -> None:
         """A copy between host and device: without waiting only by way of pinned memory."""
         asked = kwargs.get("non_blocking", False) or (not new and len(args) > 2 and args[2])
-        if out.is_cuda and not (asked and _key(source) in self._pinned):
+        if self._has(out) and not (asked and _key(source) in self._pinned):
             self._wait("a copy to the device")
-        if source.is_cuda and not (asked and (new or _key(out) in self._pinned)):
+        if self._has(source) and not (asked and (new or _key(out) in self._pinned)):
             self._wait("a copy to the host")
 
 
@@ -217,14 +223,13 @@ class _Event:
         self._device._wait("an event")
 
 
-def made_on_cuda(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A network on the meta device gets fake weights on `CUDA`, in place; no gradient."""
+def made_on(device: torch.device, module: nn.Module, dtype: torch.dtype) -> None:
+    """Fake weights on `device` take the place of a network's own; no gradient."""
     for part in module.modules():
         for name, value in part._parameters.items():
             if value is not None:
-                made = torch.empty(value.shape, dtype=dtype, device=CUDA)
+                made = torch.empty(value.shape, dtype=dtype, device=device)
                 part._parameters[name] = nn.Parameter(made, requires_grad=False)
-    return module.eval()
 
 
 # --- what a CPU build lacks ----------------------------------------------------------------------
@@ -250,7 +255,7 @@ _real_norm = F.rms_norm
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **settings: Any) -> Tensor:
     """A fused kernel on the device; a CPU build would take the path that writes all scores."""
-    if not q.is_cuda:
+    if q.device.type == "cpu":
         return _real_attention(q, k, v, attn_mask=attn_mask, **settings)
     assert attn_mask is None, "masks on the device go through FlexAttention"
     return aten._scaled_dot_product_flash_attention(q, k, v)[0]
@@ -258,7 +263,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **setting
 
 def _norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: Any = None) -> Tensor:
     """One kernel on the device; a CPU build takes it apart."""
-    if not x.is_cuda:
+    if x.device.type == "cpu":
         return _real_norm(x, shape, weight, eps)
     assert weight is not None
     return _fused_norm(x, weight)
@@ -307,6 +312,6 @@ def _bytes(packet: Any, args: Sequence[Any], inputs: Sequence[Tensor], outputs: 
         return _unique(args[0]) + _unique(args[1])
     if packet in (aten.fill_, aten.zero_):
         return _unique(args[0])
-    read = {(_key(x), x.storage_offset(), x.shape): _unique(x) for x in inputs if x.is_cuda}
+    read = {(_key(x), x.storage_offset(), x.shape): _unique(x) for x in inputs}
     written = {(_key(x), x.storage_offset(), x.shape): _unique(x) for x in outputs}
     return sum((read | written).values())
