@@ -56,7 +56,7 @@ class Outcome:
 
 def stages(args: argparse.Namespace) -> list[Stage]:
     """What is run, in order; the long run comes behind them, with what is left."""
-    own, bench = ("scripts/gpu_stages.py",), ("scripts/benchmark.py",)
+    own, bench = ("scripts/_gpu_stages.py",), ("scripts/benchmark.py",)
     given = flags(args)
     timed = (*bench, "--random_weights", *given, "--blocks", str(args.blocks))
     return [

@@ -44,7 +44,8 @@ class Counts:
 
     `moved`: bytes read and written by copies and elementwise kernels. `multiplied`: the same of
     matrix products, attention and convolutions. `live`: bytes alive of what was made meanwhile;
-    `peak`: the most of these. `waits`: reasons for which the host had to wait, and how often.
+    `peak`: the most of these. `sent`: copies to the device. `waits`: reasons for which the host had
+    to wait, and how often.
     """
 
     ops: int = 0
@@ -53,6 +54,7 @@ class Counts:
     multiplied: int = 0
     live: int = 0
     peak: int = 0
+    sent: int = 0
     waits: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -203,6 +205,9 @@ class FakeCuda(TorchDispatchMode):
     ) -> None:
         """A copy between host and device: without waiting only by way of pinned memory."""
         asked = kwargs.get("non_blocking", False) or (not new and len(args) > 2 and args[2])
+        if self._has(out):
+            for counts in self._watching:
+                counts.sent += 1
         if self._has(out) and not (asked and _key(source) in self._pinned):
             self._wait("a copy to the device")
         if self._has(source) and not (asked and (new or _key(out) in self._pinned)):

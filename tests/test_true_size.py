@@ -45,7 +45,7 @@ BUDGETS = {
     ("rolling_forcing_dmd", "window"): Budget(1556, 202.0, 238.3, 1.21),
     ("rolling_forcing_dmd", "block"): Budget(4567, 283.1, 674.6, 3.81),
     ("rolling_forcing_dmd", "first block"): Budget(8604, 435.7, 835.7, 3.82),
-    # one steady block: clean pass, five windows (four with a sink), decoding
+    # one steady block: clean pass, four windows, decoding
     ("self_forcing_dmd", "clean"): Budget(1616, 40.41, 127.5, 0.99),
     ("self_forcing_dmd", "window"): Budget(1556, 40.41, 125.8, 0.99),
     ("self_forcing_dmd_vsink1", "clean"): Budget(1616, 20.22, 57.8, 0.32),
@@ -94,10 +94,10 @@ def dit(device: FakeCuda) -> WanDiT:
         return made_dit("1.3B")
 
 
-def made_dit(size: str, device: torch.device = CUDA) -> WanDiT:
+def made_dit(size: str, device: torch.device = CUDA, **changed: int) -> WanDiT:
     sizes = json.loads((CONFIGS / f"models/Wan2.1-T2V-{size}.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        dit = WanDiT(DiTConfig.from_dict(sizes))
+        dit = WanDiT(DiTConfig.from_dict(sizes | changed))
     made_on(device, dit, torch.bfloat16)
     return dit
 
@@ -178,6 +178,29 @@ def test_a_step_block_by_block(cuda: FakeCuda, dit: WanDiT, vae: WanVAE, name: s
     for kind, counts in passes:
         check(counts, name, kind)
     assert not step.waits
+
+
+@pytest.mark.parametrize(
+    ("name", "noise", "slots"),
+    [(ROLLING, 5, 4), ("self_forcing_dmd", 4, 7), ("self_forcing_dmd_vsink1", 4, 7)],
+)
+def test_what_a_steady_block_sends_to_the_device(
+    cuda: FakeCuda, name: str, noise: int, slots: int
+) -> None:
+    """Its noise, and for each pass the slots that it reads, writes and takes over; once.
+
+    Levels, rotations and the statistics of the VAE are there from the start.
+    """
+    with torch.device("meta"):
+        model = AutoencoderKLWan(base_dim=4)
+    made_on(CUDA, model, torch.bfloat16)
+    stream = at_steady_state(opened(made_dit("1.3B", num_layers=1), WanVAE(model), name))
+    for _ in range(2):
+        stream.next_block()
+    with cuda.measured() as block:
+        stream.next_block()
+    assert block.sent == noise + slots
+    assert block.waits == {"an event": 1}
 
 
 def test_decoding_a_block(cuda: FakeCuda, vae: WanVAE, past: dict[str, Tensor]) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import benchmark, gpu_check, gpu_stages
+from scripts import _gpu_stages as gpu_stages
+from scripts import benchmark, gpu_check
 from scripts.gpu_check import Stage
 from tests.tiny_pipeline import TINY_DIT, write_config
 from utils.cli import parse_command, run_main
@@ -41,7 +42,7 @@ def test_commands_of_the_stages_are_understood(tmp_path: Path, tiny: list[str]) 
     args = parse_command(gpu_check.build_parser(), given)
     parsers = {
         "scripts/benchmark.py": benchmark.build_parser(),
-        "scripts/gpu_stages.py": gpu_stages.build_parser(),
+        "scripts/_gpu_stages.py": gpu_stages.build_parser(),
     }
     interval = {"seconds": {"block_interval": 0.5}}
     done = gpu_check.Outcome("eager 1", "done", 1.0, interval)

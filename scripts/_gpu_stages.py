@@ -1,6 +1,6 @@
 """The stages of `scripts/gpu_check.py` that no other command has: one of them per process.
 
-    python scripts/gpu_stages.py ceilings --config_path configs/rolling_forcing_dmd.yaml
+    python scripts/_gpu_stages.py ceilings --config_path configs/rolling_forcing_dmd.yaml
 
 Sizes come from the config and the model preset, so small ones rehearse every stage on a CPU.
 """
