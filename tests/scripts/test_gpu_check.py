@@ -52,7 +52,7 @@ def test_commands_of_the_stages_are_understood(tmp_path: Path, tiny: list[str]) 
         if stage.command[0] in parsers:
             found = parse_command(parsers[stage.command[0]], stage.command[1:])
             assert "seed=1" in found.overrides
-    assert parse_command(parsers["scripts/benchmark.py"], last.command[1:]).blocks == 140
+    assert parse_command(parsers["scripts/benchmark.py"], last.command[1:]).blocks == 100
     assert gpu_check.long_run(args, [done], left=1) is None
     assert gpu_check.long_run(args, [], left=100) is None
 
