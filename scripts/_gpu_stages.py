@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +222,7 @@ def _products(pipe: VideoPipeline) -> list[tuple[str, float]]:
     ):
         x = torch.randn(n, k, dtype=pipe.dit.dtype, device=pipe.device)
         weight = torch.randn(m, k, dtype=pipe.dit.dtype, device=pipe.device)
-        took = seconds_of(lambda x=x, w=weight: torch.nn.functional.linear(x, w), pipe.device)
+        took = seconds_of(partial(torch.nn.functional.linear, x, weight), pipe.device)
         found.append((name, 2 * n * k * m / took / TERA))
     return found
 
@@ -250,9 +251,8 @@ def _attentions(pipe: VideoPipeline) -> dict[str, dict[str, float | str]]:
         for backend in get_args(Backend):
             try:
                 check_backend(backend, pipe.device, pipe.dit.dtype)
-                took = seconds_of(
-                    lambda q=queries, k=keys, b=backend: attention(q, k, k, backend=b), pipe.device
-                )
+                run = partial(attention, queries, keys, keys, backend=backend)
+                took = seconds_of(run, pipe.device)
                 rates[backend] = flop / took / TERA
             except (UserError, RuntimeError, ImportError) as error:
                 rates[backend] = str(error).partition("\n")[0]
@@ -275,7 +275,7 @@ def _convolutions(pipe: VideoPipeline) -> dict[str, float]:
             x = x.contiguous(memory_format=order)
             with torch.no_grad():
                 outputs = conv(x).numel()
-                took = seconds_of(lambda run=conv, x=x: run(x), pipe.device)
+                took = seconds_of(partial(conv, x), pipe.device)
             name = f"{c} channels, {shape[3]}x{shape[4]}, {str(order).removeprefix('torch.')}"
             found[name] = 2 * outputs * 27 * c / took / TERA
     return found
