@@ -103,32 +103,31 @@ class Renoise:
 class OdeStep:
     """Models that are not distilled: one solver of diffusers per block in flight.
 
-    Multi-step solvers carry history, so a block's solver lives from its first level to its last.
+    Multi-step solvers carry history, so a block's solver lives from its first level to its last. It
+    looks its steps up among timesteps on the CPU, wherever latents are: nothing waits for a GPU.
     """
 
     def __init__(self, template: Any) -> None:
         """`template`: a diffusers scheduler whose timesteps are set."""
         self._template = template
         self._solvers: dict[int, Any] = {}
-        self.timesteps = template.timesteps.to("cpu", torch.float32)
+        self.timesteps = template.timesteps.to(torch.float32)
 
     @classmethod
-    def with_steps(
-        cls, sampler: Sampler, num_steps: int, shift: float, device: torch.device
-    ) -> "OdeStep":
+    def with_steps(cls, sampler: Sampler, num_steps: int, shift: float) -> "OdeStep":
         """A named solver; `num_steps` even steps from 1000 to 0, spread by the timestep shift."""
         if sampler == "euler":  # diffusers' own spacing shifts its last step twice
             even = torch.linspace(NUM_TIMESTEPS, 0, num_steps + 1)[:-1]
-            return cls.at(shift_timesteps(even, shift), device)
+            return cls.at(shift_timesteps(even, shift))
         scheduler = make_scheduler(sampler, shift)
-        scheduler.set_timesteps(num_steps, device=device)
+        scheduler.set_timesteps(num_steps, device="cpu")
         return cls(scheduler)
 
     @classmethod
-    def at(cls, timesteps: Tensor, device: torch.device) -> "OdeStep":
+    def at(cls, timesteps: Tensor) -> "OdeStep":
         """Euler steps between given timesteps `[T]`, and from the last one to 0."""
         scheduler = make_scheduler("euler", shift=1.0)
-        scheduler.set_timesteps(sigmas=(timesteps / NUM_TIMESTEPS).tolist(), device=device)
+        scheduler.set_timesteps(sigmas=(timesteps / NUM_TIMESTEPS).tolist(), device="cpu")
         return cls(scheduler)
 
     def advance(self, block: int, level: int, noisy: Tensor, flow: Tensor, *, last: bool) -> Tensor:

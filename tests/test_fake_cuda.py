@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.sampling import OdeStep, Sampler
 from tests.fake_cuda import CUDA, FakeCuda
 from utils.devices import to_device, to_host
 
@@ -75,3 +76,17 @@ def test_bytes_operations_and_memory(cuda: FakeCuda) -> None:
 def test_what_is_on_the_cpu_is_real(cuda: FakeCuda) -> None:
     assert torch.arange(3).sum().item() == 3
     assert not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc", "dpm++"])
+def test_a_solver_reads_nothing_from_the_device(cuda: FakeCuda, sampler: Sampler) -> None:
+    """Each looked its step up on the device, and waited for what it found, at every block.
+
+    What diffusers' UniPC sends there itself, some coefficients, is left.
+    """
+    rule = OdeStep.with_steps(sampler, 4, 5.0)
+    x = on_device(1, 3, 16, 4, 6)
+    with cuda.measured() as counts:
+        for level in range(4):
+            x = rule.advance(0, level, x, x, last=level == 3)
+    assert set(counts.waits) <= ({"a copy to the device"} if sampler == "unipc" else set())
