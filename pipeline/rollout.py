@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.passes import Part, Pass, Plan
 from pipeline.sampling import BlockNoise, StepRule
 from pipeline.schedule import BlockLayout, Window
+from utils.devices import to_device
 from wan.context import AttentionContext, CachedContext, SplitContext
 from wan.dit import TextContext, WanDiT
 from wan.flow import add_noise, x0_from_flow
@@ -77,6 +78,7 @@ class Rollout:
         self.guidance_scale = guidance_scale
         self.context_noise = context_noise
         self.wrap_context: ContextWrapper | None = None
+        self._timesteps = to_device(rule.timesteps, cache.device)
         self.index = 0  # of the next pass
         self._in_flight: dict[int, Tensor] = {}
         self._unwritten: dict[int, Tensor] = dict(enumerate(prefix))
@@ -109,6 +111,7 @@ class Rollout:
         """
         while (coming := self.plan.at(self.index)) is not None:
             result = self._run(self._parted(coming) if grad else coming, grad=grad)
+            self.noise.draw_ahead(self.plan.schedule.num_blocks)
             self.index += 1
             if result is not None:
                 return result
@@ -290,11 +293,11 @@ class Rollout:
             for block, level in part.window
         ]
         times = [
-            self.rule.timesteps[level].expand(x.shape[1])
+            self._timesteps[level].expand(x.shape[1])
             for x, level in zip(noisy, part.window.levels, strict=True)
         ]
         joined = torch.cat(noisy, dim=1)  # [B, q, C, H, W]
-        return joined, torch.cat(times).to(joined.device).expand(joined.shape[:2])
+        return joined, torch.cat(times).expand(joined.shape[:2])
 
     def _clean_input(self, block: int) -> tuple[Tensor, Tensor]:
         return self._noised_clean(block, self._unwritten[block])

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from utils.devices import to_device
 from utils.noise import NoiseSource
 from wan.flow import NUM_TIMESTEPS, add_noise, shift_timesteps, x0_from_flow
 
@@ -17,6 +18,9 @@ class BlockNoise:
     """Noise of a batch: row i is the noise of `samples[i]`, whatever else is in the batch.
 
     `sources`: the block from which each source is drawn from, in order.
+
+    Every block asks for what the block before it asked for. So with a GPU what a pass took is drawn
+    for the next block by `draw_ahead`, while the GPU computes.
     """
 
     def __init__(
@@ -24,16 +28,34 @@ class BlockNoise:
     ) -> None:
         self.sources: list[tuple[int, NoiseSource]] = [(0, source)]
         self.samples = tuple(samples)
-        self.device = device
+        self.device = torch.device(device)
+        self._asked: set[tuple[int, int]] = set()
+        self._drawn: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, block: int, level: int) -> Tensor:
         """`[B, f, C, H, W]`, float32."""
+        self._asked.add((block, level))
+        drawn = self._drawn.pop((block, level), None)
+        return self._draw(block, level) if drawn is None else drawn
+
+    def draw_ahead(self, end: int | None) -> None:
+        """Draw for the next block, up to `end`, what was asked for since the last time."""
+        if self._asked and self.device.type == "cuda":
+            oldest = min(block for block, _ in self._asked)
+            self._drawn = {key: noise for key, noise in self._drawn.items() if key[0] >= oldest}
+            for block, level in {(block + 1, level) for block, level in self._asked} - self._asked:
+                if end is None or block < end:
+                    self._drawn[block, level] = self._draw(block, level)
+        self._asked.clear()
+
+    def _draw(self, block: int, level: int) -> Tensor:
         source = next(source for first, source in reversed(self.sources) if block >= first)
         draws = {sample: source(sample, block, level) for sample in set(self.samples)}
-        return torch.stack([draws[sample] for sample in self.samples]).to(self.device)
+        return to_device(torch.stack([draws[sample] for sample in self.samples]), self.device)
 
     def change(self, source: NoiseSource, block: int) -> None:
         """Draw from another source from `block` on."""
+        self._drawn.clear()
         kept = [(first, old) for first, old in self.sources if first < block]
         self.sources = [*kept, (block, source)]
 
@@ -81,32 +103,31 @@ class Renoise:
 class OdeStep:
     """Models that are not distilled: one solver of diffusers per block in flight.
 
-    Multi-step solvers carry history, so a block's solver lives from its first level to its last.
+    Multi-step solvers carry history, so a block's solver lives from its first level to its last. It
+    looks its steps up among timesteps on the CPU, wherever latents are: nothing waits for a GPU.
     """
 
     def __init__(self, template: Any) -> None:
         """`template`: a diffusers scheduler whose timesteps are set."""
         self._template = template
         self._solvers: dict[int, Any] = {}
-        self.timesteps = template.timesteps.to("cpu", torch.float32)
+        self.timesteps = template.timesteps.to(torch.float32)
 
     @classmethod
-    def with_steps(
-        cls, sampler: Sampler, num_steps: int, shift: float, device: torch.device
-    ) -> "OdeStep":
+    def with_steps(cls, sampler: Sampler, num_steps: int, shift: float) -> "OdeStep":
         """A named solver; `num_steps` even steps from 1000 to 0, spread by the timestep shift."""
         if sampler == "euler":  # diffusers' own spacing shifts its last step twice
             even = torch.linspace(NUM_TIMESTEPS, 0, num_steps + 1)[:-1]
-            return cls.at(shift_timesteps(even, shift), device)
+            return cls.at(shift_timesteps(even, shift))
         scheduler = make_scheduler(sampler, shift)
-        scheduler.set_timesteps(num_steps, device=device)
+        scheduler.set_timesteps(num_steps, device="cpu")
         return cls(scheduler)
 
     @classmethod
-    def at(cls, timesteps: Tensor, device: torch.device) -> "OdeStep":
+    def at(cls, timesteps: Tensor) -> "OdeStep":
         """Euler steps between given timesteps `[T]`, and from the last one to 0."""
         scheduler = make_scheduler("euler", shift=1.0)
-        scheduler.set_timesteps(sigmas=(timesteps / NUM_TIMESTEPS).tolist(), device=device)
+        scheduler.set_timesteps(sigmas=(timesteps / NUM_TIMESTEPS).tolist(), device="cpu")
         return cls(scheduler)
 
     def advance(self, block: int, level: int, noisy: Tensor, flow: Tensor, *, last: bool) -> Tensor:

@@ -40,13 +40,13 @@ class Levels:
     sampler: Sampler
     shift: float
 
-    def step_rule(self, noise: BlockNoise, device: torch.device) -> StepRule:
+    def step_rule(self, noise: BlockNoise) -> StepRule:
         """How blocks move between levels; by default what the weights are made for."""
         if self.timesteps is None:
-            ode = OdeStep.with_steps(self.sampler, self.num, self.shift, device)
+            ode = OdeStep.with_steps(self.sampler, self.num, self.shift)
             return Renoise(ode.timesteps, noise) if self.rule == "renoise" else ode
         if self.rule == "ode":
-            return OdeStep.at(self.tensor(), device)
+            return OdeStep.at(self.tensor())
         return Renoise(self.tensor(), noise)
 
     def tensor(self) -> Tensor:
@@ -283,7 +283,7 @@ class Setup:
                 recent_frames=recent_frames,
             ),
             grid=self.shape.grid,
-            rule=rule or self.levels.step_rule(noise, keys.device),
+            rule=rule or self.levels.step_rule(noise),
             noise=noise,
             text=text,
             guidance_scale=guidance_scale,

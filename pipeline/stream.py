@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline import inputs
 from pipeline.changes import BRANCH, Change, Direction, Policy, Timeline
 from pipeline.rollout import Rollout
+from utils.devices import to_host
 from utils.errors import UserError
 from utils.video import to_uint8
 from wan.vae import StreamingDecoder
@@ -305,11 +306,10 @@ class Stream:
         if block > 0 and block in self._open().direction.scenes:
             self._decoder.restart()
         video = self._decoder.decode(latents)
-        finite = torch.stack([_extent(latents), _extent(video)])  # read once the copy has waited
-        frames = to_uint8(video).cpu()
-        numbers = finite.isfinite().tolist()
-        if not all(numbers):
-            what = "latents" if not numbers[0] else "frames"
+        finite = torch.stack([_extent(latents), _extent(video)]).isfinite()
+        frames, numbers = to_host(to_uint8(video).contiguous(), finite)
+        if not all(numbers.tolist()):
+            what = "frames" if numbers[0] else "latents"
             raise UserError(f"block {block} has {what} that are not numbers {NOT_FINITE}")
         return frames
 

@@ -90,7 +90,7 @@ def solve_trajectories(
     """
     setup = setup.bidirectional()
     kept = [int((grid - level).abs().argmin()) for level in levels]
-    rule = KeepStates(OdeStep.at(grid, teacher.device), kept)
+    rule = KeepStates(OdeStep.at(grid), kept)
     rollout = setup.rollout(
         teacher,
         Schedule("full", len(grid), setup.layout.require_full_blocks(num_latent_frames)),

@@ -19,6 +19,7 @@ MODULES = (
     "scripts.export",
     "scripts.evaluate",
     "scripts.benchmark",
+    "scripts.gpu_check",
     "scripts.attention_maps",
     "scripts.plot_run",
     "scripts.live_client",

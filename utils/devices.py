@@ -1,9 +1,10 @@
-"""Devices and number types: what was asked for, and what there is."""
+"""Devices and number types: what was asked for, and what there is; copies to and from them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from utils.errors import UserError
 
@@ -54,6 +55,24 @@ def choose_decoding_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 def choose_merging(wish: bool | None, device: torch.device) -> bool:
     """Whether clean passes share a forward with the window behind them; None: on a CPU."""
     return device.type == "cpu" if wish is None else wish
+
+
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """`values` on `device`; of a GPU the host does not wait for it."""
+    if torch.device(device).type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All of them on the CPU, where the host waits for a GPU once."""
+    if tensors[0].device.type != "cuda":
+        return tuple(x.cpu() for x in tensors)
+    copies = tuple(x.to("cpu", non_blocking=True) for x in tensors)  # into pinned memory
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensors[0].device))
+    copied.synchronize()
+    return copies
 
 
 def computes_in_bf16(device: torch.device) -> bool:

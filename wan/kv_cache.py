@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from utils.devices import to_device
+
 
 class View(NamedTuple):
     """What one pass sees: `frames` of the past, then the queries themselves.
@@ -243,4 +245,4 @@ class KVCache:
         return self.sink_frames + (frame - self.sink_frames) % self.recent_frames
 
     def _index(self, slots: list[int]) -> Tensor:
-        return torch.tensor(slots, dtype=torch.int64).to(self.device, non_blocking=True)
+        return to_device(torch.tensor(slots, dtype=torch.int64), self.device)

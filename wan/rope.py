@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from utils.devices import to_device
+
 THETA = 10_000.0
 
 
@@ -43,7 +45,7 @@ def rotation(
 
     def table(values: list[Tensor]) -> Tensor:
         full = (len(frames), rows, columns, -1)
-        time, height, width = (value.to(torch.float32).to(device) for value in values)
+        time, height, width = (to_device(value.to(torch.float32), device) for value in values)
         joined = torch.cat(
             [
                 time[:, None, None].expand(full),

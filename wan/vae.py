@@ -30,6 +30,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from einops import rearrange
 from torch import Tensor, nn
 
+from utils.devices import to_device
 from utils.errors import UserError
 from wan.geometry import Strides
 from wan.weights import Shapes, assign_weights, read_json, read_weights, save_weights
@@ -92,6 +93,7 @@ class WanVAE:
         self.pixels_at_once = PIXELS_AT_ONCE
         self.latents_mean = torch.tensor(model.config["latents_mean"])  # [C]
         self.latents_std = torch.tensor(model.config["latents_std"])  # [C]
+        self._statistics = self.latents_mean.view(-1, 1, 1), self.latents_std.view(-1, 1, 1)
 
     @classmethod
     def from_official(
@@ -259,8 +261,11 @@ class WanVAE:
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, float32 [C, 1, 1] each."""
-        mean, std = self.latents_mean.to(self.device), self.latents_std.to(self.device)
-        return mean.view(-1, 1, 1), std.view(-1, 1, 1)
+        mean, std = self._statistics
+        if mean.device != self.device:
+            mean, std = to_device(mean, self.device), to_device(std, self.device)
+            self._statistics = mean, std
+        return mean, std
 
 
 class StreamingDecoder:
@@ -422,7 +427,7 @@ def _floats(clip: Tensor, model: AutoencoderKLWan) -> Tensor:
     """Pixels in [-1, 1]; floats are so already."""
     if clip.is_floating_point():
         return clip
-    return (clip.float() / 127.5 - 1).to(model.device, model.dtype)
+    return (to_device(clip, model.device).float() / 127.5 - 1).to(model.dtype)
 
 
 def _clips(x: Tensor, stride: int) -> Iterator[Tensor]:

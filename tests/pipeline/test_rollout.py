@@ -501,7 +501,7 @@ def test_resuming_keeps_the_solvers_history(dit: WanDiT, name: str, sampler: Any
     method = tiny_method(name, levels=4)
 
     def fresh() -> Rollout:
-        return new_rollout(dit, method, 5, rule=OdeStep.with_steps(sampler, 4, 3.0, CPU))
+        return new_rollout(dit, method, 5, rule=OdeStep.with_steps(sampler, 4, 3.0))
 
     straight = fresh()
     for _ in range(6):
@@ -549,7 +549,7 @@ def initial_noise(frames: int = 4) -> Tensor:
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_steps_are_even_before_the_shift(sampler: Any, shift: float) -> None:
     """Diffusers' own spacing for Euler shifts its end twice, and its last step is a tiny one."""
-    timesteps = OdeStep.with_steps(sampler, STEPS, shift, CPU).timesteps
+    timesteps = OdeStep.with_steps(sampler, STEPS, shift).timesteps
     sigma = 1 - torch.arange(STEPS) / STEPS
     expected = 1000 * shift * sigma / (1 + (shift - 1) * sigma)
     assert_close(timesteps, expected, atol=1.5)  # the multi-step ones round down
@@ -557,7 +557,7 @@ def test_steps_are_even_before_the_shift(sampler: Any, shift: float) -> None:
 
 def test_euler_equals_a_loop_written_out(dit: WanDiT) -> None:
     timesteps = torch.tensor([1000.0, 900.0, 700.0, 400.0, 150.0])
-    blocks = run(full_rollout(dit, OdeStep.at(timesteps, CPU)))
+    blocks = run(full_rollout(dit, OdeStep.at(timesteps)))
     x = initial_noise()
     for t, following in zip(timesteps, [*timesteps[1:], torch.tensor(0.0)], strict=True):
         x = euler_step(x, guided(dit, x, t.item()), t, following)
@@ -573,7 +573,7 @@ def test_euler_equals_a_loop_written_out(dit: WanDiT) -> None:
 )
 def test_solvers_equal_diffusers_by_hand(dit: WanDiT, sampler: Any, scheduler: Any) -> None:
     """All frames in one solver, where the engine has one per block."""
-    blocks = run(full_rollout(dit, OdeStep.with_steps(sampler, STEPS, 5.0, CPU)))
+    blocks = run(full_rollout(dit, OdeStep.with_steps(sampler, STEPS, 5.0)))
     solver = scheduler(
         num_train_timesteps=1000,
         prediction_type="flow_prediction",
@@ -590,9 +590,9 @@ def test_solvers_equal_diffusers_by_hand(dit: WanDiT, sampler: Any, scheduler: A
 def test_full_schedule_equals_a_single_block(dit: WanDiT) -> None:
     """Guards against positions or levels that depend on how frames fall into blocks."""
     timesteps = torch.tensor([1000.0, 700.0, 300.0])
-    by_frame = run(full_rollout(dit, OdeStep.at(timesteps, CPU)))
+    by_frame = run(full_rollout(dit, OdeStep.at(timesteps)))
     method = TinyMethod("full", ContextPolicy(0, 4), BlockLayout(4), tuple(timesteps.tolist()))
-    rule = OdeStep.at(timesteps, CPU)
+    rule = OdeStep.at(timesteps)
     text = torch.cat([some_text(dit, [0, 1]), some_text(dit, [7, 7])])
     whole = new_rollout(
         dit,
@@ -611,7 +611,7 @@ def test_causal_multi_step_equals_a_loop_written_out(dit: WanDiT) -> None:
     """Block by block, each block's ODE to its end, then its clean pass as context."""
     timesteps = torch.tensor([1000.0, 800.0, 500.0, 200.0])
     method = TinyMethod("block", ContextPolicy(0, 6, "original"), BlockLayout(2), (0.0,) * 4)
-    blocks = run(new_rollout(dit, method, 3, rule=OdeStep.at(timesteps, CPU)))
+    blocks = run(new_rollout(dit, method, 3, rule=OdeStep.at(timesteps)))
     text = dit.encode_text(some_text(dit))
     source = CounterNoise(0, LATENT, 2)
     clean = torch.zeros(1, 0, *LATENT)
@@ -632,7 +632,7 @@ def test_rolling_multi_step_keeps_each_blocks_history(dit: WanDiT) -> None:
     """Blocks of one window are at different levels: each needs a solver of its own."""
     method = tiny_method("rolling", levels=STEPS)
     log = LoggingDiT(dit)
-    rule = OdeStep.with_steps("unipc", STEPS, 5.0, CPU)
+    rule = OdeStep.with_steps("unipc", STEPS, 5.0)
     flows = flows_of(log)
     blocks = run(new_rollout(log, method, 3, rule=rule))
     window_flows = [f for f, call in zip(flows, log.calls, strict=True) if not call.clean_pass]

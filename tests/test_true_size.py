@@ -1,0 +1,295 @@
+"""What the published sizes cost on a GPU, counted without one: 832x480, 1.3B, bf16, one video.
+
+Budgets stand beside what is counted. More than a budget is a loss that was not meant, and a test
+fails; much less is a gain, and the budget has to follow, so the table stays true.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch import Tensor
+
+from model.dmd import critic_loss, generator_loss, predict_scores
+from model.self_rollout import RolloutDraw, self_rollout
+from pipeline import VideoPipeline
+from pipeline.sampling import BlockNoise
+from pipeline.setup import Setup
+from pipeline.stream import Stream
+from tests.fake_cuda import CUDA, GB, GIB, META, TERA, Counts, FakeCuda, made_on
+from utils.config import load_config
+from wan.dit import DiTConfig, WanDiT
+from wan.flow import add_noise
+from wan.vae import WanVAE
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+class Budget(NamedTuple):
+    """Kernels, 10^12 operations, GB moved by copies and elementwise kernels, GiB made and alive."""
+
+    ops: int
+    tflop: float
+    moved: float
+    peak: float
+
+
+BUDGETS = {
+    # one steady block: clean pass, window, decoding
+    ("rolling_forcing_dmd", "clean"): Budget(1616, 40.41, 127.5, 0.99),
+    ("rolling_forcing_dmd", "window"): Budget(1556, 202.0, 238.3, 1.21),
+    ("rolling_forcing_dmd", "block"): Budget(4567, 283.1, 674.6, 3.81),
+    ("rolling_forcing_dmd", "first block"): Budget(8604, 435.7, 835.7, 3.82),
+    # one steady block: clean pass, four windows, decoding
+    ("self_forcing_dmd", "clean"): Budget(1616, 40.41, 127.5, 0.99),
+    ("self_forcing_dmd", "window"): Budget(1556, 40.41, 125.8, 0.99),
+    ("self_forcing_dmd_vsink1", "clean"): Budget(1616, 20.22, 57.8, 0.32),
+    ("self_forcing_dmd_vsink1", "window"): Budget(1556, 20.22, 56.0, 0.32),
+    # three latent frames of a stream; 21 frames of a prefix
+    ("vae", "decode"): Budget(1344, 40.65, 307.9, 3.79),
+    ("vae", "encode"): Budget(1966, 42.98, 305.6, 2.78),
+    # DMD on a rolling rollout of 21 frames; weights, gradients and cache aside
+    ("dmd", "generator"): Budget(28894, 5430, 4856, 18.15),
+    ("dmd", "critic"): Budget(22325, 2243, 2438, 7.77),
+}
+ROLLING = "rolling_forcing_dmd"
+
+
+def check(counts: Counts, *case: str) -> None:
+    """Against the budget of a case."""
+    budget = BUDGETS[case]  # type: ignore[index]
+    found = Budget(counts.ops, counts.flop / TERA, counts.moved / GB, counts.peak / GIB)
+    for name, measured, allowed in zip(Budget._fields, found, budget, strict=True):
+        assert 0.95 * allowed <= measured <= 1.01 * allowed, f"{case} {name}: {found}"
+
+
+@pytest.fixture(scope="module")
+def device() -> FakeCuda:
+    return FakeCuda()
+
+
+@pytest.fixture
+def cuda(device: FakeCuda) -> Iterator[FakeCuda]:
+    with device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def vae(device: FakeCuda) -> WanVAE:
+    with torch.device("meta"):
+        model = AutoencoderKLWan(base_dim=96)
+    with device:
+        made_on(CUDA, model, torch.bfloat16)
+    return WanVAE(model)
+
+
+@pytest.fixture(scope="module")
+def dit(device: FakeCuda) -> WanDiT:
+    with device:
+        return made_dit("1.3B")
+
+
+def made_dit(size: str, device: torch.device = CUDA, **changed: int) -> WanDiT:
+    sizes = json.loads((CONFIGS / f"models/Wan2.1-T2V-{size}.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        dit = WanDiT(DiTConfig.from_dict(sizes | changed))
+    made_on(device, dit, torch.bfloat16)
+    return dit
+
+
+@pytest.fixture(scope="module")
+def past(device: FakeCuda, vae: WanVAE) -> dict[str, Tensor]:
+    """State of a decoder that has seen two latent frames."""
+    with device:
+        decoder = vae.streaming_decoder()
+        decoder.decode(torch.zeros(1, 2, 16, 60, 104, device=CUDA))
+        return decoder.state_dict()
+
+
+def opened(dit: WanDiT, vae: WanVAE, name: str) -> Stream:
+    setup = Setup.of(load_config(CONFIGS / f"{name}.yaml"), sizes=dit.config)
+    text = torch.zeros(1, 512, dit.config.text_dim, dtype=torch.bfloat16, device=CUDA)
+    return VideoPipeline(setup, dit, vae=vae).open_stream(text, seed=0)
+
+
+def at_steady_state(stream: Stream, past: Mapping[str, Tensor] | None = None) -> Stream:
+    """The stream, moved to where all blocks are alike."""
+    rollout = stream.rollout
+    plan, state = rollout.plan, rollout.state_dict()
+    first = next(own for own in plan.passes(plan.first_repetition()) if own.stores is not None)
+    latents = torch.zeros(1, 3, 16, 60, 104, device=CUDA)
+    state["index"] = first.index
+    state["cache"]["finished"] = rollout.layout.start(first.stores)
+    state["unwritten"] = {first.stores: latents}
+    window = next(plan.windows(first.index))
+    state["in_flight"] = {block: latents for block, level in window if level > 0}
+    rollout.load_state_dict(state)
+    if past is not None:
+        stream._decoder.load_state_dict(past)
+    return stream
+
+
+@contextmanager
+def forwards(cuda: FakeCuda, dit: WanDiT) -> Iterator[list[tuple[str, Counts]]]:
+    """The counts of every forward pass inside, and what kind of pass it was."""
+    found: list[tuple[str, Counts]] = []
+    inside: list[Any] = []
+
+    def before(_: Any, arguments: tuple[Any, ...]) -> None:
+        inside.append(cuda.measured())
+        kind = "window" if arguments[3].destination is None else "clean"
+        found.append((kind, inside[-1].__enter__()))
+
+    def after(*_: Any) -> None:
+        inside.pop().__exit__(None, None, None)
+
+    hooks = [dit.register_forward_pre_hook(before), dit.register_forward_hook(after)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_steady_block(cuda: FakeCuda, dit: WanDiT, vae: WanVAE, past: dict[str, Tensor]) -> None:
+    """From noise to uint8 frames in host memory, for which alone the host waits."""
+    stream = at_steady_state(opened(dit, vae, ROLLING), past)
+    with forwards(cuda, dit) as passes, cuda.measured() as block:
+        frames = stream.next_block()
+    assert frames is not None
+    assert frames.shape == (12, 480, 832, 3)
+    assert frames.is_contiguous()
+    for kind, counts in (*passes, ("block", block)):
+        check(counts, ROLLING, kind)
+    assert block.waits == {"an event": 1}
+
+
+@pytest.mark.parametrize("name", ["self_forcing_dmd", "self_forcing_dmd_vsink1"])
+def test_a_step_block_by_block(cuda: FakeCuda, dit: WanDiT, vae: WanVAE, name: str) -> None:
+    """A clean pass and the first of a block's windows; the host waits for nothing."""
+    rollout = at_steady_state(opened(dit, vae, name)).rollout
+    with forwards(cuda, dit) as passes, cuda.measured() as step:
+        rollout.step()
+    for kind, counts in passes:
+        check(counts, name, kind)
+    assert not step.waits
+
+
+@pytest.mark.parametrize(
+    ("name", "noise", "slots"),
+    [(ROLLING, 5, 4), ("self_forcing_dmd", 4, 7), ("self_forcing_dmd_vsink1", 4, 7)],
+)
+def test_what_a_steady_block_sends_to_the_device(
+    cuda: FakeCuda, name: str, noise: int, slots: int
+) -> None:
+    """Its noise, and for each pass the slots that it reads, writes and takes over; once.
+
+    Levels, rotations and the statistics of the VAE are there from the start.
+    """
+    with torch.device("meta"):
+        model = AutoencoderKLWan(base_dim=4)
+    made_on(CUDA, model, torch.bfloat16)
+    stream = at_steady_state(opened(made_dit("1.3B", num_layers=1), WanVAE(model), name))
+    for _ in range(2):
+        stream.next_block()
+    with cuda.measured() as block:
+        stream.next_block()
+    assert block.sent == noise + slots
+    assert block.waits == {"an event": 1}
+
+
+def test_decoding_a_block(cuda: FakeCuda, vae: WanVAE, past: dict[str, Tensor]) -> None:
+    decoder = vae.streaming_decoder()
+    decoder.load_state_dict(past)
+    with cuda.measured() as counts:
+        video = decoder.decode(torch.zeros(1, 3, 16, 60, 104, device=CUDA))
+    assert video.shape == (1, 12, 3, 480, 832)
+    check(counts, "vae", "decode")
+
+
+def test_encoding_a_prefix(cuda: FakeCuda, vae: WanVAE) -> None:
+    """21 frames of a video to continue: six latent frames."""
+    with cuda.measured() as counts:
+        latents = vae.encode(torch.zeros(1, 21, 3, 480, 832, dtype=torch.uint8))
+    assert latents.shape == (1, 6, 16, 60, 104)
+    assert not counts.waits
+    check(counts, "vae", "encode")
+
+
+@pytest.mark.slow
+def test_the_first_block(cuda: FakeCuda, dit: WanDiT, vae: WanVAE) -> None:
+    """The ramp: windows of one to five blocks until the first block is there."""
+    stream = opened(dit, vae, ROLLING)
+    with cuda.measured() as counts:
+        frames = stream.next_block()
+    assert frames is not None
+    assert frames.shape == (9, 480, 832, 3)
+    check(counts, ROLLING, "first block")
+
+
+@pytest.fixture
+def meta() -> Iterator[FakeCuda]:
+    with FakeCuda(META) as device:
+        yield device
+
+
+def trained(size: str) -> WanDiT:
+    dit = made_dit(size, META).requires_grad_(True)
+    dit.gradient_checkpointing = True
+    return dit
+
+
+def text_rows(rows: int) -> Tensor:
+    return torch.zeros(rows, 512, 4096, dtype=torch.bfloat16, device=META)
+
+
+def rolled_out(generator: WanDiT, *, grad: bool) -> Tensor:
+    """The clean latents of a rolling rollout of 21 frames."""
+    setup = Setup.of(load_config(CONFIGS / f"{ROLLING}.yaml"), sizes=generator.config)
+    noise = BlockNoise(setup.counter_noise(0), [0], META)
+    drawn = RolloutDraw("rolling", num_blocks=7, exit_levels=(2,) * 7)
+    with torch.set_grad_enabled(grad):
+        text = generator.encode_text(text_rows(1))
+        return self_rollout(setup, generator, text, noise, drawn, scored_frames=21, grad=grad)
+
+
+@pytest.mark.slow
+def test_a_generator_step(meta: FakeCuda) -> None:
+    """A rollout with gradient, the scores of a 14B teacher and a 1.3B critic, backward."""
+    generator, critic, teacher = trained("1.3B"), trained("1.3B"), made_dit("14B", META)
+    with meta.measured() as counts:
+        clip = rolled_out(generator, grad=True)
+        timesteps = torch.full(clip.shape[:2], 500.0, device=META)
+        with torch.no_grad():
+            scores = predict_scores(
+                teacher,
+                critic,
+                add_noise(clip.detach(), torch.zeros_like(clip), timesteps),
+                timesteps,
+                real_text=teacher.encode_text(text_rows(2)),
+                fake_text=critic.encode_text(text_rows(1)),
+                guidance_scale=3.0,
+            )
+        generator_loss(clip, scores).loss.backward()
+    assert all(p.grad is not None for p in generator.blocks.parameters())
+    assert all(p.grad is None for dit in (critic, teacher) for p in dit.parameters())
+    check(counts, "dmd", "generator")
+
+
+@pytest.mark.slow
+def test_a_critic_step(meta: FakeCuda) -> None:
+    """The same rollout without gradient, and a step of the critic on it."""
+    generator, critic = trained("1.3B"), trained("1.3B")
+    with meta.measured() as counts:
+        clip = rolled_out(generator, grad=False)
+        timesteps = torch.full(clip.shape[:2], 500.0, device=META)
+        text = critic.encode_text(text_rows(1))
+        critic_loss(critic, clip, torch.zeros_like(clip), timesteps, text).loss.backward()
+    assert all(p.grad is not None for p in critic.blocks.parameters())
+    assert all(p.grad is None for p in generator.parameters())
+    check(counts, "dmd", "critic")
