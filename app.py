@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from utils.cli import parse_command, run_main, set_up_logging
 from utils.config import Config, find_file, load_config
 from utils.errors import UserError
-from utils.families import FAMILIES, family, fetched_checkpoint
+from utils.families import add_model_choice, family, fetched_checkpoint
 from utils.files import locked
 from utils.packages import offered, offers
 from utils.prompts import read_prompts
@@ -41,14 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     model = parser.add_argument_group("model")
-    which = model.add_mutually_exclusive_group()
-    which.add_argument("--config_path", help="experiment file (default: the model that ships)")
-    which.add_argument(
-        "--model",
-        metavar="NAME",
-        help="a published checkpoint with its settings, instead of --config_path: "
-        f"{', '.join(FAMILIES)}; scripts/download.py fetches it by the same name",
-    )
+    add_model_choice(model)
     weights = model.add_mutually_exclusive_group()
     weights.add_argument(
         "--checkpoint_path", help="distilled weights: .pt, .safetensors or a diffusers folder"

@@ -16,15 +16,14 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shapes.meter import observe
+from shapes.playing import add_model_flags, describe_model, open_model
 from shapes.world import COLOURS, FPS, Scene, render, sample_scene
 from utils.cli import check_outputs, parse_command, run_main, set_up_logging
-from utils.config import find_file, load_config
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -35,15 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--config_path", required=True, help="experiment file of the shapes world")
-    add("--checkpoint_path", help="distilled weights, .pt or .safetensors")
-    add("--use_ema", action="store_true", help="use its generator_ema weights")
     add("--scenes", type=int, default=16, help="the first held-out scenes (%(default)s)")
     add("--start", type=float, default=4.0, help="where the clips begin, in s (%(default)s)")
     add("--blocks", type=int, default=5, help="blocks that are given (%(default)s)")
-    add("--json", type=Path, help="write the figures to this file")
-    add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    add("overrides", nargs="*", metavar="key=value", help="of the config")
+    add_model_flags(parser)
     return parser
 
 
@@ -54,18 +48,10 @@ def main(argv: Sequence[str]) -> int:
     if args.scenes < 1 or args.blocks < 1 or not 0 <= args.start < math.inf:
         raise UserError("--scenes and --blocks must be at least 1, --start at least 0")
     check_outputs(args.json)
-    config = load_config(args.config_path, args.overrides)
-    weights = args.checkpoint_path
-    checkpoint = find_file(weights, "checkpoint") if weights else None
-    if config.height != config.width:
-        raise UserError(f"{args.config_path} makes no square videos, as the shapes world needs")
     import torch
     from tqdm import tqdm
 
-    from pipeline import load_pipeline
-    from pipeline.records import model_settings
-
-    pipe = load_pipeline(config, checkpoint, args.device, use_ema=args.use_ema)
+    pipe = open_model(args)
     given = pipe.shape.video_frames(pipe.layout.start(args.blocks))
     frames = given + round(SECONDS[-1] * FPS)
     blocks = pipe.layout.blocks_for(pipe.shape.latent_frames(frames))
@@ -88,9 +74,7 @@ def main(argv: Sequence[str]) -> int:
     if args.json is not None:
         settings = {
             **{"scenes": args.scenes, "start": args.start, "blocks": args.blocks},
-            **{"config_path": args.config_path, "checkpoint_path": weights},
-            **{"use_ema": args.use_ema, "overrides": args.overrides},
-            **model_settings(pipe.setup, checkpoint, use_ema=args.use_ema),
+            **describe_model(args, pipe),
         }
         write_json(args.json, {**figures, **settings})
     return 0

@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shapes.meter import measure
+from shapes.playing import add_model_flags, describe_model, open_model
 from shapes.world import FPS, Scene, sample_scene
 from utils.cli import check_outputs, parse_command, run_main, set_up_logging
-from utils.config import find_file, load_config
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -54,14 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--config_path", required=True, help="experiment file of the shapes world")
-    add("--checkpoint_path", help="distilled weights, .pt or .safetensors")
-    add("--use_ema", action="store_true", help="use its generator_ema weights")
     add("--changes", type=int, default=24, help="videos of each policy (%(default)s)")
     add("--seconds", type=float, default=9.0, help="watched after the change (%(default)s)")
-    add("--json", type=Path, help="write the figures to this file")
-    add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    add("overrides", nargs="*", metavar="key=value", help="of the config")
+    add_model_flags(parser)
     return parser
 
 
@@ -72,17 +66,9 @@ def main(argv: Sequence[str]) -> int:
     if args.changes < 1 or not 1 <= args.seconds <= 600:
         raise UserError("--changes must be at least 1, --seconds from 1 to 600")
     check_outputs(args.json)
-    config = load_config(args.config_path, args.overrides)
-    weights = args.checkpoint_path
-    checkpoint = find_file(weights, "checkpoint") if weights else None
-    if config.height != config.width:
-        raise UserError(f"{args.config_path} makes no square videos, as the shapes world needs")
     from tqdm import tqdm
 
-    from pipeline import load_pipeline
-    from pipeline.records import model_settings
-
-    pipe = load_pipeline(config, checkpoint, args.device, use_ema=args.use_ema)
+    pipe = open_model(args)
     frames = round(args.seconds * FPS)
     figures = {}
     for way in WAYS:
@@ -103,9 +89,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"{name:<16}" + "".join(f"{cell:>22}" for cell in cells))
     if args.json is not None:
         settings = {
-            **{"changes": args.changes, "seconds": args.seconds, "config_path": args.config_path},
-            **{"checkpoint_path": weights, "overrides": args.overrides},
-            **model_settings(pipe.setup, checkpoint, use_ema=args.use_ema),
+            **{"changes": args.changes, "seconds": args.seconds},
+            **describe_model(args, pipe),
         }
         write_json(args.json, {"followed": figures, **settings})
     return 0

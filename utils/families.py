@@ -7,6 +7,7 @@ block: Causal Forcing++ in 1 and 2 steps), is not listed.
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -169,3 +170,15 @@ def _settings(resolved: Mapping[str, Any]) -> dict[str, object]:
     own_shift = resolved["model_kwargs"]["timestep_shift"]
     shift = resolved["timestep_shift"] if own_shift is None else own_shift
     return {**{name: resolved[name] for name in names}, "timestep_shift": shift}
+
+
+def add_model_choice(group: argparse._ArgumentGroup) -> None:
+    """The flags `--config_path` and `--model`, of which a command takes one."""
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--config_path", help="experiment file (default: the model that ships)")
+    which.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a published checkpoint with its settings, instead of --config_path: "
+        f"{', '.join(FAMILIES)}; scripts/download.py fetches it by the same name",
+    )
