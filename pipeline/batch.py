@@ -429,9 +429,7 @@ class BatchRun:
             )
         else:
             changes = tuple(self.changes)
-        for change in changes:
-            if change.policy == "cut":
-                timeline = timeline.with_scene(change.block)
+        timeline = timeline.with_cuts(changes)
         if outputs.exact is not None or self.latent_frames is None:
             return Course(self.latent_frames, self.video_frames, changes)
         if outputs.duration is None:

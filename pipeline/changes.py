@@ -6,7 +6,7 @@ names the block before whose windows it is made.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from typing import Any, Literal, get_args
 
 import torch
@@ -124,9 +124,10 @@ class Timeline:
             block += 1
         return block
 
-    def with_scene(self, block: int) -> "Timeline":
-        """The same with another scene, that begins at `block`."""
-        return replace(self, scenes=tuple(sorted({*self.scenes, block})))
+    def with_cuts(self, changes: Iterable["Change"]) -> "Timeline":
+        """The same with the scenes that the cuts among `changes` begin."""
+        cuts = {change.block for change in changes if change.policy == "cut"}
+        return replace(self, scenes=tuple(sorted({*self.scenes, *cuts})))
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +157,7 @@ class Direction:
         self._negative = negative
         self._pending: list[tuple[Change, Tensor | None]] = []
         self._blends: list[_Blend] = []
+        self._begun: int | None = None  # the last block whose windows have begun
 
     @property
     def pending(self) -> list[Change]:
@@ -174,11 +176,12 @@ class Direction:
     ) -> Change:
         """A change before the next window, to embeddings `[1 or B, L, dim]`; see `Change`.
 
-        It replaces those that wait for the same window and would not be heard any more. Raises
-        UserError for one that is not possible.
+        It replaces those that wait for the same window and would not be heard any more. A block
+        that an error has left half made stays as it was begun: the change waits for the next one.
+        Raises UserError for one that is not possible.
         """
         self._check(text, policy, blend_blocks, row, seed)
-        block = self.rollout.next_block
+        block = self._next_block()
         if block is None:
             raise UserError("the video ends before another prompt could be heard")
         change = Change(block, prompt, policy, blend_blocks, row, seed)
@@ -197,19 +200,28 @@ class Direction:
     @torch.no_grad()
     def prepare(self) -> None:
         """Make what is to be made before the next window. After an error it can be called again."""
-        while self._pending:
+        block = self.rollout.next_block
+        while self._pending and self._pending[0][0].block == block:
             change, text = self._pending[0]
             self._make(change, text)
             change.status = "applied"
             self.changes.append(change)
             del self._pending[0]
         self._go_on_blending()
+        self._begun = block
 
     def rebuilt(self) -> None:
         """Note that cache and decoder were made anew before the next window."""
         block = self.rollout.next_block
         if block is not None:
             self.changes.append(Change(block, policy=BRANCH, status="applied"))
+
+    def _next_block(self) -> int | None:
+        """The next block that has not begun; None if there is none."""
+        block, end = self.rollout.next_block, self.rollout.plan.schedule.num_blocks
+        if block is None or block != self._begun:
+            return block
+        return block + 1 if end is None or block + 1 < end else None
 
     def _check(
         self, text: Tensor | None, policy: str, blend_blocks: int, row: int | None, seed: int | None
@@ -252,11 +264,14 @@ class Direction:
         `heard`: it brings a text. `restarted`: others wait that start the blocks in flight again.
         """
         plan, block = self.rollout.plan, change.block
-        windows = self.rollout.coming_windows
-        if change.restarts or restarted:
-            windows = plan.restarted(block, stored=block).windows
+
+        def windows(*, again: bool = change.restarts or restarted) -> Iterator[Window]:
+            if again:
+                return plan.restarted(block, stored=block).windows()
+            return dropwhile(lambda w: w.first_block < block, self.rollout.coming_windows())
+
         if change.restarts and not restarted:
-            now, then = (_finishing(w, block) for w in (self.rollout.coming_windows(), windows()))
+            now, then = (_finishing(windows(again=again), block) for again in (False, True))
             change.windows_without_block = then - now
         change.whole_from = _first_begun(windows(), block + change.blend_blocks)
         change.first_block = block if heard or change.restarts else change.whole_from
@@ -347,6 +362,7 @@ class Direction:
             "changes": [asdict(change) for change in self.changes],
             "pending": [[asdict(change), text] for change, text in self._pending],
             "blends": [dict(vars(blend)) for blend in self._blends],
+            "begun": self._begun,
             "seeds": [
                 [block, source.seed]
                 for block, source in sources[1:]
@@ -365,7 +381,11 @@ class Direction:
         self.scenes = tuple(state["scenes"])
         self.changes = [Change(**change) for change in state["changes"]]
         self._pending = [(Change(**change), text) for change, text in state["pending"]]
-        self._blends = [_Blend(**blend) for blend in state["blends"]]
+        self._blends = [
+            _Blend(**{**blend, **{name: blend[name].to(self.text) for name in ("old", "new")}})
+            for blend in state["blends"]
+        ]
+        self._begun = state["begun"]
         self.text = state["text"].to(self.text)
         self._encode()
 

@@ -49,15 +49,17 @@ class PromptSchedule:
     ) -> tuple[Change, ...]:
         """Each prompt as a change before the first block that begins at or after its time.
 
+        Of prompts that mean the same block the last one counts.
+
         Scenes that cuts begin are counted as they are, `timeline` being that of a video without
         any. `first_block`: the first that is generated; `hidden_frames` come before time 0.
         """
-        changes = []
+        changes: list[Change] = []
         for timed in self.later:
-            block = timeline.block_from(timed.seconds * fps + hidden_frames)
-            block = max(block, first_block)
-            if timed.policy == "cut":
-                timeline = timeline.with_scene(block)
+            frame = round(timed.seconds * fps, 6) + hidden_frames  # 8.3 s times 30 are 249.00…03
+            block = max(timeline.with_cuts(changes).block_from(frame), first_block)
+            if changes and changes[-1].block == block:
+                del changes[-1]
             changes.append(Change(block, timed.prompt, timed.policy, timed.blend_blocks))
         return tuple(changes)
 

@@ -126,10 +126,14 @@ def video_settings_of(
         "prefix_frames": prefix_frames,
         **model,
         **(prefix or {}),
-        "text": hashlib.sha256(prompt.encode()).hexdigest()[:16],
+        "text": _text_hash(prompt),
         "sample": sample,
-        **({"changes_hash": fingerprint({"changes": list(changes)})} if changes else {}),
+        **({"changes_hash": _text_hash(json.dumps(list(changes)))} if changes else {}),
     }
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_record(video: Path) -> Record | None:

@@ -163,6 +163,8 @@ def _config(values: Any, what: str) -> dict[str, Any]:
         raise UserError(f"{what}: its config says '{others[0]}', which does not decide a video")
     if not _is_name(values.get("generator_name"), _MODELS):
         raise UserError(f"{what}: 'generator_name' must be the name of a model, without a path")
+    if "${" in json.dumps(values):  # else it would stand for what the environment says
+        raise UserError(f"{what}: its config holds a '${{', which nothing here replaces")
     config_of(values | {"text_embeddings": None}, what)
     return values | {"text_embeddings": None}
 

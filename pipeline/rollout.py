@@ -24,7 +24,10 @@ ContextWrapper = Callable[[CachedContext, Window | None], AttentionContext]
 
 
 STATE_KEYS = frozenset(
-    ["index", "plan", "merged", "in_flight", "unwritten", "timesteps", "policy", "rule", "cache"]
+    {
+        *("index", "plan", "merged", "in_flight", "unwritten", "timesteps", "policy"),
+        *("context_noise", "guidance_scale", "rule", "cache"),
+    }
 )
 
 
@@ -168,7 +171,7 @@ class Rollout:
         finished, batch = self.cache.finished, len(self.noise.samples)
         room = range(max(0, finished - frames), finished)
         held = tuple(frame for frame in room if self.cache.holds(frame))
-        newest = [self.cache.latents(held)[:batch]] if held else []
+        newest = [self.cache.latents(held)[:batch]]
         newest += [self._unwritten[block] for block in sorted(self._unwritten)]
         return torch.cat(newest, dim=1)[:, -frames:]
 
@@ -196,6 +199,8 @@ class Rollout:
             "unwritten": copied(self._unwritten),
             "timesteps": self.rule.timesteps.tolist(),
             "policy": asdict(plan.policy),
+            "context_noise": self.context_noise,
+            "guidance_scale": self.guidance_scale,
             "rule": self.rule.state_dict(),
             "cache": self.cache.latents_state() if latents_only else self.cache.state_dict(),
         }
@@ -229,6 +234,8 @@ class Rollout:
             "levels": (state["timesteps"], self.rule.timesteps.tolist()),
             "the policy": (state["policy"], asdict(self.plan.policy)),
             "merge_clean_pass": (state["merged"], self.plan.merged),
+            "context_noise": (state["context_noise"], self.context_noise),
+            "guidance_scale": (state["guidance_scale"], self.guidance_scale),
         }
         for what, (theirs, ours) in pairs.items():
             if theirs != ours:

@@ -272,9 +272,13 @@ class Session:
     def save(self, folder: str | Path) -> Path:
         """Write the session into a new folder, exactly: `load` goes on bit for bit.
 
-        Branch points are left out. Raises UserError where there is no room for it.
+        Branch points are left out. Raises UserError where there is no room for it, or something
+        else than a saved session.
         """
         self._require_open()
+        folder = Path(folder)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / SESSION_FILE).is_file():
+            raise UserError(f"{folder} holds no saved session but other files; give a new folder")
         state = self._stream.state_dict()
         size = state_bytes(state)
         require_space(folder, size, f"this session takes {readable(size)}")
@@ -292,7 +296,7 @@ class Session:
         with written_folder(folder) as partial:
             write_state(state, partial / STATE_FILE)
             write_json(partial / SESSION_FILE, described)
-        return Path(folder)
+        return folder
 
     @classmethod
     def load(

@@ -303,11 +303,12 @@ class Stream:
     @torch.no_grad()
     def _decode(self, block: int, latents: Tensor) -> Tensor:
         """Frames on the CPU; raises UserError where they are made of NaN or Inf."""
-        if block > 0 and block in self._open().direction.scenes:
-            self._decoder.restart()
-        video = self._decoder.decode(latents)
-        finite = torch.stack([_extent(latents), _extent(video)]).isfinite()
-        frames, numbers = to_host(to_uint8(video).contiguous(), finite)
+        with self._decoder.undone_by_errors():
+            if block > 0 and block in self._open().direction.scenes:
+                self._decoder.restart()
+            video = self._decoder.decode(latents)
+            finite = torch.stack([_extent(latents), _extent(video)]).isfinite()
+            frames, numbers = to_host(to_uint8(video).contiguous(), finite)
         if not all(numbers.tolist()):
             what = "frames" if numbers[0] else "latents"
             raise UserError(f"block {block} has {what} that are not numbers {NOT_FINITE}")

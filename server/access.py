@@ -66,7 +66,7 @@ class Access:
         if self.hosts is not None and name not in self.hosts and not is_loopback(name):
             return "this name is not one of the server's; give --allowed_host to allow it"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower().partition("://")[2] != host.lower():
             return "a page of another origin may not use this server"
         if self.token is not None and not self._is_token(headers, query):
             return "the token is missing or wrong: open the address that the server printed"

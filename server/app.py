@@ -124,7 +124,8 @@ class Routes:
         if live is not None:
             record = await self.pool.record_of(live)
         else:
-            record = json.loads(_there(self.pool.storage.finished(name, ".json")).read_text())
+            path = _there(self.pool.storage.finished(name, ".json"))
+            record = json.loads(path.read_text(encoding="utf-8"))
         body = json.dumps(record, indent=1, ensure_ascii=False)
         disposition = {"Content-Disposition": f'attachment; filename="{name}.json"'}
         return Response(body, media_type="application/json", headers=disposition)

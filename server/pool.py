@@ -161,9 +161,9 @@ class SessionPool:
         record = None
         try:
             record = await self.record_of(live)
-            await self._in(self._steps, live.session.close)
         except Exception:  # its video is kept all the same
-            logger.exception("session %s was not closed well", live.name)
+            logger.exception("session %s has no record", live.name)
+        await self._in(self._steps, live.session.close)
         if delivery := self._deliveries.pop(live.name, None):
             await self._delivered(live, delivery)
         try:

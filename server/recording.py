@@ -17,6 +17,7 @@ from PIL import Image
 
 from server.fragments import FragmentEncoder, codec_string
 from server.storage import Storage
+from utils.errors import UserError
 from utils.files import cannot_write, write_json, written
 
 COPIED_AT_ONCE = 2**20
@@ -44,10 +45,11 @@ class Recording:
         self._key_frames: list[int] = []
         self._file = -1
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        except OSError as error:
-            raise cannot_write(self.path.name, error) from error
-        self._write(self.init)
+            self._file = self._create()
+            self._write(self.init)
+        except BaseException:
+            self.discard()
+            raise
         self._starts[0] = len(self.init)
 
     @classmethod
@@ -60,7 +62,9 @@ class Recording:
         try:
             start, end = len(parent.init), parent._starts[frames]
             while start < end:
-                data = os.pread(parent._file, min(COPIED_AT_ONCE, end - start), start)
+                data = parent._read(start, min(COPIED_AT_ONCE, end - start))
+                if not data:
+                    raise UserError("the session to branch was closed meanwhile")
                 new._write(data)
                 start += len(data)
         except BaseException:
@@ -106,10 +110,7 @@ class Recording:
     def read(self, first: int, end: int) -> bytes:
         """The fragments of the frames from `first` to `end`; nothing once this is closed."""
         start = self._starts[first]
-        with self._lock:
-            if self._file < 0:
-                return b""
-            return os.pread(self._file, self._starts[end] - start, start)
+        return self._read(start, self._starts[end] - start)
 
     def save(self) -> Path:
         """Write what there is as an mp4 with its index in front, unless that was done; its path."""
@@ -145,6 +146,17 @@ class Recording:
             os.close(file)
             self.path.unlink(missing_ok=True)
             self.storage.reserve(-self._reserved)
+
+    def _create(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except OSError as error:
+            raise cannot_write(self.path.name, error) from error
+
+    def _read(self, start: int, size: int) -> bytes:
+        """Bytes of the growing file; nothing once this is closed."""
+        with self._lock:  # so that the number is not that of another file meanwhile
+            return os.pread(self._file, size, start) if self._file >= 0 else b""
 
     def _write(self, data: bytes) -> None:
         self.storage.reserve(2 * len(data))

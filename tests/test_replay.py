@@ -128,6 +128,7 @@ def changed(made: Path, tmp_path: Path, **values: Any) -> Path:
         ({"config__height": "tall"}, "height"),
         ({"config__height": -32}, "height"),
         ({"config__model_kwargs": {"run": 1}}, "unknown key"),
+        ({"config__negative_prompt": "${oc.env:HOME}"}, "which nothing here replaces"),
         ({"checkpoint": "/etc/passwd"}, "without a path"),
         ({"checkpoint": "../x.pt"}, "without a path"),
     ],

@@ -487,7 +487,6 @@ def _turns(frame: "av.VideoFrame") -> tuple[bool, bool, bool]:
     if matrix is None:
         return False, False, False
     # x' = a x + c y, y' = b x + d y
-    # x' = a x + c y, y' = b x + d y
     a, b, _, c, d = np.frombuffer(cast("bytes", matrix), np.int32)[:5].tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return False, d < 0, a < 0

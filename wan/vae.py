@@ -17,6 +17,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -302,6 +303,16 @@ class StreamingDecoder:
         ).clamp(-1, 1)
         self._features = features
         return video
+
+    @contextmanager
+    def undone_by_errors(self) -> Iterator[None]:
+        """What is decoded within counts only if the block is left normally."""
+        features = self._features
+        try:
+            yield
+        except BaseException:
+            self._features = features
+            raise
 
     def restart(self) -> None:
         """Forget what was decoded: the next latent frame is the first of a video."""

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline import VideoPipeline, load_pipeline
-from pipeline.changes import Direction, Timeline
+from pipeline.changes import Change, Direction, Timeline
 from pipeline.rollout import Rollout
 from pipeline.schedule import BlockLayout
 from pipeline.stream import Stream
@@ -204,7 +205,8 @@ def hearing(direction: Direction, blocks: int, shares: bool = False) -> dict[int
     """Which texts the passes of each block hear, as the mean of the text's first layer."""
     heard: dict[int, set[float]] = {}
     rollout = direction.rollout
-    while (direction.prepare() or rollout.next_block or 0) < blocks:  # type: ignore[func-returns-value]
+    while (rollout.next_block or 0) < blocks:
+        direction.prepare()
         window = rollout.next_window
         if window is None:
             break
@@ -260,6 +262,48 @@ def _until(direction: Direction, block: int) -> Iterator[int]:
         if window.first_block >= block:
             return
         yield window.first_block
+
+
+@pytest.mark.parametrize("policy", ["keep", "cut"])
+def test_a_change_does_not_enter_a_block_that_an_error_left_half_made(
+    dit: WanDiT, policy: Any
+) -> None:
+    """It was heard by the block's later windows alone, or dropped another; no replay did so."""
+    halted, plain = (directed(dit, tiny_method("infinite"), 6) for _ in range(2))
+    for direction in (halted, plain):
+        take(direction, 2)
+        direction.add(some_text(dit, [5]), policy="cut")
+    halted.prepare()
+    halted.rollout.step()  # the next window fails
+    late = halted.add(some_text(dit, [7]), policy=policy)
+    again = directed(dit, tiny_method("infinite"), 6)
+    again.load_state_dict(halted.state_dict())
+    again.rollout.load_state_dict(halted.rollout.state_dict())
+    blocks = [take(direction, 1)[0] for direction in (halted, again, plain)]
+    plain.add(some_text(dit, [7]), policy=policy)
+    for block, own in enumerate((halted, again)):
+        assert torch.equal(blocks[block], blocks[2])
+        assert own.changes[-1].block == 2
+    for expected in take(plain, 2):
+        assert torch.equal(take(halted, 1)[0], expected)
+    assert (late.block, late.whole_from) == (3, 3)
+    assert [change.record() for change in halted.changes] == [c.record() for c in plain.changes]
+    last = directed(dit, tiny_method("infinite"), 1)
+    last.prepare()
+    with pytest.raises(UserError, match="ends before"):
+        last.add(some_text(dit, [7]))
+
+
+def test_a_blend_goes_on_in_the_form_of_the_stream_that_loads_it(dit: WanDiT) -> None:
+    """Its texts stayed as the saved stream had them: on a GPU, beside a text that was not."""
+    direction = directed(dit, tiny_method("rolling"))
+    direction.add(some_text(dit, [7]), blend_blocks=3)
+    take(direction, 1)
+    text = some_text(dit, [0]).double()
+    other = Direction(new_rollout(dit, tiny_method("rolling"), None, text=text.float()), text)
+    other.load_state_dict(direction.state_dict())
+    other.rollout.load_state_dict(direction.rollout.state_dict())
+    assert torch.allclose(take(other, 1)[0], take(direction, 1)[0], atol=1e-5)
 
 
 def test_a_renoised_block_has_its_own_noise_and_a_scene_has_no_past(dit: WanDiT) -> None:
@@ -450,6 +494,31 @@ def test_a_branch_is_what_a_rebuilt_stream_is(pipe: VideoPipeline) -> None:
     assert [record["policy"] for record in records] == ["branch", "keep"]
 
 
+def test_a_branch_of_nothing_is_the_video_itself(pipe: VideoPipeline) -> None:
+    """Before the first block there is no past, and looking for it was an error."""
+    with pipe.stream("a", seed=1) as stream, pipe.stream("b", seed=1) as branch:
+        branch.load_state_dict(stream.branch_state())
+        stream.rebuild()
+        pairs = zip(frames_of(branch, 2), frames_of(stream, 2), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_frames_that_do_not_reach_the_host_are_decoded_again(
+    pipe: VideoPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder had gone on: the next try showed the block as if it came twice."""
+    with pipe.stream("a", seed=1) as stream:
+        plain = frames_of(stream, 3)
+    with pipe.stream("a", seed=1) as stream:
+        frames_of(stream, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.stream.to_host", Mock(side_effect=torch.OutOfMemoryError))
+            with pytest.raises(torch.OutOfMemoryError):
+                stream.next_block()
+        pairs = zip(frames_of(stream, 2), plain[1:], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("merged", ["true", "false"])
 def test_an_error_within_a_step_leaves_the_stream_before_it(
     tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch, merged: str
@@ -568,7 +637,7 @@ def test_blocks_lie_in_the_video_as_they_are_decoded() -> None:
     shape = VideoShape(32, 48)
     timeline = Timeline(BlockLayout(3), shape)
     assert [timeline.start(block) for block in range(4)] == [0, 9, 21, 33]
-    cut = timeline.with_scene(2).with_scene(5)
+    cut = timeline.with_cuts([Change(2, policy="cut"), Change(5, policy="cut"), Change(3)])
     assert [cut.start(block) for block in range(7)] == [0, 9, 21, 30, 42, 54, 63]
     assert [cut.frames(block) for block in (1, 2, 3, 5)] == [12, 9, 12, 9]
     assert [cut.block_from(frame) for frame in (0, 1, 9, 9.5, 21, 22, 54, 200.0)] == [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.changes import Timeline
+from pipeline.changes import Change, Timeline
 from pipeline.prompt_schedule import TimedPrompt, read_prompt_schedule
 from pipeline.schedule import BlockLayout
 from utils.errors import UserError
@@ -72,10 +72,26 @@ def test_a_time_means_the_first_block_that_begins_then_or_later(tmp_path: Path) 
     path = written(tmp_path, "0.5s: a\n1.4s: [cut] b\n2.6s: c\n4.4s: [cut] d\n6s: e")
     schedule, timeline = read_prompt_schedule(path), Timeline(BlockLayout(3), VideoShape(32, 48))
     blocks = [change.block for change in schedule.changes(timeline, 16)]
-    cut = timeline.with_scene(3)
+    cut = timeline.with_cuts([Change(3, policy="cut")])
     assert blocks[:3] == [1, 3, 4]
     assert [cut.start(block) for block in (3, 4, 5)] == [33, 42, 54]
-    assert cut.with_scene(blocks[3]).start(blocks[4] - 1) < 6 * 16
-    assert cut.with_scene(blocks[3]).start(blocks[4]) >= 6 * 16
+    twice = cut.with_cuts([Change(blocks[3], policy="cut")])
+    assert twice.start(blocks[4] - 1) < 6 * 16 <= twice.start(blocks[4])
     later = schedule.changes(timeline, 16, first_block=2, hidden_frames=21)
     assert [change.block for change in later[:2]] == [3, 4]
+
+
+def test_a_time_that_is_a_block_s_own_means_that_block(tmp_path: Path) -> None:
+    """8.3 s times 30 is a hair above frame 249, and the prompt came a block late."""
+    schedule = read_prompt_schedule(written(tmp_path, "8.3s: a"))
+    timeline = Timeline(BlockLayout(3), VideoShape(32, 48))
+    (change,) = schedule.changes(timeline, 30)
+    assert timeline.start(change.block) == 249
+
+
+def test_of_prompts_for_one_block_the_last_one_counts(tmp_path: Path) -> None:
+    """A cut that another prompt replaced was counted as a scene, though there was none."""
+    schedule = read_prompt_schedule(written(tmp_path, "0.6s: [cut] a\n1.2s: b\n2.1s: [cut] c"))
+    timeline = Timeline(BlockLayout(3), VideoShape(32, 48))
+    changes = schedule.changes(timeline, 16)
+    assert [(c.block, c.prompt, c.policy) for c in changes] == [(2, "b", "keep"), (4, "c", "cut")]

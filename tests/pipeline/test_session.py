@@ -160,6 +160,7 @@ def test_a_copy_of_another_model_or_without_room_is_refused(
         (["height=64"], "block 1 of this state is"),
         (["denoising_step_list=[1000,500]"], "levels"),
         (["merge_clean_pass=false"], "merge_clean_pass True, not False"),
+        (["context_noise=50"], "context_noise 0.*, not 50"),
     ):
         other = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", overrides)
         with pytest.raises(UserError, match=f"cannot go on here: .*{word}"):
@@ -233,6 +234,19 @@ def test_an_error_leaves_the_session_before_the_block(
     assert session.record()["frames_hash"] == alone.record()["frames_hash"]
 
 
+def test_a_folder_of_other_files_is_no_place_for_a_copy(
+    pipe: VideoPipeline, tmp_path: Path
+) -> None:
+    """All that was in it was lost."""
+    (tmp_path / "mine.txt").write_text("kept")
+    session = Session.start(pipe, "a", seed=3)
+    with pytest.raises(UserError, match="give a new folder"):
+        session.save(tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+    for _ in range(2):  # an older copy is replaced
+        assert session.save(tmp_path / "copy") == tmp_path / "copy"
+
+
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "2", True, None])
 def test_lengths_are_numbers_of_seconds(pipe: VideoPipeline, seconds: Any) -> None:
     if seconds is None:
@@ -243,7 +257,9 @@ def test_lengths_are_numbers_of_seconds(pipe: VideoPipeline, seconds: Any) -> No
 
 
 def test_a_record_is_plain_values(pipe: VideoPipeline) -> None:
+    """A prompt with `${` in it broke the record of its video."""
     session = Session.start(pipe, "a", seed=3)
+    session.set_prompt("costs ${5", "cut")
     steps(session, 1)
     record = session.record()
     assert json.loads(json.dumps(record)) == record

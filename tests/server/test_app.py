@@ -380,6 +380,7 @@ def test_too_many_sockets(tmp_path):
         ({"Origin": "http://testserver.evil.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Origin": ""}, 403),
+        ({"Origin": "http://["}, 403),  # was an error of the server's own
         ({"Host": "evil.example"}, 403),
         ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),  # rebound to this machine
         ({"Host": "testserver.evil.example"}, 403),

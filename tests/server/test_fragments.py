@@ -213,6 +213,22 @@ def test_no_file_stays_open(recording, storage):
     assert open_files() == before
 
 
+def test_no_file_stays_where_there_is_no_room(recording, storage):
+    """Each recording that could not begin left a file, and it open."""
+    before, files = open_files(), sorted(storage.folder.iterdir())
+    full = Storage(storage.folder, 10)
+    with pytest.raises(UserError, match="fill their limit"):
+        Recording(full, "c" * 32, (32, 48), FPS)
+    assert (open_files(), sorted(storage.folder.iterdir())) == (before, files)
+    made = Recording(storage, "d" * 32, (32, 48), FPS)
+    made.add(grey(0))
+    frames = made.frames
+    made.discard()
+    with pytest.raises(UserError, match="was closed meanwhile"):
+        Recording.of_branch(made, "e" * 32, frames)
+    assert (open_files(), sorted(storage.folder.iterdir())) == (before, files)
+
+
 def test_thumbnail():
     url = thumbnail(grey(3, 1, (480, 832))[0])
     assert url.startswith("data:image/jpeg;base64,")

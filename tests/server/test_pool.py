@@ -509,3 +509,4 @@ async def test_close_keeps_the_video_whatever_fails(tmp_path):
         await pool.close(live, "idle")
         assert pool.storage.finished(live.name, ".mp4")
         assert pool.storage.finished(live.name, ".json") is None
+        assert live.session.closed
