@@ -23,6 +23,7 @@ Policy = Literal["keep", "recache", "renoise", "cut"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 BRANCH: Literal["branch"] = "branch"
 """In the list of changes: here cache and decoder were made anew (see `Stream.rebuild`)."""
+LONGEST_BLEND = 1000  # blocks
 Status = Literal["pending", "applied", "superseded"]
 
 
@@ -157,6 +158,7 @@ class Direction:
         self._negative = negative
         self._pending: list[tuple[Change, Tensor | None]] = []
         self._blends: list[_Blend] = []
+        self._half_made: Change | None = None
         self._begun: int | None = None  # the last block whose windows have begun
 
     @property
@@ -188,7 +190,8 @@ class Direction:
         restarts = False
         for old, old_text in self._pending:
             text_replaced = old_text is None or (text is not None and row in (None, old.row))
-            if text_replaced and (old.seed is None or seed is not None):
+            replaced = text_replaced and (old.seed is None or seed is not None)
+            if replaced and old is not self._half_made:
                 old.status = "superseded"
             else:
                 restarts |= old.restarts
@@ -203,7 +206,9 @@ class Direction:
         block = self.rollout.next_block
         while self._pending and self._pending[0][0].block == block:
             change, text = self._pending[0]
+            self._half_made = change  # if this fails it has to be made to its end all the same
             self._make(change, text)
+            self._half_made = None
             change.status = "applied"
             self.changes.append(change)
             del self._pending[0]
@@ -232,8 +237,11 @@ class Direction:
         if policy not in POLICIES:
             raise UserError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
         restarts = policy in ("renoise", "cut")
-        if type(blend_blocks) is not int or blend_blocks < 0:
-            raise UserError(f"blend_blocks must be a number of blocks, not {blend_blocks!r}")
+        if type(blend_blocks) is not int or not 0 <= blend_blocks <= LONGEST_BLEND:
+            raise UserError(
+                f"blend_blocks must be a number of blocks up to {LONGEST_BLEND}, "
+                f"not {blend_blocks!r}"
+            )
         if blend_blocks and (restarts or text is None):
             raise UserError(f"only a prompt under keep or recache can blend, not {policy}")
         if self.rollout.plan.schedule.kind == "full":

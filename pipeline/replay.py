@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline.changes import BRANCH, CAUSES, POLICIES, Change
+from pipeline.changes import BRANCH, CAUSES, LONGEST_BLEND, POLICIES, Change
 from pipeline.records import Record
 from pipeline.stream import PrefixFrames
 from utils.config import ROOT, ROUNDING_KEYS, VIDEO_KEYS, Config, config_of
@@ -194,7 +194,7 @@ def _change(value: Any, what: str) -> Change:
         block=_number(value, "block", what, 0, LONGEST),
         prompt=prompt,
         policy=policy,
-        blend_blocks=_number({"blend_blocks": 0} | value, "blend_blocks", what, 0, LONGEST),
+        blend_blocks=_number({"blend_blocks": 0} | value, "blend_blocks", what, 0, LONGEST_BLEND),
         seed=None if seed is None else _number(value, "seed", what, 0, 2**64 - 1),
     )
 

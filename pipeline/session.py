@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor
 
 from pipeline.changes import Change, Policy, Timeline
 from pipeline.memory import readable
 from pipeline.records import Record, chained_hash, describe_video, video_settings_of
-from pipeline.setup import Setup
 from pipeline.states import empty_text, read_state, state_bytes, write_state
 from pipeline.stream import Stream
 from pipeline.text_to_video import VideoPipeline
@@ -55,7 +53,6 @@ class BranchPoint:
     seconds: float
     num_bytes: int
     state: Mapping[str, Any] = field(repr=False)
-    prompt: str
     frames_hash: str = field(repr=False)
 
 
@@ -177,7 +174,10 @@ class Session:
         if self.frames_made == self.video_frames:
             self.state = "ended"
         else:
-            self._take_branch_point()
+            try:
+                self._take_branch_point()
+            except (RuntimeError, MemoryError) as error:  # the block counts more
+                logger.warning("no branch point before block %d: %s", block.index + 1, error)
         return block
 
     def set_prompt(
@@ -260,7 +260,6 @@ class Session:
                 frame / self.fps,
                 state_bytes(state),
                 state,
-                self.prompt,
                 self._hash,
             )
         )
@@ -364,19 +363,6 @@ class Session:
     def _require_open(self) -> None:
         if not self._is_open:
             raise RuntimeError("this session is closed: start another one")
-
-
-def session_bytes(setup: Setup, sizes: Any, dtype: torch.dtype) -> int:
-    """Memory of one session's cache on the device, from sizes alone."""
-    block = setup.layout.block_frames
-    cache = setup.cache(
-        sizes,
-        batch=1 if setup.distilled else 2,
-        dtype=dtype,
-        device=torch.device("meta"),
-        recent_frames=setup.policy.recent_capacity(block) + block,
-    )
-    return cache.num_bytes
 
 
 def least_needed(blocks: Sequence[int]) -> int:

@@ -179,8 +179,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run all stages; 1 if one of them did not end well."""
     args = parse_command(build_parser(), argv)
-    if args.minutes <= 0 or args.blocks < 1:
-        raise UserError("--minutes must be above 0 and --blocks at least 1")
+    if not 0 < args.minutes <= 1440 or args.blocks < 1:
+        raise UserError("--minutes must be from 0 to 1440 and --blocks at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     return check(args, stages(args))
 

@@ -136,7 +136,7 @@ class SessionPool:
             live.inherit(parent, point.frame)
             return live
 
-        live = await self._begin(begin, address, instead_of=1)
+        live = await self._begin(begin, address, instead_of=parent)
         parent.left = True
         if self.sessions > self.options.max_sessions:
             self._spawn(self.close(parent, "room"))
@@ -190,7 +190,7 @@ class SessionPool:
         begin: Callable[[str], Awaitable[LiveSession]],
         address: str,
         *,
-        instead_of: int = 0,
+        instead_of: LiveSession | None = None,
     ) -> LiveSession:
         """A session in a place of its own, or in that of another one which will leave."""
         await self._make_room(address, instead_of)
@@ -235,15 +235,21 @@ class SessionPool:
             clock=self.clock,
         )
 
-    async def _make_room(self, address: str, leaving: int) -> None:
-        """Close what may give way while there is no place; ProtocolError if nothing may."""
+    async def _make_room(self, address: str, stays: LiveSession | None) -> None:
+        """Close what may give way while there is no place; ProtocolError if nothing may.
+
+        `stays` leaves its place later, and is not closed here.
+        """
+        leaving = 0 if stays is None else 1
         most, own = self.options.max_sessions, self.options.sessions_per_address
         while len(self._live) + len(self._starting) - leaving >= most:
-            if not await self._close_one(lambda live: True):
+            if not await self._close_one(lambda live: live is not stays):
                 text = f"all {most} places are taken; try again when somebody leaves"
                 raise ProtocolError("full", text)
         while self._of(address) - leaving >= own:
-            if not await self._close_one(lambda live: live.address == address):
+            if not await self._close_one(
+                lambda live: live is not stays and live.address == address
+            ):
                 text = f"{own} sessions are open from your address already; stop one of them"
                 raise ProtocolError("too_many_sessions", text)
 

@@ -79,7 +79,9 @@ def test_every_command_is_named():
     files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/[!_]*.py"), *ROOT.glob("shapes/*.py")]
     starting = [file for file in files if "run_main(main)" in file.read_text(encoding="utf-8")]
     names = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in starting}
-    assert names == set(commands().values())
+    tops = {module for module in commands().values() if (ROOT / module.split(".")[0]).exists()}
+    files_of_ours = {m for m in commands().values() if "." not in m}
+    assert names == tops | files_of_ours  # an installed copy may have rooms that this one lacks
 
 
 def test_command_by_name(capsys, monkeypatch):

@@ -372,9 +372,26 @@ def test_of_changes_before_one_window_the_last_one_counts(dit: WanDiT) -> None:
     assert third.record() == {"block": 3, "prompt": "c", "policy": "renoise", "blend_blocks": 0}
 
 
+def test_a_change_that_failed_half_way_is_made_to_its_end(
+    dit: WanDiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part of the past is under its text already, so another change cannot replace it unheard."""
+    direction = directed(dit, tiny_method("rolling"))
+    take(direction, 3)
+    first = direction.add(some_text(dit, [4]), policy="recache", prompt="a")
+    with monkeypatch.context() as patch:
+        patch.setattr(direction.rollout, "recache", Mock(side_effect=MemoryError("full")))
+        with pytest.raises(MemoryError):
+            direction.prepare()
+    second = direction.add(some_text(dit, [5]), prompt="b")
+    take(direction, 1)
+    assert direction.changes == [first, second]
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
+        ({"blend_blocks": 1001}, "number of blocks up to 1000"),
         ({"policy": "later"}, "policy must be one of keep, recache, renoise, cut"),
         ({"policy": "cut", "blend_blocks": 2}, "can blend"),
         ({"blend_blocks": -1}, "blend_blocks must be a number of blocks"),

@@ -11,7 +11,7 @@ import app
 import server.listen
 from server import models
 from server.engine import PipelineEngine
-from server.models import open_model, open_random_model, places, read_composer, warm_up
+from server.models import open_model, places, read_composer, warm_up
 from tests.conftest import TinyWorld
 from tests.server.test_app import PATH, decoded, start
 from utils.cli import run_main
@@ -83,20 +83,14 @@ def test_random_weights(served, capsys):
     assert "Only this machine reaches it" in said
 
 
-def test_token_beyond_this_machine(served, capsys, monkeypatch):
-    monkeypatch.setattr(app, "open_pipeline", small_pipeline)
-
+def test_token_beyond_this_machine(served, capsys):
     def visit(client):
         assert client.get("/v1/health").status_code == 403
 
-    assert served("--server_name", "0.0.0.0", visit=visit) == 0
+    assert served("--server_name", "0.0.0.0", "--random_weights", visit=visit) == 0
     said = capsys.readouterr().out
     assert "/?token=" in said
     assert "Whoever has this address may use it." in said
-
-
-def small_pipeline(args, config):
-    return open_random_model(config, app.find_file(app.RANDOM_SIZES, "model preset"))
 
 
 @pytest.mark.parametrize(
