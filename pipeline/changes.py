@@ -21,6 +21,7 @@ from wan.geometry import VideoShape
 
 Policy = Literal["keep", "recache", "renoise", "cut"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+RESTARTING = ("renoise", "cut")  # policies under which blocks in flight start again
 BRANCH: Literal["branch"] = "branch"
 """In the list of changes: here cache and decoder were made anew (see `Stream.rebuild`)."""
 LONGEST_BLEND = 1000  # blocks
@@ -64,7 +65,7 @@ class Change:
     @property
     def restarts(self) -> bool:
         """Whether blocks in flight start again."""
-        return self.policy in ("renoise", "cut")
+        return self.policy in RESTARTING
 
     def record(self) -> dict[str, Any]:
         """What has to be known to make the change again, as plain values."""
@@ -236,7 +237,7 @@ class Direction:
             raise UserError("say what changes: a prompt, or a seed")
         if policy not in POLICIES:
             raise UserError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
-        restarts = policy in ("renoise", "cut")
+        restarts = policy in RESTARTING
         if type(blend_blocks) is not int or not 0 <= blend_blocks <= LONGEST_BLEND:
             raise UserError(
                 f"blend_blocks must be a number of blocks up to {LONGEST_BLEND}, "

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.changes import POLICIES, Change, Policy, Timeline
+from pipeline.changes import POLICIES, RESTARTING, Change, Policy, Timeline
 from utils.config import find_file
 from utils.errors import UserError
 from utils.prompts import check_text
@@ -106,7 +106,7 @@ def _timed(path: Path, key: str, value: object) -> TimedPrompt:
             policy = mark
         else:
             raise UserError(f"{path}: '[{mark}]' is neither {', '.join(POLICIES)} nor 'blend 4'")
-    if blend and policy in ("renoise", "cut"):
+    if blend and policy in RESTARTING:
         raise UserError(f"{path}: '{key}': a {policy} cannot blend")
     check_text(prompt, f"the prompt at {key} of {path}")
     if not prompt:

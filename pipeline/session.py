@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor
 
 from pipeline.changes import Change, Policy, Timeline
 from pipeline.memory import readable
 from pipeline.records import Record, chained_hash, describe_video, video_settings_of
-from pipeline.states import empty_text, read_state, state_bytes, write_state
+from pipeline.states import read_state, state_bytes, write_state
 from pipeline.stream import Stream
 from pipeline.text_to_video import VideoPipeline
 from utils.errors import UserError
@@ -250,7 +251,7 @@ class Session:
     def _take_branch_point(self) -> None:
         state = self._stream.branch_state()
         block = self._stream.next_index
-        frame = self._stream.timeline.start(block)
+        frame = self.frames_made
         self._points_taken += 1
         self.branch_points.append(
             BranchPoint(
@@ -380,7 +381,7 @@ def least_needed(blocks: Sequence[int]) -> int:
 
 def _open(pipe: VideoPipeline, text: Tensor | None, seed: int | None) -> Stream:
     """A stream whose steps can be repeated; without `text` it is to take a state."""
-    text = empty_text(pipe.dit.config.text_dim) if text is None else text
+    text = torch.zeros(1, 1, pipe.dit.config.text_dim) if text is None else text
     return pipe.open_stream(text, seed=seed, repeatable=True)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -72,8 +71,3 @@ def read_state(path: str | Path) -> dict[Any, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path} is no state of a stream; save it again")
     return state
-
-
-def empty_text(dim: int) -> Tensor:
-    """Embeddings `[1, 1, dim]` of nothing, for a stream that takes its text from a state."""
-    return torch.zeros(1, 1, dim)

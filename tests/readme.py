@@ -78,7 +78,7 @@ class Command:
     @property
     def config(self) -> Config | None:
         """The config that it names, loaded; None for a placeholder such as `C`."""
-        path = getattr(self.args, "config_path", None)
+        path = vars(self.args).get("config_path")
         if path is None or path.isupper():
             return None
         return load_config(path, self.args.overrides)
