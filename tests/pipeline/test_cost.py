@@ -162,7 +162,7 @@ def live():
     gc.collect()
     objects = gc.get_objects()
     tensors = [o for o in objects if issubclass(type(o), torch.Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages = {s._cdata: s.nbytes() for s in map(torch.Tensor.untyped_storage, tensors)}
     return len(tensors), sum(storages.values()), len(objects)
 
 
