@@ -8,6 +8,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from utils.cli import run_main
 
 MODULES = (
@@ -20,6 +23,7 @@ MODULES = (
     "scripts.evaluate",
     "scripts.benchmark",
     "scripts.gpu_check",
+    "scripts.predict",
     "scripts.attention_maps",
     "scripts.plot_run",
     "scripts.live_client",

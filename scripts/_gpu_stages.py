@@ -16,6 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from scripts.benchmark import open_pipeline
 from utils.cli import parse_command, run_main, set_up_logging
 from utils.files import write_json

@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from utils.cli import parse_command, run_main, set_up_logging
 from utils.errors import UserError
 from utils.files import write_json

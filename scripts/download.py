@@ -17,6 +17,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from utils.cli import run_main
 from utils.downloads import DOWNLOADS, Download
 from utils.errors import UserError

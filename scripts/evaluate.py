@@ -24,6 +24,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from utils.cli import check_picture, parse_command, require_matplotlib, run_main, set_up_logging
 from utils.distributed import Ranks
 from utils.errors import UserError

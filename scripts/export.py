@@ -12,6 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from utils.cli import run_main
 
 

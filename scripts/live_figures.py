@@ -22,6 +22,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from utils.cli import parse_command, run_main
 from utils.config import ROOT
 from utils.errors import UserError

@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from trainer.health import Rules
 from utils.cli import require_matplotlib, run_main
 from utils.errors import UserError

@@ -31,6 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from shapes import held_out_prompts
 from shapes.build import (
     CommandTarget,

@@ -31,6 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from shapes.build import Target, Training, add_processes, processes_of, publish_to
 from utils.cli import parse_command, run_main
 from utils.config import ROOT, find_file, fingerprint, load_config, to_dict

@@ -16,9 +16,13 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+if not __package__:  # run by its path: the tree that it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shapes.meter import observe
 from shapes.playing import add_model_flags, describe_model, open_model

@@ -28,6 +28,17 @@ for name in sys.argv[1:]:
     except ImportError as error:
         print(name, error)
 """
+# In one process for all: where `utils` is taken from by each command that is started by its path.
+TREES = """
+import runpy, sys
+start = list(sys.path)
+for file in sys.argv[1:]:
+    sys.path[:] = [file.rpartition("/")[0], *start]
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("utils", "scripts", "shapes")]:
+        del sys.modules[name]
+    runpy.run_path(file, run_name="by_path")
+    print(sys.modules["utils"].__file__)
+"""
 
 
 def run(*words: str, cwd: Path = ROOT) -> tuple[float, subprocess.CompletedProcess[str]]:
@@ -82,6 +93,19 @@ def test_every_command_is_named():
     tops = {module for module in commands().values() if (ROOT / module.split(".")[0]).exists()}
     files_of_ours = {m for m in commands().values() if "." not in m}
     assert names == tops | files_of_ours  # an installed copy may have rooms that this one lacks
+
+
+def test_a_command_is_of_the_tree_that_it_lies_in(tmp_path):
+    """`python scripts/benchmark.py` of one checkout measured the other one that was installed."""
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "__init__.py").write_text("raise SystemExit('the other tree')")
+    files = [str(ROOT / f"{module.replace('.', '/')}.py") for module in commands().values()]
+    files += [str(ROOT / "scripts" / name) for name in ("__main__.py", "_gpu_stages.py")]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "-c", TREES, *files]
+    result = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [str(ROOT / "utils" / "__init__.py")] * len(files)
 
 
 def test_command_by_name(capsys, monkeypatch):

@@ -16,9 +16,12 @@ def blocks_flops(config: DiTConfig, queries: int, keys: int) -> int:
     feed-forward, then the scores and sums of both attentions.
     """
     linear = 2 * queries * (6 * config.dim**2 + 2 * config.dim * config.ffn_dim)
-    self_attention = 4 * queries * keys * config.dim
-    cross_attention = 4 * queries * config.text_len * config.dim
-    return config.num_layers * (linear + self_attention + cross_attention)
+    return config.num_layers * linear + attention_flops(config, queries, keys)
+
+
+def attention_flops(config: DiTConfig, queries: int, keys: int) -> int:
+    """Of these, the scores and sums: of all layers, to `keys` tokens and to the text."""
+    return config.num_layers * 4 * queries * (keys + config.text_len) * config.dim
 
 
 def edge_flops(config: DiTConfig, frames: int, tokens_per_frame: int) -> int:
