@@ -4,24 +4,34 @@ Tensors on the CPU stay real. What touches a fake one runs under PyTorch's `Fake
 knows the shapes, strides and devices of every operation, and refuses to mix devices and to guess
 sizes that depend on values (`nonzero`). So networks of any size run on any machine, in seconds, and
 everything but the numbers is as on a GPU: a value that is read is 1, or True.
+
+`FakeCuda.measured` counts what runs kernel by kernel; `fused` what torch.compile makes of it.
 """
 
 import ctypes
 import math
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import config as inductor
+from torch._inductor import scheduler
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -92,6 +102,7 @@ class FakeCuda(TorchDispatchMode):
                 (torch.backends.cudnn, "is_available", lambda: True),
                 (F, "scaled_dot_product_attention", _attention),
                 (F, "rms_norm", _norm),
+                (torch._C, "_conv_determine_backend_memory_format", _order_of_convolution),
             ):
                 patches.enter_context(patch.object(owner, name, stand_in))
             before = torch._C._only_lift_cpu_tensors()
@@ -237,6 +248,92 @@ def made_on(device: torch.device, module: nn.Module, dtype: torch.dtype) -> None
                 part._parameters[name] = nn.Parameter(made, requires_grad=False)
 
 
+# --- compiled ------------------------------------------------------------------------------------
+
+
+def fused(function: Callable[..., object], *args: Any) -> Counts:
+    """The kernels that Inductor makes of `function(*args)` for an H200, and what these move.
+
+    The call becomes one graph of static shapes, without a break; nothing runs. Of every kernel
+    that is generated each buffer counts once: the elements that it reads or writes, at most the
+    whole buffer. What is made and used within a kernel counts nothing. Only inside of `FakeCuda`.
+    """
+    counts = Counts()
+
+    def count(graph: GraphLowering) -> SimpleNamespace:
+        graph.init_wrapper_code()
+        graph._update_scheduler()  # it fuses
+        for node in graph.scheduler.nodes:
+            _count_kernel(node, counts)
+        return SimpleNamespace(call=_stop)
+
+    torch._dynamo.reset()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(inductor.patch(fx_graph_cache=False, compile_threads=1))
+        stack.enter_context(_disable_current_modes())
+        for owner, name, stand_in in (
+            (GraphLowering, "compile_to_module", count),
+            (DeviceProperties, "create", lambda device: _H200),
+            (CudaInterface, "is_bf16_supported", lambda **_: True),
+            (scheduler, "has_triton", lambda: True),
+            (F, "rms_norm", _real_norm),
+        ):
+            stack.enter_context(patch.object(owner, name, stand_in))
+        try:
+            torch.compile(function, fullgraph=True, dynamic=False)(*args)
+        except _CountedError:
+            return counts
+        finally:
+            torch._dynamo.reset()
+    raise AssertionError("nothing was compiled")
+
+
+class _CountedError(Exception):
+    """The graph is counted; it cannot run."""
+
+
+def _stop(args: object) -> None:
+    raise _CountedError
+
+
+_H200 = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, 1024, 32)
+
+
+def _count_kernel(node: scheduler.BaseSchedulerNode, counts: Counts) -> None:
+    if isinstance(node, scheduler.ExternKernelSchedulerNode):
+        size, name = node.get_read_write_buffers_sizes(), type(node.node).__name__.lower()
+        kernel = f"{name} {getattr(node.node, 'python_kernel_name', '')}".lower()
+        if name == "multioutput":
+            return
+        multiplies = any(word in kernel for word in ("convolution", "attention", *MULTIPLIES))
+    elif isinstance(node, scheduler.NopKernelSchedulerNode):
+        return
+    else:
+        size, multiplies = _accessed(node), node.is_template()
+    counts.ops += 1
+    counts.moved += 0 if multiplies else size
+    counts.multiplied += size if multiplies else 0
+
+
+def _accessed(node: scheduler.BaseSchedulerNode) -> int:
+    """Bytes of the buffers that it reads, and of those that it writes for others."""
+    own, total = set(node.get_nodes()), 0
+    outputs = {
+        access
+        for access in node.read_writes.writes
+        if {user.node for user in node.scheduler.name_to_buf[access.name].users} - own
+    }
+    for accesses in (node.read_writes.reads, outputs):
+        sizes: Counter[str] = Counter()
+        for access in accesses:
+            sizes[access.name] += V.graph.get_dep_size_hint(access)
+        for name, size in sizes.items():
+            whole = math.prod(int(n) for n in V.graph.get_buffer(name).get_size())
+            total += min(size, whole * V.graph.get_dtype(name).itemsize)
+    return total
+
+
 # --- what a CPU build lacks ----------------------------------------------------------------------
 
 
@@ -264,6 +361,16 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **setting
         return _real_attention(q, k, v, attn_mask=attn_mask, **settings)
     assert attn_mask is None, "masks on the device go through FlexAttention"
     return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+def _order_of_convolution(x: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
+    """As cuDNN's results lie: channels together where one of its inputs has them so."""
+    together = {4: torch.channels_last, 5: torch.channels_last_3d}[weight.ndim]
+    either = any(
+        part.is_contiguous(memory_format=together) and not part.is_contiguous()
+        for part in (x, weight)
+    )
+    return together if either and x.dtype != torch.float64 else torch.contiguous_format
 
 
 def _norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: Any = None) -> Tensor:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.sampling import OdeStep, Sampler
-from tests.fake_cuda import CUDA, FakeCuda
+from tests.fake_cuda import CUDA, FakeCuda, fused
 from utils.devices import to_device, to_host
 
 
@@ -71,6 +72,35 @@ def test_bytes_operations_and_memory(cuda: FakeCuda) -> None:
     assert (counts.live, counts.peak) == (4 * 64, 2 * 4 * 64)
     del out
     assert counts.live == 0
+
+
+def test_what_a_compiler_fuses_is_read_and_written_once(cuda: FakeCuda) -> None:
+    """A norm, an activation and a copy behind the past in one kernel; a bias and a sum in another.
+
+    Both convolutions read and write as they do without a compiler, channels last.
+    """
+    x, past = (
+        on_device(1, 32, frames, 8, 8).to(memory_format=torch.channels_last_3d) for frames in (4, 2)
+    )
+    weight = on_device(32, 32, 3, 3, 3).to(memory_format=torch.channels_last_3d)
+    scale, bias = on_device(32), on_device(32)
+
+    def block(x: Tensor, past: Tensor) -> Tensor:
+        normed = F.rms_norm(x.movedim(1, -1), (32,), scale).movedim(-1, 1)
+        seen = torch.cat([past, F.silu(normed)], dim=2)
+        return x + F.conv3d(seen, weight, bias, padding=(0, 1, 1))
+
+    with torch.no_grad():
+        counts = fused(block, x, past)
+    kernels = [2 * x.nbytes + scale.nbytes, 2 * past.nbytes, 3 * x.nbytes + bias.nbytes]
+    assert (counts.ops, counts.moved) == (4, sum(kernels))
+    assert counts.multiplied == 2 * x.nbytes + past.nbytes + weight.nbytes
+
+
+def test_a_slice_counts_as_what_is_read_of_it(cuda: FakeCuda) -> None:
+    x = on_device(8, 64)
+    counts = fused(lambda x: x[:2] + x[1:3], x)
+    assert (counts.ops, counts.moved) == (1, 3 * 2 * 64 * 4)
 
 
 def test_what_is_on_the_cpu_is_real(cuda: FakeCuda) -> None:
