@@ -4,13 +4,16 @@ A clip is a pure function of (seed, index, split), so the data set needs no file
 The world is a square of 64 units; at the default size a unit is a pixel. A shape keeps its
 velocity for ever and is reflected by the walls, so its position at any time is known in closed
 form: that is the truth which `shapes.meter` holds generated videos against.
+
+With `unsaid`, a clip also has properties that stay the same through it and that no caption mentions
+(`Ground`, and `Shape.shade` and `Shape.scale`): what only the clip itself can tell.
 """
 
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import combinations, count
 from typing import Literal, NamedTuple, get_args
@@ -23,6 +26,10 @@ from utils.errors import UserError
 Array = NDArray[np.floating]
 Split = Literal["train", "heldout"]
 RGB = tuple[int, int, int]
+Colour = tuple[float, float, float]
+
+UNSAID = False
+"""Whether clips have properties that captions leave open, where nothing else is said."""
 
 WORLD = 64.0
 """Side of the world, in units."""
@@ -68,6 +75,35 @@ BACKGROUNDS: dict[str, tuple[RGB, RGB]] = {
     "navy to maroon": ((14, 22, 84), (88, 14, 32)),
 }
 """Colour at the top and at the bottom edge; linear in between."""
+
+SHADES: dict[str, tuple[RGB, RGB]] = {
+    "red": ((222, 24, 36), (250, 66, 70)),
+    "orange": ((226, 112, 8), (255, 148, 36)),
+    "yellow": ((236, 222, 40), (255, 248, 108)),
+    "green": ((12, 140, 30), (18, 190, 54)),
+    "cyan": ((34, 184, 198), (80, 230, 244)),
+    "blue": ((30, 84, 236), (84, 134, 255)),
+    "purple": ((128, 32, 200), (160, 66, 242)),
+    "pink": ((238, 86, 170), (255, 130, 212)),
+}
+"""The darkest and the lightest shade of each colour, where captions leave it open."""
+
+TINTS: dict[str, tuple[RGB, RGB]] = {
+    "black": ((12, 12, 12), (36, 36, 36)),
+    "gray": ((100, 100, 100), (156, 156, 156)),
+    "navy": ((12, 12, 98), (44, 44, 142)),
+    "maroon": ((98, 12, 12), (142, 44, 44)),
+}
+"""The least and the greatest value of each channel of a background, where captions leave it open."""
+
+SCALES = (0.87, 1.13)
+"""The range of a radius over that of its size, where captions leave it open."""
+
+WAVE = 40.0
+"""Units from one crest of a grating to the next."""
+
+WAVE_HEIGHT = 10.0
+"""Grey levels of a crest of a grating above its middle."""
 
 _HELD_OUT = {
     "black": 0,
@@ -130,9 +166,25 @@ class ShapeAttributes:
 
 @dataclass(frozen=True)
 class Shape(ShapeAttributes):
-    """A shape and where its centroid (x, y) is at time 0, in units."""
+    """A shape, where its centroid (x, y) is at time 0, in units, and what no caption says of it.
+
+    `shade`: from the darkest (0) to the lightest (1) of its colour, or None for the colour itself;
+    `scale`: its radius over that of its size.
+    """
 
     position: tuple[float, float]
+    shade: float | None = None
+    scale: float = 1.0
+
+    @property
+    def radius(self) -> float:
+        """Radius of the disc of equal area, in units."""
+        return SIZES[self.size] * self.scale
+
+    @property
+    def rgb(self) -> Colour:
+        """Its colour, in grey levels."""
+        return COLOURS[self.colour] if self.shade is None else shade_of(self.colour, self.shade)
 
     def positions(self, num_frames: int, *, fps: float = FPS, start: int = 0) -> Array:
         """Centroids [num_frames, 2] in units, of frame `start` and those after it."""
@@ -149,12 +201,29 @@ class Attributes:
 
 
 @dataclass(frozen=True)
+class Ground:
+    """What no caption says of a background: its colours, and a faint grating over it.
+
+    top and bottom: colours of the edges; direction: of the crests' normal from the x axis, in
+    [0, pi); phase: of the wave in the middle of the picture, in [0, 2 pi).
+    """
+
+    top: Colour
+    bottom: Colour
+    direction: float
+    phase: float
+
+
+@dataclass(frozen=True)
 class Scene:
-    """A clip before it is drawn; `shapes` from front to back."""
+    """A clip before it is drawn; `shapes` from front to back. Without `ground` its background has
+    the colours of its name, and no grating.
+    """
 
     background: str
     shapes: tuple[Shape, ...]
     caption: str
+    ground: Ground | None = None
 
     @property
     def attributes(self) -> Attributes:
@@ -175,12 +244,19 @@ class ShapesDataset:
     """Unlimited clips by index: `dataset[i]` is `Clip(frames, caption)`; iterating never ends."""
 
     def __init__(
-        self, num_frames: int = 81, *, seed: int = 0, split: Split = "train", size: int = 64
+        self,
+        num_frames: int = 81,
+        *,
+        seed: int = 0,
+        split: Split = "train",
+        size: int = 64,
+        unsaid: bool = UNSAID,
     ) -> None:
         self.num_frames, self.seed, self.split, self.size = num_frames, seed, split, size
+        self.unsaid = unsaid
 
     def __getitem__(self, index: int) -> Clip:
-        scene = sample_scene(self.seed, index, split=self.split)
+        scene = sample_scene(self.seed, index, split=self.split, unsaid=self.unsaid)
         return Clip(render(scene, self.num_frames, size=self.size), scene.caption)
 
     def __iter__(self) -> Iterator[Clip]:
@@ -190,12 +266,14 @@ class ShapesDataset:
 # Sampling
 
 
-def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
+def sample_scene(
+    seed: int, index: int, *, split: Split = "train", unsaid: bool = UNSAID
+) -> Scene:
     """Scene `index` of the data set `seed`: one shape, or two of different colours (`PAIRS`).
 
     Of two shapes the smaller is in front, so none is ever hidden by a larger one. Each starts at
     the wall that it moves away from, the two side by side. In "train" no shape is held out (see
-    `is_held_out`), in "heldout" all are.
+    `is_held_out`), in "heldout" all are. The caption is the same with `unsaid` and without.
 
     Raises:
         UserError: if the split is unknown.
@@ -212,13 +290,46 @@ def sample_scene(seed: int, index: int, *, split: Split = "train") -> Scene:
         held_out = [is_held_out(shape, background) for shape in drawn]
         if not different or not all(held is (split == "heldout") for held in held_out):
             continue
-        shapes = [_place(rng, *pair) for pair in zip(drawn, _lanes(drawn), strict=True)]
-        pairs = combinations(shapes, 2)
-        if all(_start_apart(*pair) and not _stay_together(*pair) for pair in pairs):
+        places = [(rng.random(), rng.random()) for _ in drawn]
+        shapes = _placed([Shape(**vars(shape), position=(0.0, 0.0)) for shape in drawn], places)
+        if _pass_by(shapes):
             break
-    scene = Scene(background, tuple(shapes), "")
-    text = caption(scene.attributes, int(rng.random() * len(PHRASINGS)))
-    return Scene(background, scene.shapes, text)
+    scene = Scene(background, shapes, "")
+    scene = replace(scene, caption=caption(scene.attributes, int(rng.random() * len(PHRASINGS))))
+    if unsaid:
+        rng = random.Random(f"shapes/unsaid/{seed}/{index}/{split}")
+        return _with_unsaid(scene, rng, places)
+    return scene
+
+
+def _with_unsaid(scene: Scene, rng: random.Random, places: Sequence[tuple[float, float]]) -> Scene:
+    """The scene with all that its caption leaves open."""
+    top, bottom = (_sample_tint(rng, name) for name in _edge_names(scene.background))
+    if " to " not in scene.background:
+        bottom = top
+    ground = Ground(top, bottom, math.pi * rng.random(), 2 * math.pi * rng.random())
+    while True:
+        scales = sorted(_between(SCALES, rng.random()) for _ in scene.shapes)  # smaller in front
+        shades = [rng.random() for _ in scene.shapes]
+        looks = zip(scene.shapes, shades, scales, strict=True)
+        shapes = _placed([replace(s, shade=shade, scale=scale) for s, shade, scale in looks], places)
+        if _pass_by(shapes):
+            return replace(scene, shapes=shapes, ground=ground)
+
+
+def _edge_names(background: str) -> tuple[str, str]:
+    """Names of the colours of its top and bottom."""
+    top, _, bottom = background.partition(" to ")
+    return top, bottom or top
+
+
+def _sample_tint(rng: random.Random, name: str) -> Colour:
+    red, green, blue = (_between(ends, rng.random()) for ends in zip(*TINTS[name], strict=True))
+    return red, green, blue
+
+
+def _between(ends: tuple[float, float], share: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * share
 
 
 def is_held_out(shape: ShapeAttributes, background: str) -> bool:
@@ -241,7 +352,13 @@ def _sample_attributes(rng: random.Random) -> ShapeAttributes:
     return ShapeAttributes(**{field: _pick(rng, values) for field, values in choices.items()})
 
 
-def _lanes(shapes: list[ShapeAttributes]) -> tuple[float, ...]:
+def _placed(shapes: Sequence[Shape], places: Sequence[tuple[float, float]]) -> tuple[Shape, ...]:
+    """The shapes at their starts; `places`: where in the squares of these, 0 to 1 along x and y."""
+    trios = zip(shapes, _lanes(shapes), places, strict=True)
+    return tuple(_place(*trio) for trio in trios)
+
+
+def _lanes(shapes: Sequence[Shape]) -> tuple[float, ...]:
     """How far each shape starts to the right of the middle of its way; of two, far apart."""
     if len(shapes) == 1:
         return (0.0,)
@@ -258,15 +375,21 @@ def _middle_of_start(shape: ShapeAttributes, lane: float) -> Array:
     return (low + high) / 2 - to_wall + lane * np.array((-down, right))
 
 
-def _place(rng: random.Random, shape: ShapeAttributes, lane: float) -> Shape:
+def _place(shape: Shape, lane: float, place: tuple[float, float]) -> Shape:
     """The shape at its start, `lane` units to the right of the middle of its way."""
     middle = _middle_of_start(shape, lane)
     run_up = np.array(shape.velocity) * RUN_UP_SECONDS
     low, high = shape.bounds
     low, high = low - np.minimum(run_up, 0), high - np.maximum(run_up, 0)
     low, high = np.clip((middle - START_SPREAD, middle + START_SPREAD), low, high)
-    x, y = low + (high - low) * np.array([rng.random(), rng.random()])
-    return Shape(**vars(shape), position=(float(x), float(y)))
+    x, y = low + (high - low) * np.array(place)
+    return replace(shape, position=(float(x), float(y)))
+
+
+def _pass_by(shapes: Sequence[Shape]) -> bool:
+    """Whether no two lie over each other at the start, or too long later."""
+    pairs = list(combinations(shapes, 2))
+    return all(_start_apart(*pair) and not _stay_together(*pair) for pair in pairs)
 
 
 def _start_apart(one: Shape, other: Shape) -> bool:
@@ -313,24 +436,50 @@ def render(
     if num_frames < 1 or size < 1:
         raise UserError(f"num_frames and size must be 1 or more, not {num_frames} and {size}.")
     frames = np.empty((num_frames, size, size, 3), np.uint8)
-    background = background_rows(scene.background, size).T[:, :, None]  # [3, H, 1]
+    background = ground_colours(scene, size).transpose(2, 0, 1)
     tracks = [shape.positions(num_frames, fps=fps, start=start) for shape in scene.shapes]
     for first in range(0, num_frames, 16):  # a chunk stays in the processor's cache
         part = slice(first, first + 16)
         canvas = np.broadcast_to(background, (len(frames[part]), 3, size, size)).copy()
         for shape, track in reversed(list(zip(scene.shapes, tracks, strict=True))):
             alpha = coverage(shape.kind, shape.radius, track[part], size)[:, None]
-            colour = np.array(COLOURS[shape.colour], np.float32)[:, None, None]
+            colour = np.array(shape.rgb, np.float32)[:, None, None]
             canvas += alpha * (colour - canvas)
         frames[part] = (canvas + 0.5).transpose(0, 2, 3, 1)
     return frames
 
 
+def ground_colours(scene: Scene, size: int) -> Array:
+    """Colours [size, size or 1, 3] of the background of a scene."""
+    ground = scene.ground
+    if ground is None:
+        return _rows_between(BACKGROUNDS[scene.background], size)[:, None]
+    rows = _rows_between((ground.top, ground.bottom), size)[:, None]
+    return rows + WAVE_HEIGHT * grating(ground.direction, ground.phase, size)[:, :, None]
+
+
 def background_rows(name: str, size: int) -> Array:
     """Colours [size, 3] of the rows of a background."""
-    top, bottom = np.array(BACKGROUNDS[name], np.float32)
+    return _rows_between(BACKGROUNDS[name], size)
+
+
+def _rows_between(edges: tuple[Colour, Colour], size: int) -> Array:
+    top, bottom = np.array(edges, np.float32)
     down = ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None]
     return top + (bottom - top) * down
+
+
+def grating(direction: float, phase: float, size: int) -> Array:
+    """A wave [size, size] of height 1 around 0 (`Ground`)."""
+    places = (np.arange(size, dtype=np.float32) + 0.5) * np.float32(WORLD / size) - WORLD / 2
+    along = places[None, :] * math.cos(direction) + places[:, None] * math.sin(direction)
+    return np.cos(2 * math.pi / WAVE * along + phase, dtype=np.float32)
+
+
+def shade_of(colour: str, shade: float) -> Colour:
+    """The colour between its darkest (0) and lightest (1) shade."""
+    red, green, blue = (_between(ends, shade) for ends in zip(*SHADES[colour], strict=True))
+    return red, green, blue
 
 
 def coverage(kind: str, radius: float, centres: Array, size: int) -> Array:
