@@ -266,9 +266,7 @@ class ShapesDataset:
 # Sampling
 
 
-def sample_scene(
-    seed: int, index: int, *, split: Split = "train", unsaid: bool = UNSAID
-) -> Scene:
+def sample_scene(seed: int, index: int, *, split: Split = "train", unsaid: bool = UNSAID) -> Scene:
     """Scene `index` of the data set `seed`: one shape, or two of different colours (`PAIRS`).
 
     Of two shapes the smaller is in front, so none is ever hidden by a larger one. Each starts at
@@ -312,7 +310,9 @@ def _with_unsaid(scene: Scene, rng: random.Random, places: Sequence[tuple[float,
         scales = sorted(_between(SCALES, rng.random()) for _ in scene.shapes)  # smaller in front
         shades = [rng.random() for _ in scene.shapes]
         looks = zip(scene.shapes, shades, scales, strict=True)
-        shapes = _placed([replace(s, shade=shade, scale=scale) for s, shade, scale in looks], places)
+        shapes = _placed(
+            [replace(s, shade=shade, scale=scale) for s, shade, scale in looks], places
+        )
         if _pass_by(shapes):
             return replace(scene, shapes=shapes, ground=ground)
 

@@ -13,10 +13,14 @@ from shapes.world import (
     LANE,
     PHRASINGS,
     RUN_UP_SECONDS,
+    SCALES,
+    SHADES,
     SIZES,
     SPEEDS,
     START_SPREAD,
+    TINTS,
     TOGETHER_SECONDS,
+    WAVE_HEIGHT,
     WORLD,
     Attributes,
     Scene,
@@ -26,10 +30,12 @@ from shapes.world import (
     background_rows,
     caption,
     coverage,
+    ground_colours,
     is_held_out,
     parse_caption,
     render,
     sample_scene,
+    shade_of,
     token_classes,
     token_labels,
 )
@@ -41,8 +47,8 @@ EVERY_SHAPE = [
 ]
 
 
-def scenes(count, split="train", seed=3):
-    return [sample_scene(seed, index, split=split) for index in range(count)]
+def scenes(count, split="train", seed=3, unsaid=False):
+    return [sample_scene(seed, index, split=split, unsaid=unsaid) for index in range(count)]
 
 
 # The data set
@@ -246,8 +252,9 @@ def test_pixels_are_the_colours_of_the_tables_where_nothing_mixes():
 
 
 @pytest.mark.parametrize("size", [32, 48, 128])
-def test_other_sizes_show_the_same_scene(size):
-    scene = sample_scene(0, 3)
+@pytest.mark.parametrize("unsaid", [False, True])
+def test_other_sizes_show_the_same_scene(size, unsaid):
+    scene = sample_scene(0, 3, unsaid=unsaid)
     frames = render(scene, 9, size=size)
     assert frames.shape == (9, size, size, 3)
     assert frames.mean((1, 2)) == pytest.approx(render(scene, 9).mean((1, 2)), abs=1.5)
@@ -269,6 +276,128 @@ def test_the_colours_are_far_apart():
             assert np.linalg.norm(first - behind) > 95
             mixes = behind + np.linspace(0, 1, 21)[:, None] * (second - behind)
             assert np.linalg.norm(first - mixes, axis=1).min() > 60
+
+
+# What captions leave open
+
+
+def test_what_is_left_open_is_drawn_beside_the_scene_and_constant():
+    """Drawing it must not change what the same index shows without it, nor any caption."""
+    for plain, scene in zip(scenes(200), scenes(200, unsaid=True), strict=True):
+        assert (scene.caption, scene.attributes) == (plain.caption, plain.attributes)
+        assert plain.ground is None
+        assert {(shape.shade, shape.scale) for shape in plain.shapes} == {(None, 1.0)}
+    assert scene == scenes(200, unsaid=True)[-1]
+    frames = ShapesDataset(5, seed=3, unsaid=True)[199].frames
+    assert np.array_equal(frames, render(scene, 5))
+    expected = np.floor(ground_colours(scene, 64) + 0.5)
+    bare = coverage_of(scene, 5).max(0) == 0
+    assert bare.mean() > 0.5
+    assert (frames[:, bare] == expected[bare]).all()
+
+
+def coverage_of(scene, frames):
+    tracks = [(s, s.positions(frames)) for s in scene.shapes]
+    return np.max([coverage(s.kind, s.radius, track, 64) for s, track in tracks], axis=0)
+
+
+def test_what_is_left_open_fills_its_ranges_and_keeps_the_rules():
+    drawn = scenes(600, unsaid=True)
+    shapes = [shape for scene in drawn for shape in scene.shapes]
+    for values, (low, high) in (
+        ([shape.shade for shape in shapes], (0, 1)),
+        ([shape.scale for shape in shapes], SCALES),
+        ([scene.ground.direction for scene in drawn], (0, math.pi)),
+        ([scene.ground.phase for scene in drawn], (0, 2 * math.pi)),
+    ):
+        assert low <= min(values) < max(values) < high
+        assert np.histogram(values, 4, (low, high))[0].min() > 0.15 * len(values)
+    for name, (low, high) in TINTS.items():
+        ends = [(s.background.split(" to "), s.ground) for s in drawn]
+        tints = [g.top for names, g in ends if names[0] == name]
+        tints += [g.bottom for names, g in ends if names[-1] == name]
+        assert np.ptp(tints, axis=0) == pytest.approx(np.subtract(high, low), rel=0.15)
+        assert (np.array(tints) >= low).all()
+        assert (np.array(tints) <= high).all()
+    for scene in drawn:
+        assert (scene.ground.top == scene.ground.bottom) == (" to " not in scene.background)
+        radii = [shape.radius for shape in scene.shapes]
+        assert radii == sorted(radii)
+        for shape in scene.shapes:
+            run_up = np.array(shape.position) + np.array(shape.velocity) * RUN_UP_SECONDS
+            low, high = shape.bounds
+            assert (np.minimum(shape.position, run_up) >= low - 1e-9).all()
+            assert (np.maximum(shape.position, run_up) <= high + 1e-9).all()
+        if len(radii) == 2:
+            assert math.dist(*(shape.position for shape in scene.shapes)) >= sum(radii)
+
+
+def corners(low, high):
+    return np.array(list(itertools.product(*zip(low, high, strict=True))), float)  # [8, 3]
+
+
+def every_ground():
+    """All extreme colours [n, 3] of each background, crests and troughs of its grating included.
+
+    What it can show lies between them: mixes of top and bottom, of tints, of wave heights.
+    """
+    boxes = {name: corners(*ends) for name, ends in TINTS.items()}
+    for name in BACKGROUNDS:
+        tints = np.concatenate([boxes[edge] for edge in name.split(" to ")])
+        yield name, np.concatenate([tints + WAVE_HEIGHT, tints - WAVE_HEIGHT])
+
+
+def gap(one, other):
+    """A distance that any two mixes of the points [n, 3] and [m, 3] keep.
+
+    Along the line between the nearest two mixes (Gilbert's algorithm), no two corners are nearer.
+    """
+    corners = (one[:, None] - other[None]).reshape(-1, 3)
+    nearest = corners.mean(0)
+    for _ in range(2000):
+        step = corners[(corners @ nearest).argmin()] - nearest
+        nearest = nearest + step * np.clip(-(step @ nearest) / max(step @ step, 1e-12), 0, 1)
+    return (corners @ nearest).min() / np.linalg.norm(nearest)
+
+
+def test_colours_stay_apart_under_all_shades_and_tints():
+    shades = {name: np.array(ends, float) for name, ends in SHADES.items()}
+    assert list(shades) == list(COLOURS)
+    for first, second in itertools.combinations(shades.values(), 2):
+        assert gap(first, second) > 75
+    for name, ground in every_ground():
+        assert ground.min() >= 0, name
+        for shade in shades.values():
+            assert shade.max() <= 255
+            assert gap(shade, ground) > 60, name
+    boxes = [corners(*ends) for ends in TINTS.values()]
+    for first, second in itertools.combinations(boxes, 2):
+        assert gap(first, second) > 60
+
+
+def test_the_gap_of_corners_is_the_distance_of_the_nearest_mixes():
+    """Corners are far apart here, and the lines between them all but cross."""
+    line, across = np.array([[0, 0, 0], [10, 0, 0]]), np.array([[5, -7, 3], [5, 7, 3]])
+    assert gap(line, across) == pytest.approx(3, abs=1e-3)
+    assert gap(line, across - (0, 0, 2.9)) < 0.11
+
+
+def test_sizes_stay_apart_and_shades_are_what_their_ends_say():
+    small, large = (radius * np.array(SCALES) for radius in SIZES.values())
+    assert small.max() < math.sqrt(math.prod(SIZES.values())) < large.min()
+    assert shade_of("red", 0.0) == SHADES["red"][0]
+    assert shade_of("red", 0.5) == pytest.approx(np.mean(SHADES["red"], axis=0))
+
+
+def test_a_grating_is_a_wave_across_its_direction():
+    """Down here, so rows are even; in all channels alike."""
+    scene = next(s for s in scenes(50, unsaid=True) if s.background == "gray")
+    ground = replace(scene.ground, direction=math.pi / 2, phase=0.0)
+    wave = ground_colours(replace(scene, ground=ground), 64) - np.array(ground.top)
+    assert np.ptp(wave, axis=(1, 2)).max() < 1e-3
+    rows = np.arange(64) + 0.5 - 32
+    expected = WAVE_HEIGHT * np.cos(2 * math.pi * rows / 40)
+    np.testing.assert_allclose(wave[:, 0, 0], expected, atol=1e-3)
 
 
 # Captions
@@ -348,7 +477,7 @@ def test_labels_of_words_are_within_their_classes():
 
 
 def test_every_shape_has_room_for_its_run_up_in_every_direction():
-    for shape in EVERY_SHAPE:
+    for shape in [replace(shape, scale=scale) for shape in EVERY_SHAPE for scale in (1.0, *SCALES)]:
         low, high = shape.bounds
         assert (high - low > np.abs(shape.velocity) * RUN_UP_SECONDS).all()
         assert (low > 0).all()
