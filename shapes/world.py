@@ -94,7 +94,7 @@ TINTS: dict[str, tuple[RGB, RGB]] = {
     "navy": ((12, 12, 98), (44, 44, 142)),
     "maroon": ((98, 12, 12), (142, 44, 44)),
 }
-"""The least and the greatest value of each channel of a background, where captions leave it open."""
+"""The least and the greatest of each channel of a background, where captions leave it open."""
 
 SCALES = (0.87, 1.13)
 """The range of a radius over that of its size, where captions leave it open."""
