@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +36,7 @@ from pipeline.records import (
 from pipeline.setup import Setup
 from pipeline.stream import PrefixFrames, directed
 from pipeline.text_to_video import VideoPipeline, load_generator
+from utils.background import Background
 from utils.config import find_file, save_resolved
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -361,7 +362,7 @@ class BatchRun:
         start = time.perf_counter()
         prefix = pipe.encode_prefix(image=job.image, video=job.video)
         given = 0 if prefix is None else len(prefix.blocks(self.setup.layout))
-        course, frames_hash = self._course(given), ""
+        course = self._course(given)
         watchers = watch(job)
         with ExitStack() as stack:
             part = None
@@ -384,12 +385,12 @@ class BatchRun:
                     prefix_frames=self.outputs.prefix_frames,
                 ) as stream,
                 VideoWriter(part, self.setup.fps) if part else nullcontext() as writer,
+                Background() as beside,
             ):
+                keeping = Keeping(writer)
                 for frames in directed(stream, course.changes, texts.__getitem__):
                     kept = frames[: course.video_frames - progress.frames]
-                    frames_hash = chained_hash(frames_hash, kept)
-                    if writer is not None:
-                        writer.write(kept)
+                    beside.do(partial(keeping.add, kept))
                     progress.add(len(kept))
                     with progress.paused():
                         for watcher in watchers:
@@ -407,7 +408,7 @@ class BatchRun:
                 number=job.number,
                 frames=progress.frames,
                 latent_frames=course.latent_frames,
-                frames_hash=frames_hash,
+                frames_hash=keeping.hash,
                 settings=self.settings_of(job),
                 changes=made,
                 timings=progress.timings(),
@@ -485,6 +486,20 @@ class BatchRun:
 
     def _path(self, job: Job) -> Path:
         return self._folder / job.name
+
+
+class Keeping:
+    """What becomes of a video's frames: `hash` (see `chained_hash`), and the file, if any."""
+
+    def __init__(self, writer: VideoWriter | None) -> None:
+        self.hash = ""
+        self._writer = writer
+
+    def add(self, frames: Tensor) -> None:
+        """The next frames, uint8 `[n, H, W, 3]`, which nobody changes afterwards."""
+        self.hash = chained_hash(self.hash, frames)
+        if self._writer is not None:
+            self._writer.write(frames)
 
 
 def groups_of_prompts(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:

@@ -24,6 +24,7 @@ from utils.video import (
     contact_sheet,
     fit_frames,
     frame_rate,
+    pad_to_even,
     probe_video,
     read_image,
     read_video,
@@ -132,6 +133,12 @@ def test_odd_sizes_are_padded_with_the_edge(tmp_path):
     assert back.shape == (6, 34, 48, 3)
     assert (back[:, :33, :47] - video.float()).abs().mean() < 4
     assert (back[:, 33, :47] - video[:, 32].float()).abs().mean() < 6
+
+
+def test_even_sizes_are_not_copied():
+    """`np.pad` copied 14 MB a block with nothing to pad."""
+    pixels = gradient().numpy()
+    assert pad_to_even(pixels) is pixels
 
 
 @pytest.mark.parametrize("stem", ["a" * 251, "é" * 125 + "x", "🎬" * 62 + "abc", "100%d: a?"])
