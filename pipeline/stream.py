@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -18,6 +19,9 @@ from utils.video import to_uint8
 from wan.vae import StreamingDecoder
 
 PrefixFrames = Literal["reconstructed", "none"]
+Measure = Callable[[str], AbstractContextManager[Any]]
+"""Around a part of the work, by its name: who wants to know times it."""
+
 NOT_FINITE = (
     "(NaN or Inf): the weights are damaged or do not fit these settings, or the values are too "
     "large for this dtype; try dtype=float32"
@@ -101,8 +105,10 @@ class Stream:
     """Video frames block by block: an iterator and a context manager.
 
     Each item is uint8 `[n, H, W, 3]` on the CPU, in order; a block is handed out before the next
-    one is computed. Without a prefix n is 9 for a first block of 3 latent frames, then 12. After an
-    error within a step the stream stands before that block, and can be asked for it again.
+    one is computed, so that a change of prompt is heard at once. Nothing writes to it afterwards:
+    from a GPU it is copied to pinned memory, which is used again once nobody holds it. Without a
+    prefix n is 9 for a first block of 3 latent frames, then 12. After an error within a step the
+    stream stands before that block, and can be asked for it again.
     `close` (or leaving the `with`) frees cache and decoder state; other streams are not touched.
     """
 
@@ -130,6 +136,7 @@ class Stream:
         self._first_emitted_block = first_emitted_block
         self.seed = seed
         self.next_index = 0
+        self.measure: Measure = nullcontext
 
     def __enter__(self) -> "Stream":
         self._open()
@@ -306,9 +313,11 @@ class Stream:
         with self._decoder.undone_by_errors():
             if block > 0 and block in self._open().direction.scenes:
                 self._decoder.restart()
-            video = self._decoder.decode(latents)
-            finite = torch.stack([_extent(latents), _extent(video)]).isfinite()
-            frames, numbers = to_host(to_uint8(video).contiguous(), finite)
+            with self.measure("decode"):
+                video = self._decoder.decode(latents)
+            with self.measure("copy"):
+                finite = torch.stack([_extent(latents), _extent(video)]).isfinite()
+                frames, numbers = to_host(to_uint8(video).contiguous(), finite)
         if not all(numbers.tolist()):
             what = "frames" if numbers[0] else "latents"
             raise UserError(f"block {block} has {what} that are not numbers {NOT_FINITE}")

@@ -1,45 +1,47 @@
-"""How long the parts of a stream take: the figures of `scripts/benchmark.py`.
+"""How long the parts of a stream take: what `scripts/benchmark.py` measures.
 
 The stream of `pipeline` itself is timed, to uint8 frames in host memory, VAE and clean passes
-included. `SteadyState` says from which block on all blocks are alike.
+included. `SteadyState` says from which block on all blocks are alike. Blocks are timed as a whole
+first, with nothing between their parts; then others of the same stream in parts.
 """
 
-import argparse
-import json
-import os
-import platform
+import hashlib
 import resource
 import statistics
 import sys
+import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.passes import Pass, Plan
-from pipeline.setup import Setup
 from pipeline.stream import Stream
 from pipeline.text_to_video import VideoPipeline
-from utils.devices import choose_decoding_dtype, choose_device, choose_dtype
-from utils.errors import UserError
-from wan.attention import best_backend, check_backend
-from wan.checkpoints import empty_dit
+from utils.background import Background
+from utils.video import VideoWriter
 from wan.context import CachedContext
-from wan.dit import DiTConfig, WanDiT
+from wan.dit import DiTConfig
 from wan.flops import pass_flops
-from wan.vae import StreamingDecoder, WanVAE
 
-TERA = 10**12
+T = TypeVar("T")
+
+MOST_BLOCKS_IN_PARTS = 20  # enough for a mean
+MOST_BLOCKS_ENCODED = 5  # kept in memory to be encoded alone
+BLOCKS_FOR_P99 = 100
+PARTS = ("window", "clean", "decode", "copy")
 
 
-# --- the pipeline that is timed ------------------------------------------------------------------
+# --- clocks --------------------------------------------------------------------------------------
 
 
 class Stopwatch:
@@ -50,11 +52,9 @@ class Stopwatch:
         self._device = device
         self._open: tuple[str, Any] | None = None
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-        self.on_start: Callable[[], object] = lambda: None
 
     def start(self, name: str) -> None:
-        """A part begins; parts do not overlap."""
-        self.on_start()
+        """A part begins; those of `start` and `stop` do not overlap."""
         self._open = name, self._now()
 
     def stop(self) -> None:
@@ -66,16 +66,12 @@ class Stopwatch:
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Around one part."""
-        self.start(name)
+        begin = self._now()
         yield
-        self.stop()
-
-    def reset(self) -> None:
-        """Forget all."""
-        self._spans.clear()
+        self._spans[name].append((begin, self._now()))
 
     def seconds(self, name: str) -> list[float]:
-        """Every duration of a part since the last reset."""
+        """Every duration of a part."""
         if not self._on_gpu:
             return [end - begin for begin, end in self._spans[name]]
         torch.cuda.synchronize(self._device)
@@ -89,33 +85,9 @@ class Stopwatch:
         return event
 
 
-class TimedDecoder(StreamingDecoder):
-    """A decoder whose calls are timed."""
-
-    def __init__(self, vae: WanVAE, watch: Stopwatch) -> None:
-        super().__init__(vae)
-        self._watch = watch
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `StreamingDecoder.decode`."""
-        with self._watch.measure("decode"):
-            return super().decode(latents)
-
-
-class TimedVAE(WanVAE):
-    """A VAE whose streams are timed."""
-
-    def __init__(self, vae: WanVAE, watch: Stopwatch) -> None:
-        super().__init__(vae.model)
-        self._watch = watch
-
-    def streaming_decoder(self) -> StreamingDecoder:
-        """See `WanVAE.streaming_decoder`."""
-        return TimedDecoder(self, self._watch)
-
-
-def timed(pipe: VideoPipeline, watch: Stopwatch) -> VideoPipeline:
-    """The same networks; their passes are told to `watch` as `window`, `clean` and `decode`.
+@contextmanager
+def in_parts(stream: Stream, watch: Stopwatch) -> Iterator[None]:
+    """Meanwhile `watch` is told the parts of the stream's blocks, which are `PARTS`.
 
     A clean pass that shares its forward with a window is part of `window`.
     """
@@ -125,49 +97,104 @@ def timed(pipe: VideoPipeline, watch: Stopwatch) -> VideoPipeline:
         alone = isinstance(context, CachedContext) and context.destination is not None
         watch.start("clean" if alone else "window")
 
-    pipe.dit.register_forward_pre_hook(before)
-    pipe.dit.register_forward_hook(lambda *_: watch.stop())
-    return VideoPipeline(pipe.setup, pipe.dit, vae=TimedVAE(pipe.vae, watch))
-
-
-def random_pipeline(setup: Setup, base_dim: int) -> VideoPipeline:
-    """Networks of the setup's sizes with random weights; `base_dim` is the VAE's."""
-    machine = setup.machine
-    device = choose_device(machine.device)
-    dtype = choose_dtype(machine.dtype, device)
-    dit = random_dit(setup.sizes, device, dtype)
-    dit.attention_backend = check_backend(machine.attention_backend, device, dtype)
-    vae = WanVAE.random(base_dim=base_dim, z_dim=setup.sizes.in_dim)
-    nn.Module.to(vae.model, device, dtype)
-    vae.decode_in(choose_decoding_dtype(machine.vae_dtype, dtype))
-    return VideoPipeline(setup, dit, vae=vae)
-
-
-def read_preset(path: Path) -> dict[str, Any]:
-    """An official `config.json` with an entry `vae`; UserError if it is not one."""
+    dit = stream.rollout.dit
+    hooks = [
+        dit.register_forward_pre_hook(before),
+        dit.register_forward_hook(lambda *_: watch.stop()),
+    ]
+    stream.measure = watch.measure
     try:
-        sizes = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not readable as JSON") from error
-    if not isinstance(sizes, dict) or not isinstance(sizes.get("vae"), dict):
-        raise UserError(f'{path} is no model preset: it needs an entry "vae": {{"base_dim": …}}')
-    base_dim = sizes["vae"].get("base_dim")
-    if not isinstance(base_dim, int) or base_dim < 1:
-        raise UserError(f"{path}: vae.base_dim must be a number of channels above 0")
-    return sizes
+        yield
+    finally:
+        stream.measure = nullcontext
+        for hook in hooks:
+            hook.remove()
 
 
-@torch.no_grad()
-def random_dit(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> WanDiT:
-    """A network with freshly initialised weights, made in place on `device`."""
-    dit = empty_dit(config).to(dtype).to_empty(device=device)
-    for module in dit.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d | nn.LayerNorm | nn.RMSNorm):
-            module.reset_parameters()
-    for name, parameter in dit.named_parameters():
-        if name.endswith("modulation"):
-            parameter.normal_(std=config.dim**-0.5)
-    return dit.requires_grad_(False).eval()
+@contextmanager
+def shown(dit: nn.Module, blocks: int) -> Iterator[Callable[[], object]]:
+    """Blocks on stderr, counted by what is yielded; and passes, which can take minutes each."""
+    with tqdm(total=blocks, desc="blocks", miniters=0, mininterval=1.0) as bar:
+        passes = 0
+
+        def begins(*_: object) -> None:
+            nonlocal passes
+            passes += 1
+            bar.set_postfix_str(f"pass {passes}", refresh=False)
+            bar.update(0)
+
+        hook = dit.register_forward_pre_hook(begins)
+        try:
+            yield bar.update
+        finally:
+            hook.remove()
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the GPU: the most that was allocated, then reserved; and what is allocated now.
+
+    Without a GPU those of the process: the most that was resident, and what is resident now.
+    """
+
+    peak: int
+    reserved: int | None
+    held: int | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Memory":
+        """Since the start, or the last `forget_peak`."""
+        if device.type == "cuda":
+            cuda = torch.cuda
+            return cls(
+                cuda.max_memory_allocated(device),
+                cuda.max_memory_reserved(device),
+                cuda.memory_allocated(device),
+            )
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        pages = Path("/proc/self/statm")
+        held = int(pages.read_text().split()[1]) if pages.is_file() else None
+        return cls(peak, None, None if held is None else held * resource.getpagesize())
+
+    @staticmethod
+    def forget_peak(device: torch.device) -> None:
+        """Of a GPU: the peaks are from now on those of what comes."""
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+# --- a viewer ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Viewing:
+    """What a viewer sees of blocks that come in: how often playing waited for one, and how long."""
+
+    fps: float
+    buffer_blocks: int
+    misses: int
+    stall_seconds: float
+
+    @classmethod
+    def of(cls, intervals: Sequence[float], frames: float, fps: float, buffer: int) -> "Viewing":
+        """Blocks of `frames` that take these seconds, played at `fps`.
+
+        Playing begins when `buffer` blocks are there. A block that is not there when the one before
+        it was shown is a miss; what follows is shown so much later.
+        """
+        arrivals = list(accumulate(intervals))
+        due, misses, stalled = arrivals[min(buffer, len(arrivals)) - 1], 0, 0.0
+        for arrival in arrivals:
+            if arrival > due:
+                misses += 1
+                stalled += arrival - due
+                due = arrival
+            due += frames / fps
+        return cls(fps, buffer, misses, stalled)
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -199,64 +226,137 @@ class SteadyState:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Seconds and frames of the measured blocks, and what surrounds them."""
+class Asked:
+    """What is to be measured: blocks that are not counted, blocks that are, minutes behind them.
+
+    `file`: an mp4 that further blocks are written to.
+    """
+
+    skipped: int
+    blocks: int
+    minutes: float = 0
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Late:
+    """The last blocks of a long run: seconds of each, and how many there were before."""
 
     block: list[float]
-    window: list[float]
-    clean: list[float]
-    decode: list[float]
+    blocks_before: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Filed:
+    """Blocks that were written to a file meanwhile: seconds of each, and of ending the file.
+
+    `encoding`: seconds a block when nothing else is done, the ending included.
+    """
+
+    block: list[float]
+    ending: float
+    encoding: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of the measured blocks, and what surrounds them.
+
+    `block`: from the request to frames on the host. `parts` and `block_in_parts`: of other blocks.
+    `checksum`: SHA-256 of the frames of `block`.
+    """
+
+    block: list[float]
     frames: int
+    checksum: str
+    parts: dict[str, list[float]]
+    block_in_parts: list[float]
     first_frame: dict[str, float]
-    peak_memory: int
+    memory: Memory
+    filed: Filed | None = None
+    late: Late | None = None
 
 
-class BlockBar(tqdm):
-    """Blocks on stderr; and passes, of which one takes minutes where the network is large."""
+@dataclass
+class Counter:
+    """Asks a stream for blocks and times each, from the request to its frames on the host."""
 
-    def __init__(self, watch: Stopwatch, blocks: int) -> None:
-        super().__init__(total=blocks, desc="blocks", miniters=0, mininterval=1.0)
-        self._passes = 0
-        watch.on_start = self.show_pass
+    stream: Stream
+    count: Callable[[], object]
+    seconds: list[float] = field(default_factory=list)
 
-    def show_pass(self) -> None:
-        """A pass begins."""
-        self._passes += 1
-        self.set_postfix_str(f"pass {self._passes}", refresh=False)
-        self.update(0)
+    def blocks(self, number: int) -> Iterator[Tensor]:
+        """The next ones, uint8 `[n, H, W, 3]`."""
+        for _ in range(number):
+            yield self.block()
+
+    def skip(self, number: int) -> None:
+        """The next ones, which nobody looks at."""
+        for _ in self.blocks(number):
+            pass
+
+    def block(self) -> Tensor:
+        """The next one."""
+        begin = time.perf_counter()
+        frames = next(self.stream)
+        self.seconds.append(time.perf_counter() - begin)
+        self.count()
+        return frames
+
+    def taken(self) -> list[float]:
+        """The times since the last call."""
+        found, self.seconds = self.seconds, []
+        return found
 
 
-def run(pipe: VideoPipeline, watch: Stopwatch, *, skipped: int, blocks: int) -> Measured:
-    """Stream `skipped` blocks, then `blocks` measured ones; then start a second stream."""
-    dit = pipe.dit.config
-    text = torch.randn(1, dit.text_len, dit.text_dim, generator=torch.Generator().manual_seed(0))
-    if pipe.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(pipe.device)
-    intervals, frames = [], 0
-    with BlockBar(watch, skipped + blocks) as bar:
+def run(pipe: VideoPipeline, asked: Asked, last: Callable[[Stream], T]) -> tuple[Measured, T]:
+    """Stream blocks as `asked`, give the stream to `last`; then start a second stream."""
+    dit, device = pipe.dit, pipe.device
+    length, channels = dit.config.text_len, dit.config.text_dim
+    text = torch.randn(1, length, channels, generator=torch.Generator().manual_seed(0))
+    Memory.forget_peak(device)
+    in_pieces = min(asked.blocks, MOST_BLOCKS_IN_PARTS)
+    total = asked.skipped + asked.blocks + in_pieces + (asked.blocks if asked.file else 0)
+    with shown(dit, total) as count:
         stream, cold = open_and_show(pipe, text)
-        bar.update()
-        for _ in range(skipped - 1):
-            next(stream)
-            bar.update()
-        watch.reset()
-        for _ in range(blocks):
-            begin = time.perf_counter()
-            frames += len(next(stream))
-            intervals.append(time.perf_counter() - begin)
-            bar.update()
-    parts = {name: watch.seconds(name) for name in ("window", "clean", "decode")}
+        count()
+        counter = Counter(stream, count)
+        counter.skip(asked.skipped - 1)
+        frames, checksum = hashed(counter.blocks(asked.blocks))
+        whole, memory, watch = counter.taken(), Memory.of(device), Stopwatch(device)
+        with in_parts(stream, watch):
+            counter.skip(in_pieces)
+        pieces, filed, late = counter.taken(), None, None
+        if asked.file is not None:
+            filed = write_blocks(counter, asked.blocks, asked.file, pipe.setup.fps)
+        if asked.minutes:
+            late = run_on(counter, asked, device)
+    found = last(stream)
     stream.close()
-    memory = peak_memory(pipe.device)
     second, warm = open_and_show(pipe, text)
     second.close()
-    return Measured(
-        intervals,
-        **parts,
-        frames=frames,
+    measured = Measured(
+        whole,
+        frames,
+        checksum,
+        parts={name: watch.seconds(name) for name in PARTS},
+        block_in_parts=pieces,
         first_frame={"cold": cold, "warm": warm},
-        peak_memory=memory,
+        memory=memory,
+        filed=filed,
+        late=late,
     )
+    return measured, found
+
+
+def hashed(blocks: Iterable[Tensor]) -> tuple[int, str]:
+    """How many frames there are in blocks uint8 `[n, H, W, 3]`, and their SHA-256."""
+    digest, frames = hashlib.sha256(), 0
+    for block in blocks:
+        digest.update(block.numpy().data)
+        frames += len(block)
+    return frames, digest.hexdigest()
 
 
 def open_and_show(pipe: VideoPipeline, text: Tensor) -> tuple[Stream, float]:
@@ -267,93 +367,44 @@ def open_and_show(pipe: VideoPipeline, text: Tensor) -> tuple[Stream, float]:
     return stream, time.perf_counter() - begin
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: most ever allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def write_blocks(counter: Counter, blocks: int, path: Path, fps: float) -> Filed:
+    """Write blocks to a file beside their making; then encode some of them again, alone."""
+    kept: deque[Tensor] = deque(maxlen=MOST_BLOCKS_ENCODED)
+    with VideoWriter(path, fps) as writer, Background() as beside:
+        for block in counter.blocks(blocks):
+            beside.do(partial(writer.write, block))
+            kept.append(block)
+        begin = time.perf_counter()
+    ending = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        with VideoWriter(Path(folder) / "alone.mp4", fps) as writer:
+            for block in kept:
+                writer.write(block)
+    encoding = (time.perf_counter() - begin) / len(kept)
+    return Filed(counter.taken(), ending, encoding)
 
 
-# --- the report ----------------------------------------------------------------------------------
+def run_on(counter: Counter, asked: Asked, device: torch.device) -> Late:
+    """Blocks for so many minutes; the memory and the times of the last ones."""
+    end = time.monotonic() + 60 * asked.minutes
+    Memory.forget_peak(device)
+    last: deque[float] = deque(maxlen=asked.blocks)
+    number = 0
+    while time.monotonic() < end or number < asked.blocks:
+        counter.block()
+        last.extend(counter.taken())
+        number += 1
+    return Late(list(last), number - len(last), Memory.of(device))
 
 
-def figures(pipe: VideoPipeline, steady: SteadyState, measured: Measured) -> dict[str, Any]:
-    """All that is reported, as plain values; times in seconds."""
-    blocks = len(measured.block)
-    rows = 1 if pipe.setup.distilled else 2  # with guidance, text and no text
-    sizes, tokens = pipe.dit.config, pipe.shape.tokens_per_frame
-    windows, cleans = (
-        rows * steady.flops(sizes, tokens, window=window) for window in (True, False)
-    )
-    window_flops = windows * blocks / len(measured.window)
-    clean_flops = cleans * blocks / len(measured.clean) if measured.clean else 0
-    block_flops = windows + cleans
-    dit = (sum(measured.window) + sum(measured.clean)) / blocks
-    interval = statistics.mean(measured.block)
-    window = statistics.mean(measured.window)
-    clean = statistics.mean(measured.clean) if measured.clean else None
-    per_block = measured.frames / blocks
-    intervals = torch.tensor(measured.block, dtype=torch.float64)
-    return {
-        "frames_per_block": per_block,
-        "passes_per_block": {
-            "window": len(measured.window) / blocks,
-            "clean": len(measured.clean) / blocks,
-        },
-        "seconds": {
-            "window_pass": window,
-            "clean_pass": clean,
-            "vae_decode": sum(measured.decode) / blocks,
-            "dit_per_block": dit,
-            "block_interval": interval,
-            "block_interval_p50": intervals.quantile(0.5).item(),
-            "block_interval_p99": intervals.quantile(0.99).item(),
-            "first_frame": measured.first_frame,
-        },
-        "fps": {"dit_only": per_block / dit, "end_to_end": per_block / interval},
-        "flops": {
-            "window_pass": window_flops,
-            "clean_pass": clean_flops,
-            "dit_per_block": block_flops,
-        },
-        "tflops_per_second": {
-            "window_pass": window_flops / window / TERA,
-            "clean_pass": clean_flops / clean / TERA if clean else None,
-            "dit_per_block": block_flops / dit / TERA,
-        },
-        "peak_memory_bytes": measured.peak_memory,
-    }
+def p50(seconds: Sequence[float]) -> float:
+    """The median."""
+    return statistics.median(seconds)
 
 
-def setting(pipe: VideoPipeline, args: argparse.Namespace, steady: SteadyState) -> dict[str, Any]:
-    """What the figures hold for."""
-    levels, device = pipe.setup.levels, pipe.device
-    on_gpu = device.type == "cuda"
-    backend = pipe.dit.attention_backend
-    return {
-        "config": str(args.config_path),
-        "weights": "random" if args.random_weights else str(args.checkpoint_path or "model folder"),
-        "model": str(args.preset or args.generator_name),
-        "method": args.method,
-        "schedule": pipe.setup.kind,
-        "resolution": [pipe.shape.width, pipe.shape.height],
-        "levels": levels.num,
-        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(pipe.dit.dtype).removeprefix("torch."),
-        "attention_backend": best_backend(device, pipe.dit.dtype) if backend == "auto" else backend,
-        "vae": f"in (Wan2.1, base_dim {pipe.vae.model.config['base_dim']})",
-        "vae_dtype": str(pipe.vae.decoded_dtype).removeprefix("torch."),
-        "clean_pass": "in, in one forward with a window" if pipe.setup.merges_clean_pass else "in",
-        "text_encoder": "out",
-        "memory": "CUDA max_memory_allocated" if on_gpu else "peak resident set",
-        "ramp_up_blocks": steady.first + 1,
-        "warmup_blocks": args.warmup,
-        "measured_blocks": args.blocks,
-    }
-
-
-def _processor() -> str:
-    return f"CPU {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+def p99(seconds: Sequence[float]) -> float | None:
+    """What 99 of 100 stay below; None for fewer than that."""
+    if len(seconds) < BLOCKS_FOR_P99:
+        return None
+    return statistics.quantiles(seconds, n=100, method="inclusive")[98]

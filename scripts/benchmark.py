@@ -1,33 +1,42 @@
-"""How fast a stream is: time per pass and per block, frames per second, operations, memory.
+"""How fast a stream is: every part of a block, frames per second, start, memory, ceilings.
 
     python scripts/benchmark.py --config_path configs/rolling_forcing_dmd.yaml --random_weights
-    python scripts/benchmark.py --config_path C --checkpoint_path K --blocks 50 --json out.json
+    python scripts/benchmark.py --config_path C --checkpoint_path K --blocks 100 --json out.json
+    python scripts/benchmark.py --config_path C --random_weights --file out.mp4 --long 10
+    python scripts/benchmark.py --config_path C --random_weights --compare "" "compile=true"
 
 The stream of `pipeline` itself is timed, to uint8 frames in host memory, VAE and clean passes
 included. Blocks of the ramp-up, whose passes see less than a full context, are computed but not
-measured; nor are the `--warmup` blocks behind them. `--random_weights` needs no files: sizes come
-from `configs/models`, weights and text embeddings are random (neither changes the time).
+measured; nor are the `--warmup` blocks behind them. Then come `--blocks` blocks end to end, some in
+their parts, with `--file` as many again that are written to an mp4 meanwhile, and with `--long`
+what fits into so many minutes. `--random_weights` needs no files: sizes come from `configs/models`,
+weights and text embeddings are drawn from the seed (they do not change the time).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import parse_command, run_main, set_up_logging
+from utils.cli import check_picture, parse_command, require_matplotlib, run_main, set_up_logging
 from utils.errors import UserError
 from utils.files import write_json
 
 if TYPE_CHECKING:
     from pipeline import VideoPipeline
-
-TERA = 10**12
+    from scripts._compare import Variant
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,41 +53,120 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--warmup", type=int, default=3, help="blocks between ramp-up and measurement (default: 3)"
     )
+    parser.add_argument("--file", type=Path, help="write as many blocks again to this mp4")
+    parser.add_argument(
+        "--long", type=float, default=0, metavar="MINUTES", help="go on, and measure the end"
+    )
+    parser.add_argument(
+        "--buffer", type=int, default=1, help="blocks before a viewer begins (default: 1)"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="VARIANT",
+        help='overrides in quotes, measured in turns, as in --compare "" "compile=true"',
+    )
+    parser.add_argument("--turns", type=int, default=3, help="of --compare (default: 3)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--plot", type=Path, help="draw them to this .png")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, build, run, print."""
+    """Parse, measure, print."""
+    begin = time.perf_counter()
     args = parse_command(build_parser(), argv)
     set_up_logging(quiet=True)
     check(args)
-    pipe = open_pipeline(args)
-    from pipeline.timing import SteadyState, Stopwatch, figures, run, setting, timed
-
-    watch = Stopwatch(pipe.device)
-    pipe = timed(pipe, watch)
-    steady = SteadyState.of(pipe.setup.plan(pipe.setup.schedule(None)))
-    skipped = steady.first + 1 + args.warmup  # the clean pass of a block runs in the next one
-    measured = run(pipe, watch, skipped=skipped, blocks=args.blocks)
-    about, result = setting(pipe, args, steady), figures(pipe, steady, measured)
-    print(table(about, result))
-    if args.json is not None:
-        write_json(args.json, {"setting": about, **result})
-    return 0
+    return compare(args) if args.compare else measure(args, begin)
 
 
 def check(args: argparse.Namespace) -> None:
     """UserError for flags that make no sense."""
     if args.blocks < 1 or args.warmup < 0:
         raise UserError("--blocks must be at least 1 and --warmup at least 0")
+    if args.buffer < 1 or args.turns < 1 or not 0 <= args.long <= 1440:
+        raise UserError("--buffer and --turns must be at least 1, --long 0 to 1440 minutes")
     if args.model is not None and not args.random_weights:
         raise UserError("--model gives sizes for --random_weights; add that flag, or drop --model")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise UserError(f"the folder of --json {args.json} does not exist")
+    if args.file is not None and args.file.suffix.lower() != ".mp4":
+        raise UserError(f"--file {args.file} must be the name of an .mp4 file")
+    if args.compare and (args.file or len(args.compare) < 2):
+        raise UserError("--compare needs two variants or more, and writes no --file")
+    check_picture("--plot", args.plot)
+    if args.plot is not None:
+        require_matplotlib()
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace, begin: float) -> int:
+    """Measure one pipeline; `begin` is when the command began, on `time.perf_counter`."""
+    pipe = open_pipeline(args)
+    load = time.perf_counter() - begin
+    from pipeline.timing import SteadyState
+    from scripts._report import plot, setting, table
+
+    steady = SteadyState.of(pipe.setup.plan(pipe.setup.schedule(None)))
+    about = setting(pipe, args, steady)
+    result = report(pipe, args, steady, load)
+    print(table(about, result))
+    if args.json is not None:
+        write_json(args.json, {"setting": about, **result})
+    if args.plot is not None:
+        plot(result, args.plot)
+    return 0
+
+
+def report(
+    pipe: VideoPipeline, args: argparse.Namespace, steady: Any, load: float
+) -> dict[str, Any]:
+    """All figures of a run, as plain values."""
+    from pipeline.timing import Asked, Viewing, run
+    from scripts._ceilings import ceilings, ideal_seconds
+    from scripts._machine import kernels, machine
+    from scripts._report import figures
+
+    before = machine(pipe.device)
+    skipped = steady.first + 1 + args.warmup  # the clean pass of a block runs in the next one
+    measured, ran = run(
+        pipe,
+        Asked(skipped, args.blocks, args.long, args.file),
+        last=partial(kernels, device=pipe.device),
+    )
+    result = figures(pipe, steady, measured)
+    seconds, frames = result["seconds"], result["frames_per_block"]
+    found = ceilings(pipe, steady, [pipe.dit.attention_backend])
+    pixels = int(frames) * pipe.shape.height * pipe.shape.width * 3
+    ideal = ideal_seconds(pipe, steady, found, pixels)
+    took = {"dit": "dit_per_block", "vae": "vae_decode", "copy": "copy_to_host"}
+    took["end_to_end"] = "block_interval"
+    viewer = Viewing.of(measured.block, frames, pipe.setup.fps, args.buffer)
+    cold = load + measured.first_frame["cold"]
+    return {
+        **result,
+        "start": {"load": load, "compile": compile_seconds(), "cold": cold},
+        "viewer": asdict(viewer),
+        "ceilings": found,
+        "share_of_ceiling": {name: ideal[name] / seconds[key] for name, key in took.items()},
+        "kernels": ran,
+        "machine": before | {"driver_afterwards": machine(pipe.device).get("driver")},
+    }
+
+
+def compile_seconds() -> float:
+    """What torch.compile has taken in this process."""
+    if "torch._dynamo" not in sys.modules:
+        return 0.0
+    from torch._dynamo.utils import calculate_time_spent
+
+    return calculate_time_spent().get("total_wall_time", 0.0)
 
 
 def open_pipeline(args: argparse.Namespace) -> VideoPipeline:
@@ -90,7 +178,7 @@ def open_pipeline(args: argparse.Namespace) -> VideoPipeline:
     if config.schedule == "full":
         raise UserError("a bidirectional model cannot stream; give the config of a causal one")
     from pipeline import load_pipeline
-    from pipeline.timing import random_pipeline, read_preset
+    from pipeline.random_weights import random_pipeline, read_preset
 
     args.preset, args.method, args.generator_name = None, config.method, config.generator_name
     if not args.random_weights:
@@ -105,39 +193,54 @@ def open_pipeline(args: argparse.Namespace) -> VideoPipeline:
     return random_pipeline(setup, preset["vae"]["base_dim"])
 
 
-def table(about: dict[str, Any], result: dict[str, Any]) -> str:
-    """The report as text."""
-    seconds, fps = result["seconds"], result["fps"]
-    flops, rate = result["flops"], result["tflops_per_second"]
-    lines = [f"{key.replace('_', ' ')}: {value}" for key, value in about.items()]
-    lines.append("")
-    for name in ("window_pass", "clean_pass", "dit_per_block"):
-        speed = "" if rate[name] is None else f", {rate[name]:.4g} TFLOP/s"
-        lines.append(_row(name, f"{_ms(seconds[name])}, {flops[name] / TERA:.4g} TFLOP{speed}"))
-    lines += [
-        _row("vae_decode", f"{_ms(seconds['vae_decode'])} per block"),
-        _row("block_interval", f"{_ms(seconds['block_interval'])} to uint8 frames on the host"),
-        _row(
-            "p50, p99",
-            f"{_ms(seconds['block_interval_p50'])}, {_ms(seconds['block_interval_p99'])}",
-        ),
-        _row(
-            "first_frame",
-            f"{_ms(seconds['first_frame']['cold'])} cold, "
-            f"{_ms(seconds['first_frame']['warm'])} in a second stream",
-        ),
-        _row("FPS", f"{fps['dit_only']:.2f} DiT only, {fps['end_to_end']:.2f} end to end"),
-        _row("peak_memory", f"{result['peak_memory_bytes'] / 2**30:.2f} GiB"),
+# --- several in turns ----------------------------------------------------------------------------
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Measure the variants in turns; what is there after each run is in --json at once."""
+    from scripts._compare import Variant, in_turns, plot, table
+    from utils.config import load_config
+
+    variants = [Variant.read(said) for said in args.compare]
+    if len({variant.name for variant in variants}) < len(variants):
+        raise UserError("--compare was given one variant twice")
+    for variant in variants:
+        load_config(variant.config or args.config_path, [*args.overrides, *variant.overrides])
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.json is not None:
+            write_json(args.json, result)
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = partial(run_variant, args, Path(folder) / "run.json")
+        result = in_turns(variants, args.turns, run, keep)
+    print(table(result))
+    if args.plot is not None:
+        plot(result, args.plot)
+    return 0
+
+
+def run_variant(args: argparse.Namespace, json_path: Path, variant: Variant) -> dict[str, Any]:
+    """The report of one run, in a process of its own."""
+    print(f"{variant.name} …", flush=True)
+    command = [sys.executable, __file__, *words_of(args, variant), "--json", str(json_path)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise UserError(f'the run of --compare "{variant.name}" failed: see above')
+    return json.loads(json_path.read_text(encoding="utf-8"))
+
+
+def words_of(args: argparse.Namespace, variant: Variant) -> list[str]:
+    """The command line of one variant."""
+    values = vars(args) | {"config_path": variant.config or args.config_path}
+    names = ("config_path", "checkpoint_path", "model", "blocks", "warmup", "long", "buffer")
+    words = [
+        word
+        for name in (*names, "device", "dtype")
+        if values[name] is not None
+        for word in (f"--{name}", str(values[name]))
     ]
-    return "\n".join(lines)
-
-
-def _row(name: str, value: str) -> str:
-    return f"{name.replace('_', ' '):16} {value}"
-
-
-def _ms(seconds: float | None) -> str:
-    return "not run" if seconds is None else f"{1000 * seconds:.2f} ms"
+    random = ["--random_weights"] if args.random_weights else []
+    return [*words, *random, *args.overrides, *variant.overrides]
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def table() -> str:
     """The predictions for all methods that were counted, as Markdown."""
     import yaml
 
+    from pipeline.random_weights import read_preset
     from pipeline.setup import Setup
-    from pipeline.timing import read_preset
     from utils.config import find_file, load_config
     from wan.dit import DiTConfig
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline import VideoPipeline, load_pipeline
+from pipeline.random_weights import random_pipeline, read_preset
 from pipeline.setup import Setup
 from pipeline.text import TextSource
-from pipeline.timing import random_pipeline, read_preset
 from server.engine import Engine
 from utils.config import Config
 from utils.devices import choose_device
@@ -60,9 +60,7 @@ def open_random_model(config: Config, preset: Path) -> VideoPipeline:
     """A pipeline with random weights of the sizes in `preset`; every prompt is noise to it."""
     sizes = read_preset(preset)
     setup = Setup.of(config, sizes=DiTConfig.from_dict(sizes, source=preset))
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        pipe = random_pipeline(setup, sizes["vae"]["base_dim"])
+    pipe = random_pipeline(setup, sizes["vae"]["base_dim"])
     return VideoPipeline(setup, pipe.dit, vae=pipe.vae, text=RandomText(setup, pipe.device))
 
 

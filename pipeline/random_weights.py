@@ -1,0 +1,61 @@
+"""Pipelines of any size without a file: random weights, for speed and for a look at the page."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.setup import Setup
+from pipeline.text_to_video import VideoPipeline
+from utils.devices import choose_decoding_dtype, choose_device, choose_dtype
+from utils.errors import UserError
+from wan.attention import check_backend
+from wan.checkpoints import empty_dit
+from wan.dit import DiTConfig, WanDiT
+from wan.vae import WanVAE
+
+
+def random_pipeline(setup: Setup, base_dim: int) -> VideoPipeline:
+    """Networks of the setup's sizes; weights depend on its seed. `base_dim` is the VAE's."""
+    machine = setup.machine
+    device = choose_device(machine.device)
+    dtype = choose_dtype(machine.dtype, device)
+    with torch.random.fork_rng():
+        torch.manual_seed(setup.seed)
+        dit = random_dit(setup.sizes, device, dtype)
+    dit.attention_backend = check_backend(machine.attention_backend, device, dtype)
+    if machine.compile:
+        dit.compile_blocks()
+    vae = WanVAE.random(base_dim=base_dim, z_dim=setup.sizes.in_dim)
+    nn.Module.to(vae.model, device, dtype)
+    vae.decode_in(choose_decoding_dtype(machine.vae_dtype, dtype))
+    return VideoPipeline(setup, dit, vae=vae)
+
+
+def read_preset(path: Path) -> dict[str, Any]:
+    """An official `config.json` with an entry `vae`; UserError if it is not one."""
+    try:
+        sizes = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not readable as JSON") from error
+    if not isinstance(sizes, dict) or not isinstance(sizes.get("vae"), dict):
+        raise UserError(f'{path} is no model preset: it needs an entry "vae": {{"base_dim": …}}')
+    base_dim = sizes["vae"].get("base_dim")
+    if not isinstance(base_dim, int) or base_dim < 1:
+        raise UserError(f"{path}: vae.base_dim must be a number of channels above 0")
+    return sizes
+
+
+@torch.no_grad()
+def random_dit(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> WanDiT:
+    """A network with freshly initialised weights, made in place on `device`."""
+    dit = empty_dit(config).to(dtype).to_empty(device=device)
+    for module in dit.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d | nn.LayerNorm | nn.RMSNorm):
+            module.reset_parameters()
+    for name, parameter in dit.named_parameters():
+        if name.endswith("modulation"):
+            parameter.normal_(std=config.dim**-0.5)
+    return dit.requires_grad_(False).eval()
