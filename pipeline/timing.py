@@ -38,6 +38,7 @@ T = TypeVar("T")
 MOST_BLOCKS_IN_PARTS = 20  # enough for a mean
 MOST_BLOCKS_ENCODED = 5  # kept in memory to be encoded alone
 BLOCKS_FOR_P99 = 100
+SECONDS_BETWEEN_LINES = 1.0
 PARTS = ("window", "clean", "decode", "copy")
 
 
@@ -114,7 +115,7 @@ def in_parts(stream: Stream, watch: Stopwatch) -> Iterator[None]:
 @contextmanager
 def shown(dit: nn.Module, blocks: int) -> Iterator[Callable[[], object]]:
     """Blocks on stderr, counted by what is yielded; and passes, which can take minutes each."""
-    with tqdm(total=blocks, desc="blocks", miniters=0, mininterval=1.0) as bar:
+    with tqdm(total=blocks, desc="blocks", miniters=0, mininterval=SECONDS_BETWEEN_LINES) as bar:
         passes = 0
 
         def begins(*_: object) -> None:
@@ -323,6 +324,7 @@ def run(pipe: VideoPipeline, asked: Asked, last: Callable[[Stream], T]) -> tuple
         count()
         counter = Counter(stream, count)
         counter.skip(asked.skipped - 1)
+        counter.taken()
         frames, checksum = hashed(counter.blocks(asked.blocks))
         whole, memory, watch = counter.taken(), Memory.of(device), Stopwatch(device)
         with in_parts(stream, watch):

@@ -298,4 +298,4 @@ def stack(axes: Any, names: Sequence[str], reports: Sequence[dict[str, Any]]) ->
         axes.bar(list(names), heights, 0.6, bottom=bottoms, label=label)
         bottoms = [below + height for below, height in zip(bottoms, heights, strict=True)]
     axes.set_ylabel("ms of a block")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
