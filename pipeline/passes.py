@@ -8,7 +8,7 @@ another plan: one that starts at a later block, with the past that is stored, or
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, count, groupby, islice
@@ -35,6 +35,11 @@ class Part:
         """Latent frames that go through the network."""
         return len(self.view.positions) - len(self.view.frames)
 
+    @property
+    def size(self) -> tuple[int, int, bool]:
+        """Frames of the past, own frames, and whether it is a clean pass: what it computes."""
+        return len(self.view.frames), self.frames, self.window is None
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -52,6 +57,15 @@ class Pass:
     def window(self) -> Window | None:
         """The window among the parts, if there is one; it is the last part."""
         return self.parts[-1].window if self.parts else None
+
+
+Sizes = tuple[tuple[int, int, bool], ...]
+"""Of the parts of a pass: passes of equal sizes are the same work."""
+
+
+def sizes_of(parts: Sequence[Part]) -> Sizes:
+    """The sizes of a pass over these parts."""
+    return tuple(part.size for part in parts)
 
 
 @dataclass(frozen=True)
@@ -157,14 +171,32 @@ class Plan:
             passes = list(islice(map(self.at, count(index)), 2 * self.period))
             if any(found is None for found in passes):
                 raise ValueError("this plan ends before its passes repeat")
-            sizes = [
-                [(len(p.view.frames), len(p.view.positions), len(p.blocks)) for p in found.parts]
-                for found in passes
-                if found is not None
-            ]
+            sizes = [sizes_of(found.parts) for found in passes if found is not None]
             if sizes[: self.period] == sizes[self.period :]:
                 return index
         raise AssertionError("counting does not end")
+
+    def is_steady(self, parts: Sequence[Part]) -> bool:
+        """Whether a pass over these parts has the sizes of one that comes back with every block."""
+        return sizes_of(parts) in self._steady_sizes
+
+    def steady_passes(self) -> list[Pass]:
+        """The passes of one block of an endless video, once its past is full.
+
+        All those of a full schedule are alike: its first one.
+        """
+        if self.schedule.kind == "full":
+            return list(islice(self.passes(), 1))
+        schedule = Schedule(self.schedule.kind, self.schedule.num_levels)
+        endless = replace(self, schedule=schedule, origin=0, stored=None)
+        kept = self.policy.sink_frames + self.policy.max_frames
+        blocks = self.layout.blocks_for(kept) + schedule.num_levels
+        first = schedule.num_levels + blocks * endless.period
+        return list(islice(endless.passes(first), endless.period))
+
+    @cached_property
+    def _steady_sizes(self) -> frozenset[Sizes]:
+        return frozenset(sizes_of(own.parts) for own in self.steady_passes())
 
     @property
     def _stored(self) -> int:

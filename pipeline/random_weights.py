@@ -26,12 +26,13 @@ def random_pipeline(setup: Setup, base_dim: int) -> VideoPipeline:
         torch.manual_seed(setup.seed)
         dit = random_dit(setup.sizes, device, dtype)
     dit.attention_backend = check_backend(machine.attention_backend, device, dtype)
-    if machine.compile:
-        dit.compile_blocks()
     vae = WanVAE.random(base_dim=base_dim, z_dim=setup.sizes.in_dim)
     nn.Module.to(vae.model, device, dtype)
     vae.decode_in(choose_decoding_dtype(machine.vae_dtype, dtype))
-    return VideoPipeline(setup, dit, vae=vae)
+    pipe = VideoPipeline(setup, dit, vae=vae)
+    if machine.compile:
+        pipe.compile()
+    return pipe
 
 
 def read_preset(path: Path) -> dict[str, Any]:

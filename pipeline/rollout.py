@@ -82,6 +82,8 @@ class Rollout:
         self.context_noise = context_noise
         self.wrap_context: ContextWrapper | None = None
         self._timesteps = to_device(rule.timesteps, cache.device)
+        if dit.is_compiled:
+            cache.share_graphs()
         self.index = 0  # of the next pass
         self._in_flight: dict[int, Tensor] = {}
         self._unwritten: dict[int, Tensor] = dict(enumerate(prefix))
@@ -119,6 +121,19 @@ class Rollout:
             if result is not None:
                 return result
         return None
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Run the passes of a steady block on noise, so that a compiled network has its graphs.
+
+        Before the first step; what the cache holds then is no past.
+        """
+        for own in self.plan.steady_passes():
+            if own.parts:
+                self.cache.seek(self.layout.start(own.parts[0].blocks[0]))
+                inputs = [torch.cat([self.noise(b, 0) for b in p.blocks], dim=1) for p in own.parts]
+                self._flows(own.parts, [(x, torch.zeros_like(x[:, :, 0, 0, 0])) for x in inputs])
+        self.cache.seek(0)
 
     # --- changes of direction -------------------------------------------------------------------
 
@@ -333,6 +348,7 @@ class Rollout:
 
     def _context(self, parts: Sequence[Part]) -> AttentionContext:
         """What the parts see; a part behind a clean pass reads what that has just stored."""
+        steady = self.plan.is_steady(parts)
         contexts, upcoming = [], 0
         for part in parts:
             cached = CachedContext(
@@ -342,7 +358,7 @@ class Rollout:
                 self.dit.config.head_dim,
                 write=part.window is None,
                 upcoming=upcoming,
-                backend=self.dit.attention_backend,
+                steady=steady,
             )
             upcoming += part.frames if part.window is None else 0
             wrap = self.wrap_context

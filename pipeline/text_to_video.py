@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -94,11 +95,11 @@ def load_generator(
     network: Network = "generator_ema" if use_ema else "generator"
     dit = load_dit(setup.sizes, source, network=network, device=device, dtype=dtype)
     dit.attention_backend = backend
+    source_of_dit = ModelSource(None if checkpoint is None else source, use_ema)
+    pipe = VideoPipeline(setup, dit, source=source_of_dit)
     if machine.compile:
-        dit.compile_blocks()
-    return VideoPipeline(
-        setup, dit, source=ModelSource(None if checkpoint is None else source, use_ema)
-    )
+        pipe.compile()
+    return pipe
 
 
 class VideoPipeline:
@@ -151,6 +152,23 @@ class VideoPipeline:
             strides=self.setup.shape.strides,
         )
         return VideoPipeline(setup, self.dit, vae=self._vae, text=self._text, source=self.source)
+
+    def compile(self) -> None:
+        """Compile the generator for the steady state, and make the graphs of one video's stream.
+
+        All other passes (while a stream ramps up, over a prefix, after a change of scene, at the
+        end) run eager. A batch has graphs of its own, made when its steady state begins.
+        """
+        begin = time.perf_counter()
+        self.dit.compile_blocks()
+        if self.setup.kind != "full":
+            size = self.dit.config
+            text = torch.zeros(1, size.text_len, size.text_dim)
+            guided = None if self.setup.distilled else text
+            self._latent_stream(
+                text, num_latent_frames=None, seed=0, negative_embeddings=guided
+            ).rollout.rehearse()
+        logger.info("compiled the generator in %.0f s", time.perf_counter() - begin)
 
     @property
     def shape(self) -> VideoShape:

@@ -125,7 +125,7 @@ def test_masked_attention_with_its_backward_pass_equals_that_of_the_cpu() -> Non
     for device in (CPU, GPU):
         own = [x.to(device).requires_grad_(True) for x in leaves]
         context = MaskedContext(mask, tuple(range(6)), grid, 64, device)
-        out = context.attend(0, *own)
+        out = context.of(0).attend(*own, "auto")
         out.square().sum().backward()
         results.append([out.detach().cpu(), *[x.grad.cpu() for x in own if x.grad is not None]])
     assert len(results[1]) == 4

@@ -12,9 +12,30 @@ from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, Renoise, StepRule
 from pipeline.schedule import BlockLayout, Schedule, ScheduleKind
 from utils.noise import CounterNoise, NoiseSource
+from wan.attention import Backend
 from wan.context import CachedContext, SplitContext
 from wan.dit import TextContext, WanDiT
 from wan.kv_cache import ContextPolicy, KVCache
+
+
+class NumberedContext:
+    """A context of which tests tell apart the layers: `attend` is given the layer's number."""
+
+    steady = False
+
+    def of(self, layer: int) -> "NumberedLayer":
+        return NumberedLayer(self, layer)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class NumberedLayer(NamedTuple):
+    context: NumberedContext
+    layer: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        return self.context.attend(self.layer, q, k, v)
 
 
 class Call(NamedTuple):

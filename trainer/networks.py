@@ -99,7 +99,7 @@ def build_dit(
     dit.gradient_checkpointing = trained and config.gradient_checkpointing
     dit.attention_backend = backend
     if config.compile:
-        dit.compile_blocks(dynamic=True)
+        dit.compile_blocks(every_size=True)
     return dit
 
 

@@ -35,12 +35,14 @@ def attention(
     """
     if mask is not None:
         return _sdpa(q, k, v, mask)
-    if backend == "auto":
-        backend = best_backend(q.device, q.dtype)
-    return _KERNELS[backend](q, k, v)
+    return _KERNELS[chosen_backend(backend, q.device, q.dtype)](q, k, v)
 
 
-@torch.compiler.assume_constant_result
+def chosen_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
+    """`backend`, with `auto` replaced by what it stands for here."""
+    return best_backend(device, dtype) if backend == "auto" else backend
+
+
 def best_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """The fastest kernel this device can run for this dtype."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):

@@ -1,49 +1,72 @@
 """Attention contexts: what the queries of a forward pass see, and at which positions.
 
-The network hands every layer's q, k and v (after norm, before RoPE) to `attend` and knows nothing
-else. Token tensors are `[B, frames * tokens_per_frame, heads, head_dim]`.
+The network asks the context for its part in each layer, hands that its q, k and v (after norm,
+before RoPE) and knows nothing else. A part is a tuple of tensors that says how they are used: the
+number of the layer is not in it, so that all layers are one graph to a compiler. Token tensors are
+`[B, frames * tokens_per_frame, heads, head_dim]`.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from wan.attention import Backend, attention
-from wan.kv_cache import ContextPolicy, KVCache, View
+from wan.kv_cache import ContextPolicy, KVCache, LayerStore, View
 from wan.rope import apply_rope, rotation
 
 
-class AttentionContext(Protocol):
-    """The one verb between the network and what it attends to."""
+class LayerContext(Protocol):
+    """A context's part in one layer, in compiled code too: tensors and plain values."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention output of one layer, shaped like `q`."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        """Attention output of the layer, shaped like `q`."""
+        ...
+
+
+class AttentionContext(Protocol):
+    """What one forward pass attends to.
+
+    `steady`: passes of these sizes come again and again, so a network that is compiled for steady
+    sizes has a graph for them (see `WanDiT.compile_blocks`). False where code runs that is not for
+    a graph.
+    """
+
+    @property
+    def steady(self) -> bool: ...  # noqa: D102
+
+    def of(self, layer: int) -> LayerContext:
+        """The part in one layer; each layer attends once, in order."""
         ...
 
 
 class FullContext:
     """Every token sees every token (teacher, critic)."""
 
-    def __init__(
-        self,
-        frames: int,
-        grid: tuple[int, int],
-        head_dim: int,
-        device: torch.device,
-        backend: Backend = "auto",
-    ) -> None:
-        self.rotation = rotation(tuple(range(frames)), grid, head_dim, device)
-        self.backend: Backend = backend
+    steady = True
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __init__(
+        self, frames: int, grid: tuple[int, int], head_dim: int, device: torch.device
+    ) -> None:
+        self.layer = FullLayer(rotation(tuple(range(frames)), grid, head_dim, device))
+
+    def of(self, layer: int) -> "FullLayer":
         """See `AttentionContext`."""
-        return attention(
-            apply_rope(q, self.rotation), apply_rope(k, self.rotation), v, backend=self.backend
-        )
+        return self.layer
+
+
+class FullLayer(NamedTuple):
+    """The same in every layer."""
+
+    rotation: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        """See `LayerContext`."""
+        q, k = apply_rope(q, self.rotation), apply_rope(k, self.rotation)
+        return attention(q, k, v, backend=backend)
 
 
 def frame_mask(
@@ -82,6 +105,8 @@ class MaskedContext:
     FlexAttention on a GPU; the same mask, dense, elsewhere (eager FlexAttention has no backward).
     """
 
+    steady = True
+
     def __init__(
         self,
         mask: Tensor,
@@ -90,22 +115,33 @@ class MaskedContext:
         head_dim: int,
         device: torch.device,
     ) -> None:
-        self.rotation = rotation(positions, grid, head_dim, device)
-        tokens = grid[0] * grid[1]
-        self.dense: Tensor | None = None
-        self.sparse: BlockMask | None = None
+        turn, tokens = rotation(positions, grid, head_dim, device), grid[0] * grid[1]
         if device.type == "cuda":
-            self.sparse = _block_mask(mask.to(device), tokens)
+            self.layer = MaskedLayer(turn, sparse=_block_mask(mask.to(device), tokens))
         else:
-            self.dense = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(device)
+            dense = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+            self.layer = MaskedLayer(turn, dense=dense.to(device))
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def of(self, layer: int) -> "MaskedLayer":
         """See `AttentionContext`."""
+        return self.layer
+
+
+class MaskedLayer(NamedTuple):
+    """The same in every layer; the mask `[tokens, tokens]` is there in one of two forms."""
+
+    rotation: Tensor
+    dense: Tensor | None = None
+    sparse: BlockMask | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        """See `LayerContext`."""
         q, k = apply_rope(q, self.rotation), apply_rope(k, self.rotation)
         if self.sparse is None:
             return attention(q, k, v, mask=self.dense)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
-        return _compiled_flex()(q, k, v, block_mask=self.sparse).transpose(1, 2)
+        flex = cast(_Flex, flex_attention) if torch.compiler.is_compiling() else _compiled_flex()
+        return flex(q, k, v, block_mask=self.sparse).transpose(1, 2)
 
 
 def _block_mask(mask: Tensor, tokens: int) -> BlockMask:
@@ -116,8 +152,11 @@ def _block_mask(mask: Tensor, tokens: int) -> BlockMask:
     return create_block_mask(sees, None, None, length, length, device=str(mask.device))
 
 
+_Flex = Callable[..., Tensor]
+
+
 @lru_cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _compiled_flex() -> _Flex:
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -146,32 +185,49 @@ class CachedContext:
         *,
         write: bool = False,
         upcoming: int = 0,
-        backend: Backend = "auto",
+        steady: bool = False,
     ) -> None:
         """`upcoming`: frames that another part of the same forward stores before this one reads."""
         self.cache = cache
         self.view = view
-        self.backend: Backend = backend
+        self.steady = steady
         self.past = cache.slots(view.frames, upcoming=upcoming) if view.frames else None
         self.query_rotation, self.key_rotation = view_rotations(view, grid, head_dim, cache.device)
         queries = len(view.positions) - len(view.frames)
         self.destination = cache.next_slots(queries) if write else None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def of(self, layer: int) -> "CachedLayer":
         """See `AttentionContext`."""
-        return attention(*self.gather(layer, q, k, v), backend=self.backend)
+        store = self.cache.layer(layer)
+        return CachedLayer(
+            store, self.past, self.destination, self.query_rotation, self.key_rotation
+        )
 
-    def gather(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+class CachedLayer(NamedTuple):
+    """Slots that are read (`past`) and written (`destination`) in one layer, and rotations."""
+
+    store: LayerStore
+    past: Tensor | None
+    destination: Tensor | None
+    query_rotation: Tensor
+    key_rotation: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        """See `LayerContext`."""
+        return attention(*self.gather(q, k, v), backend=backend)
+
+    def gather(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys and values of all that is seen, the past first.
 
-        A clean pass stores its own keys and values here, so this is called once per layer.
+        A clean pass stores its own keys and values here, so this is called once.
         """
         keys, values = k, v
         if self.past is not None:
-            past_k, past_v = self.cache.read(layer, self.past)
+            past_k, past_v = self.store.read(self.past)
             keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         if self.destination is not None:
-            self.cache.write(layer, self.destination, k, v)
+            self.store.write(self.destination, k, v)
         return apply_rope(q, self.query_rotation), apply_rope(keys, self.key_rotation), values
 
 
@@ -184,14 +240,27 @@ class SplitContext:
 
     def __init__(self, parts: Sequence[tuple[int, AttentionContext]]) -> None:
         """`parts`: number of tokens and context of each range."""
-        self.sizes = [tokens for tokens, _ in parts]
+        self.sizes = tuple(tokens for tokens, _ in parts)
         self.contexts = [context for _, context in parts]
+        self.steady = all(context.steady for context in self.contexts)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def of(self, layer: int) -> "SplitLayer":
         """See `AttentionContext`."""
+        return SplitLayer(self.sizes, tuple(context.of(layer) for context in self.contexts))
+
+
+class SplitLayer(NamedTuple):
+    """Tokens of each range, and what it attends to."""
+
+    sizes: tuple[int, ...]
+    parts: tuple[LayerContext, ...]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        """See `LayerContext`."""
         ranges = zip(*(x.split(self.sizes, dim=1) for x in (q, k, v)), strict=True)
         outputs = [
-            context.attend(layer, *own) for context, own in zip(self.contexts, ranges, strict=True)
+            part.attend(q, k, v, backend)
+            for part, (q, k, v) in zip(self.parts, ranges, strict=True)
         ]
         return torch.cat(outputs, dim=1)
 
@@ -204,6 +273,8 @@ class ForcedContext:
     noisy ones of a window what that window would: clean frames by the policy, then themselves.
     """
 
+    steady = True
+
     def __init__(
         self,
         policy: ContextPolicy,
@@ -212,29 +283,47 @@ class ForcedContext:
         grid: tuple[int, int],
         head_dim: int,
         device: torch.device,
-        backend: Backend = "auto",
     ) -> None:
-        self.backend: Backend = backend
         tokens, frames = grid[0] * grid[1], blocks[-1].stop
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        """For each pass: tokens of the keys; rotations of the queries and of the keys."""
+        parts: list[ForcedPart] = []
         self.views: list[View] = []
         for spans, clean_pass, offset in ((blocks, True, 0), (windows, False, frames)):
             for span in spans:
                 view = policy.view(span.start, len(span), clean_pass=clean_pass)
                 keys = torch.tensor([*view.frames, *(offset + frame for frame in span)])
                 index = (keys[:, None] * tokens + torch.arange(tokens)).flatten().to(device)
-                self.parts.append((index, *view_rotations(view, grid, head_dim, device)))
+                parts.append(ForcedPart(index, *view_rotations(view, grid, head_dim, device)))
                 self.views.append(view)
+        self.layer = ForcedLayer(tuple(parts))
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def of(self, layer: int) -> "ForcedLayer":
         """See `AttentionContext`."""
-        queries = q.split([len(own) for _, own, _ in self.parts], dim=1)
+        return self.layer
+
+
+class ForcedPart(NamedTuple):
+    """Of one pass: tokens of the keys; rotations of the queries and of the keys."""
+
+    keys: Tensor
+    query_rotation: Tensor
+    key_rotation: Tensor
+
+
+class ForcedLayer(NamedTuple):
+    """The passes in order of their queries; the same in every layer."""
+
+    parts: tuple[ForcedPart, ...]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        """See `LayerContext`."""
+        queries = q.split([len(part.query_rotation) for part in self.parts], dim=1)
         outputs = [
             attention(
-                *(apply_rope(query, own), apply_rope(k[:, index], keys), v[:, index]),
-                backend=self.backend,
+                apply_rope(query, part.query_rotation),
+                apply_rope(k[:, part.keys], part.key_rotation),
+                v[:, part.keys],
+                backend=backend,
             )
-            for query, (index, own, keys) in zip(queries, self.parts, strict=True)
+            for query, part in zip(queries, self.parts, strict=True)
         ]
         return torch.cat(outputs, dim=1)

@@ -4,7 +4,7 @@ One class for teacher, critic and causal student, with the official parameter na
 nothing of caches, masks or absolute time: an attention context decides what queries see.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.errors import UserError
-from wan.attention import Backend, attention
-from wan.context import AttentionContext, FullContext
+from wan.attention import Backend, attention, chosen_backend
+from wan.context import AttentionContext, FullContext, LayerContext
 
 MAX_SIZE = 2**20  # of anything in a config.json
 
@@ -142,9 +142,8 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 class SelfAttention(nn.Module):
     """Queries, keys and values of one layer; what they attend to is the context's business."""
 
-    def __init__(self, config: DiTConfig, layer: int) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.num_heads = config.num_heads
         self.q = nn.Linear(config.dim, config.dim)
         self.k = nn.Linear(config.dim, config.dim)
@@ -157,16 +156,12 @@ class SelfAttention(nn.Module):
         """Tokens to heads: `[B, L, dim] -> [B, L, heads, head_dim]`."""
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: LayerContext, backend: Backend) -> Tensor:
         """`[B, L, dim] -> [B, L, dim]`."""
         q = self.split(self.norm_q(self.q(x)))
         k = self.split(self.norm_k(self.k(x)))
         v = self.split(self.v(x))
-        return self.o(self._attend(context, q, k, v).flatten(2))
-
-    @torch.compiler.disable  # one compiled graph serves all layers, whatever they attend to
-    def _attend(self, context: AttentionContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return context.attend(self.layer, q, k, v)
+        return self.o(context.attend(q, k, v, backend).flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -187,14 +182,14 @@ class CrossAttention(SelfAttention):
 class Block(nn.Module):
     """One transformer block: self-attention, cross-attention, feed-forward."""
 
-    def __init__(self, config: DiTConfig, layer: int) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
-        self.self_attn = SelfAttention(config, layer)
+        self.self_attn = SelfAttention(config)
         self.norm3 = (
             nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
         )
-        self.cross_attn = CrossAttention(config, layer)
+        self.cross_attn = CrossAttention(config)
         self.norm2 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim),
@@ -207,13 +202,20 @@ class Block(nn.Module):
         """This layer's text keys and values of `[B, text_len, dim]`."""
         return self.cross_attn.encode(text)
 
-    def forward(
+    def forward(self, compute: "BlockFunction", *inputs: Any) -> Tensor:
+        """`compute(self, *inputs)`: `Block.compute`, or its compiled form.
+
+        What is hooked to the call of a module (FSDP) stays outside of the graph.
+        """
+        return compute(self, *inputs)
+
+    def compute(
         self,
         x: Tensor,
         time: Tensor,
         text_keys: Tensor,
         text_values: Tensor,
-        context: AttentionContext,
+        context: LayerContext,
         backend: Backend,
     ) -> Tensor:
         """`x` `[B, F, tokens, dim]`, `time` `[B, F or 1, 6, dim]` -> like x."""
@@ -221,11 +223,17 @@ class Block(nn.Module):
         for_attention, for_ffn = Modulation(*parts[:3]), Modulation(*parts[3:])
         frames = x.shape[1]
 
-        attended = self.self_attn(for_attention.apply_to(self.norm1(x)).flatten(1, 2), context)
+        attended = self.self_attn(
+            for_attention.apply_to(self.norm1(x)).flatten(1, 2), context, backend
+        )
         x = x + attended.unflatten(1, (frames, -1)) * for_attention.gate
         read = self.cross_attn(self.norm3(x).flatten(1, 2), text_keys, text_values, backend)
         x = x + read.unflatten(1, (frames, -1))
         return x + self.ffn(for_ffn.apply_to(self.norm2(x))) * for_ffn.gate
+
+
+BlockFunction = Callable[..., Tensor]
+"""`Block.compute`, or its compiled form."""
 
 
 class Head(nn.Module):
@@ -255,6 +263,8 @@ class WanDiT(nn.Module):
         self.config = config
         self.attention_backend: Backend = "auto"
         self.gradient_checkpointing = False
+        self._graph: BlockFunction | None = None
+        self._every_size = False
         dim = config.dim
         if config.patch_size[0] != 1:
             raise UserError("patch_size must keep time: its first number has to be 1")
@@ -266,7 +276,7 @@ class WanDiT(nn.Module):
             nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
     @torch.no_grad()
@@ -320,24 +330,28 @@ class WanDiT(nn.Module):
         pairs = [cast(Block, block).encode_text(text) for block in self.blocks]
         return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
-    def compile_blocks(self, *, dynamic: bool | None = None) -> None:
-        """torch.compile the blocks; what they attend to stays outside, and layers share graphs.
+    def compile_blocks(self, *, every_size: bool = False, backend: str = "inductor") -> None:
+        """torch.compile the blocks, attention included; all layers share one graph.
 
-        `dynamic`: True makes graphs for all sizes from the start (training, whose windows and
-        batches vary). None makes fixed ones for the first size and, when a second one comes, graphs
-        for all sizes; from then on these serve every pass, the steady window of a rolling rollout
-        included. So fixed graphs help where all passes have one size (a bidirectional model).
+        Passes whose context is steady have a graph of exactly their sizes, made when they first
+        come; all others run eager, so a stream that ramps up compiles nothing. With `every_size`
+        (training, whose rollouts and batches vary) all passes are compiled, for sizes of all kinds.
         """
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        for block in self.blocks:
-            block.compile(dynamic=dynamic)
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        self._graph = torch.compile(Block.compute, dynamic=every_size, backend=backend)
+        self._every_size = every_size
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile_blocks` was called."""
+        return self._graph is not None
 
     def full_context(self, latents: Tensor) -> FullContext:
         """The context of the bidirectional model for `latents` `[B, F, C, H, W]`."""
         config = self.config
         grid = (latents.shape[3] // config.patch_size[1], latents.shape[4] // config.patch_size[2])
         frames = latents.shape[1]
-        return FullContext(frames, grid, config.head_dim, latents.device, self.attention_backend)
+        return FullContext(frames, grid, config.head_dim, latents.device)
 
     def forward(
         self,
@@ -354,13 +368,21 @@ class WanDiT(nn.Module):
         x = self._embed_patches(latents)  # [B, F, h*w, dim]
         time = self._embed_time(timesteps)  # [B, F or 1, dim]
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B, F or 1, 6, dim]
-        for block, keys, values in zip(self.blocks, text.keys, text.values, strict=True):
-            arguments = (x, modulation, keys, values, context, self.attention_backend)
+        backend = chosen_backend(self.attention_backend, x.device, x.dtype)
+        compute = self._compute_for(context)
+        layers = zip(self.blocks, text.keys, text.values, strict=True)
+        for layer, (block, keys, values) in enumerate(layers):
+            inputs = (compute, x, modulation, keys, values, context.of(layer), backend)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(*arguments)
+                x = block(*inputs)
         return self._unpatch(self.head(x, time), latents)
+
+    def _compute_for(self, context: AttentionContext) -> BlockFunction:
+        if self._graph is not None and (self._every_size or context.steady):
+            return self._graph
+        return Block.compute
 
     def _embed_patches(self, latents: Tensor) -> Tensor:
         _, ph, pw = self.config.patch_size

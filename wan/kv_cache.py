@@ -81,6 +81,31 @@ def _span(start: int, length: int) -> range:
     return range(start, start + length)
 
 
+class LayerStore(NamedTuple):
+    """Keys (before RoPE) and values of one layer, `[B, slots, tokens, H, D]` each.
+
+    One tensor each, no views of larger ones: of two views of one memory that a compiled graph is
+    given, of which it writes one, it takes the places from its first call, and so all layers would
+    read and write what belongs to the first.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the frames in `slots`: `[B, n * tokens, H, D]` each, copied."""
+        return (
+            self.keys.index_select(1, slots).flatten(1, 2),
+            self.values.index_select(1, slots).flatten(1, 2),
+        )
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k (before RoPE) and v `[B, n * tokens, H, D]`; no gradient goes in."""
+        tokens = self.keys.shape[2]
+        self.keys.index_copy_(1, slots, k.detach().unflatten(1, (-1, tokens)))
+        self.values.index_copy_(1, slots, v.detach().unflatten(1, (-1, tokens)))
+
+
 class KVCache:
     """Keys, values and clean latents of finished frames, of all layers.
 
@@ -91,13 +116,14 @@ class KVCache:
       frame is still there; `slots(frames)` raises if one is not.
     - Keys are stored after their norm and **before** RoPE. Positions are given at retrieval, so
       nothing here depends on how long the video is.
-    - `read` copies out and changes nothing. A pass reads the past, and may be recomputed as long
-      as the frames it read are held.
+    - `layer(number)` is where one layer reads and writes (see `LayerStore`): always the same
+      tensors. To read copies out and changes nothing. A pass reads the past, and may be recomputed
+      as long as the frames it read are held.
     - Up to `recent_frames` frames are written at once.
-    - `write` is called once per layer by the clean pass of the frames `finished ... finished+n-1`,
-      each layer after its `read`; no gradient goes in. `commit` then makes them the past, with
-      their clean latents. Until `commit` the cache still means what it meant, except that frames
-      about to be evicted may already be overwritten.
+    - The clean pass of the frames `finished ... finished+n-1` writes once per layer, each layer
+      after it has read; no gradient goes in. `commit` then makes them the past, with their clean
+      latents. Until `commit` the cache still means what it meant, except that frames about to be
+      evicted may already be overwritten.
     - Slots are Python ints in, one small index tensor per pass out; nothing synchronises with the
       device.
     """
@@ -117,23 +143,35 @@ class KVCache:
         device: torch.device | str,
     ) -> None:
         slots = sink_frames + recent_frames
-        shape = (num_layers, batch, slots, tokens_per_frame, num_heads, head_dim)
+        shape = (batch, slots, tokens_per_frame, num_heads, head_dim)
         self.sink_frames = sink_frames
         self.recent_frames = recent_frames
         self.finished = 0
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._layers = [
+            LayerStore(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+            for _ in range(num_layers)
+        ]
         self._latents = torch.zeros((batch, slots, *latent), dtype=torch.float32, device=device)
 
     @property
     def device(self) -> torch.device:
         """Where the cache lives."""
-        return self._keys.device
+        return self._latents.device
 
     @property
     def num_bytes(self) -> int:
         """Memory of everything stored."""
-        return sum(t.nbytes for t in (self._keys, self._values, self._latents))
+        return self._latents.nbytes + sum(t.nbytes for layer in self._layers for t in layer)
+
+    def layer(self, number: int) -> LayerStore:
+        """Where one layer's keys and values are."""
+        return self._layers[number]
+
+    def share_graphs(self) -> None:
+        """Let one compiled graph serve caches that have more or fewer slots than this one."""
+        for layer in self._layers:
+            for tensor in layer:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
     def holds(self, frame: int, *, upcoming: int = 0) -> bool:
         """Whether a finished frame is still stored once the next `upcoming` ones are, too."""
@@ -142,7 +180,7 @@ class KVCache:
         return 0 <= frame < finished and (pinned or frame >= finished - self.recent_frames)
 
     def slots(self, frames: tuple[int, ...], *, upcoming: int = 0) -> Tensor:
-        """Index tensor of stored frames, for `read`; raises KeyError for one that is gone.
+        """Index tensor of stored frames, for `LayerStore.read`; KeyError for one that is gone.
 
         The next `upcoming` frames count as stored: every layer writes them before it reads.
         """
@@ -151,27 +189,13 @@ class KVCache:
             raise KeyError(f"frames {gone} are not in the cache ({self.finished} finished)")
         return self._index([self._slot(frame) for frame in frames])
 
-    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (before RoPE) and values of the frames in `slots`: `[B, n * tokens, H, D]` each."""
-        return (
-            self._keys[layer].index_select(1, slots).flatten(1, 2),
-            self._values[layer].index_select(1, slots).flatten(1, 2),
-        )
-
     def next_slots(self, frames: int) -> Tensor:
-        """Index tensor of the slots that the next `frames` finished frames go to, for `write`."""
+        """Index tensor of where the next `frames` finished frames go, for `LayerStore.write`."""
         if frames > self.recent_frames:
             raise ValueError(
                 f"{frames} frames at once do not fit a ring of {self.recent_frames} frames"
             )
         return self._index([self._slot(frame) for frame in _span(self.finished, frames)])
-
-    @torch.no_grad()
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store one layer of a clean pass: k (before RoPE) and v `[B, n * tokens, H, D]`."""
-        tokens = self._keys.shape[3]
-        self._keys[layer].index_copy_(1, slots, k.unflatten(1, (-1, tokens)))
-        self._values[layer].index_copy_(1, slots, v.unflatten(1, (-1, tokens)))
 
     @torch.no_grad()
     def commit(self, latents: Tensor) -> None:
@@ -190,26 +214,34 @@ class KVCache:
     @property
     def batch(self) -> int:
         """Videos whose frames are stored."""
-        return self._keys.shape[1]
+        return self._latents.shape[0]
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """A copy of what is stored of some videos of the batch, for `put_rows`."""
-        return self._keys[:, rows], self._values[:, rows], self._latents[rows]
+        keys, values = (torch.stack([x[rows] for x in own]) for own in self._stored())
+        return keys, values, self._latents[rows]
 
     def put_rows(self, rows: Sequence[int], stored: tuple[Tensor, Tensor, Tensor]) -> None:
         """Put back what `rows` gave."""
-        self._keys[:, rows], self._values[:, rows], self._latents[rows] = stored
+        *pair, self._latents[rows] = stored
+        for own, saved in zip(self._stored(), pair, strict=True):
+            for x, part in zip(own, saved, strict=True):
+                x[rows] = part
 
     def latents(self, frames: tuple[int, ...]) -> Tensor:
         """Clean latents of stored frames: `[B, n, C, h, w]`, float32."""
         return self._latents.index_select(1, self.slots(frames))
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of everything, for `load_state_dict` on a cache of the same sizes."""
+        """A copy of everything, for `load_state_dict` on a cache of the same sizes.
+
+        Keys and values are `[layers, B, slots, tokens, H, D]` in it.
+        """
+        keys, values = (torch.stack(own) for own in self._stored())
         return {
             "finished": self.finished,
-            "keys": self._keys.clone(),
-            "values": self._values.clone(),
+            "keys": keys,
+            "values": values,
             "latents": self._latents.clone(),
         }
 
@@ -226,18 +258,25 @@ class KVCache:
         """Take over a state; raises ValueError if it comes from a cache of another size."""
         self.check_state(state)
         self.finished = state["finished"]
-        self._keys.copy_(state["keys"])
-        self._values.copy_(state["values"])
+        for own, saved in zip(self._stored(), (state["keys"], state["values"]), strict=True):
+            for x, part in zip(own, saved, strict=True):
+                x.copy_(part)
         self._latents.copy_(state["latents"])
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """ValueError unless a state is of a cache of this size."""
-        for name, own in (("keys", self._keys), ("latents", self._latents)):
-            if name in state and state[name].shape != own.shape:
-                raise ValueError(
-                    f"this state is of a cache of {tuple(state[name].shape)}, "
-                    f"not {tuple(own.shape)}"
-                )
+        sizes = {
+            "keys": (len(self._layers), *self._layers[0].keys.shape),
+            "latents": tuple(self._latents.shape),
+        }
+        for name, own in sizes.items():
+            found = tuple(state[name].shape) if name in state else own
+            if found != own:
+                raise ValueError(f"this state is of a cache of {found}, not {own}")
+
+    def _stored(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The keys of all layers, and their values."""
+        return [layer.keys for layer in self._layers], [layer.values for layer in self._layers]
 
     def _slot(self, frame: int) -> int:
         if frame < self.sink_frames:

@@ -1,12 +1,13 @@
 """Looking at attention while it happens: how much of it falls on each frame that is seen."""
 
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wan.attention import attention
-from wan.context import CachedContext
+from wan.attention import Backend, attention
+from wan.context import CachedContext, CachedLayer, LayerContext
 
 CHUNK_ELEMENTS = 2**23
 """Scores held at a time, in float32."""
@@ -17,8 +18,10 @@ class RecordingContext:
 
     What comes out is what the inner context gives, bit for bit. `blocks` are the frames of each
     block of queries; for each layer of `layers` `record(layer, masses)` is called, with the masses
-    of `frame_masses`.
+    of `frame_masses`. A forward pass of it runs outside of compiled graphs.
     """
+
+    steady = False
 
     def __init__(
         self,
@@ -32,13 +35,25 @@ class RecordingContext:
         self.layers = layers
         self.record = record
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def of(self, layer: int) -> LayerContext:
         """See `AttentionContext`."""
-        q, keys, values = self.inner.gather(layer, q, k, v)
-        if layer in self.layers:
-            tokens = keys.shape[1] // len(self.inner.view.positions)
-            self.record(layer, frame_masses(q, keys, tokens, self.blocks))
-        return attention(q, keys, values, backend=self.inner.backend)
+        inner = self.inner.of(layer)
+        return _RecordingLayer(self, layer, inner) if layer in self.layers else inner
+
+
+@dataclass(frozen=True)
+class _RecordingLayer:
+    context: RecordingContext
+    layer: int
+    inner: CachedLayer
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        """See `LayerContext`."""
+        q, keys, values = self.inner.gather(q, k, v)
+        tokens = keys.shape[1] // len(self.context.inner.view.positions)
+        masses = frame_masses(q, keys, tokens, self.context.blocks)
+        self.context.record(self.layer, masses)
+        return attention(q, keys, values, backend=backend)
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def stored(rollout: Rollout) -> tuple[Tensor, Tensor]:
     cache = rollout.cache
     frames = rollout.plan.policy.stored(cache.finished, rollout.layout.block_frames)
     slots = cache.slots(frames)
-    layers = [cache.read(layer, slots) for layer in range(rollout.dit.config.num_layers)]
+    layers = [cache.layer(layer).read(slots) for layer in range(rollout.dit.config.num_layers)]
     return torch.stack([k for k, _ in layers]), torch.stack([v for _, v in layers])
 
 

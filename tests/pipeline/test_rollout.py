@@ -20,6 +20,7 @@ from tests.tiny_rollout import (
     GRID,
     LATENT,
     LoggingDiT,
+    NumberedContext,
     TinyMethod,
     new_rollout,
     run,
@@ -162,7 +163,7 @@ def test_gradient_runs_on_request_only(name: str) -> None:
 # --- the definition, without a cache ------------------------------------------------------------
 
 
-class ListedContext:
+class ListedContext(NumberedContext):
     """Attention over listed past frames, with a softmax written out; remembers its own K/V."""
 
     def __init__(self, past: list[dict[int, tuple[Tensor, Tensor]]], positions: list[int]) -> None:
@@ -305,7 +306,7 @@ def test_rolling_after_a_prefix_sees_it_from_the_first_window(dit: WanDiT) -> No
     assert all((moved[block] - rest[block]).abs().max() > 1e-3 for block in rest)
 
 
-class RecordedKeys:
+class RecordedKeys(NumberedContext):
     """A masked context that remembers every layer's keys and values."""
 
     def __init__(self, masked: MaskedContext) -> None:
@@ -314,7 +315,7 @@ class RecordedKeys:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.seen[layer] = (k, v)
-        return self.masked.attend(layer, q, k, v)
+        return self.masked.of(layer).attend(q, k, v, "auto")
 
 
 @pytest.mark.parametrize("independent", [False, True])
@@ -343,7 +344,7 @@ def test_clean_passes_equal_one_parallel_forward(
     held = tuple(frame for frame in range(frames) if rollout.cache.holds(frame))
     tokens = torch.arange(frames * 6).unflatten(0, (frames, 6))[list(held)].flatten()
     for layer, (k, v) in context.seen.items():
-        keys, values = rollout.cache.read(layer, rollout.cache.slots(held))
+        keys, values = rollout.cache.layer(layer).read(rollout.cache.slots(held))
         assert_close(keys, k[:, tokens])
         assert_close(values, v[:, tokens])
 

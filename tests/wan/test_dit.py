@@ -1,13 +1,11 @@
 """The network against recorded numbers, against diffusers' Wan, and its own promises."""
 
 import re
-from functools import partialmethod
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 from torch.nn.utils.rnn import pad_sequence
 
 from tests.golden_cases import Case, entries, load_case, load_weights
@@ -338,23 +336,3 @@ def test_first_weights_are_a_function_of_the_seed_alone() -> None:
     for name, value in first.items():
         assert value.isfinite().all(), name
         assert torch.equal(value, second[name]), name
-
-
-@pytest.mark.slow
-def test_compiled_blocks_serve_all_sizes_with_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was said that the size that keeps coming back has graphs of its own."""
-    counter = CompileCounter()
-    with_counter = partialmethod(torch.nn.Module.compile, backend=counter)
-    monkeypatch.setattr(torch.nn.Module, "compile", with_counter)
-    torch._dynamo.reset()
-    dit = random_dit(seed=5)
-    dit.compile_blocks()
-    sizes_with_new_graphs = []
-    for frames in (2, 3, 5, 5, 2, 5):
-        before = counter.frame_count
-        latents, timesteps, text = some_inputs(dit, frames=frames, batch=1)
-        with torch.no_grad():
-            dit(latents, timesteps, dit.encode_text(text))
-        if counter.frame_count > before:
-            sizes_with_new_graphs.append(frames)
-    assert sizes_with_new_graphs == [2, 3]

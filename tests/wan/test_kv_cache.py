@@ -193,7 +193,7 @@ def finish(cache: KVCache, count: int) -> None:
     frames = range(cache.finished, cache.finished + count)
     slots = cache.next_slots(count)
     for layer in range(LAYERS):
-        cache.write(layer, slots, marked(frames, layer), marked(frames, layer, 0.5))
+        cache.layer(layer).write(slots, marked(frames, layer), marked(frames, layer, 0.5))
     latents = torch.tensor([float(frame) for frame in frames])
     cache.commit(latents[None, :, None, None, None].expand(2, -1, 1, 2, 2))
 
@@ -225,7 +225,7 @@ def test_reads_what_was_written(sink: int, recent: int, block: int) -> None:
         assert len(frames) == min(cache.finished, sink + recent)
         assert len(set(slots.tolist())) == len(frames)
         for layer in range(LAYERS):
-            keys, values = cache.read(layer, slots)
+            keys, values = cache.layer(layer).read(slots)
             expected = torch.cat([marked(range(f, f + 1), layer) for f in frames], dim=1)
             assert torch.equal(keys, expected)
             assert torch.equal(values, expected + 0.5)
@@ -252,20 +252,20 @@ def test_read_gives_copies() -> None:
     cache = new_cache()
     finish(cache, 3)
     slots = cache.slots((0, 1, 2))
-    keys, values = cache.read(0, slots)
+    keys, values = cache.layer(0).read(slots)
     keys.fill_(-1)
     values.fill_(-1)
-    assert torch.equal(cache.read(0, slots)[0], marked(range(3), 0))
-    assert torch.equal(cache.read(0, slots)[1], marked(range(3), 0, 0.5))
+    assert torch.equal(cache.layer(0).read(slots)[0], marked(range(3), 0))
+    assert torch.equal(cache.layer(0).read(slots)[1], marked(range(3), 0, 0.5))
 
 
 def test_writing_finishes_nothing_until_commit() -> None:
     cache = new_cache()
     finish(cache, 2)
-    cache.write(0, cache.next_slots(2), marked(range(2, 4), 0), marked(range(2, 4), 0))
+    cache.layer(0).write(cache.next_slots(2), marked(range(2, 4), 0), marked(range(2, 4), 0))
     assert cache.finished == 2
     assert held(cache) == [0, 1]
-    assert torch.equal(cache.read(0, cache.slots((0, 1)))[0], marked(range(2), 0))
+    assert torch.equal(cache.layer(0).read(cache.slots((0, 1)))[0], marked(range(2), 0))
     cache.commit(torch.zeros(2, 2, 1, 2, 2))
     assert held(cache) == [0, 1, 2, 3]
 
@@ -274,9 +274,9 @@ def test_no_gradient_goes_in() -> None:
     """An in-place write that autograd sees leaks gradient through stale entries."""
     cache = new_cache()
     k = marked(range(2), 0).clone().requires_grad_(True)
-    cache.write(0, cache.next_slots(2), k * 2, k * 3)
+    cache.layer(0).write(cache.next_slots(2), k * 2, k * 3)
     cache.commit(torch.ones(2, 2, 1, 2, 2, requires_grad=True) * 2)
-    keys, values = cache.read(0, cache.slots((0, 1)))
+    keys, values = cache.layer(0).read(cache.slots((0, 1)))
     assert not keys.requires_grad
     assert not values.requires_grad
     assert not cache.latents((0, 1)).requires_grad
@@ -295,8 +295,8 @@ def test_state_goes_round() -> None:
     frames = tuple(held(other))
     assert frames == (0, 1, 5, 6, 7, 8)
     expected = torch.cat([marked(range(f, f + 1), 1) for f in frames], dim=1)
-    assert torch.equal(other.read(1, other.slots(frames))[0], expected)
-    assert torch.equal(other.read(1, other.slots(frames))[1], expected + 0.5)
+    assert torch.equal(other.layer(1).read(other.slots(frames))[0], expected)
+    assert torch.equal(other.layer(1).read(other.slots(frames))[1], expected + 0.5)
     assert other.latents(frames)[1, :, 0, 1, 1].tolist() == list(frames)
 
 
@@ -422,7 +422,7 @@ def compare_caches(
     newest = window["cache_global_end_frames"]
     length = window["cache_local_end_frames"]
     frames = (*range(block), *range(newest - length + block, newest))
-    keys, values = cache.read(0, cache.slots(frames))
+    keys, values = cache.layer(0).read(cache.slots(frames))
     rows, columns = case.meta["latent_hw"]
     _, ph, pw = case.meta["dit"]["patch_size"]
     grid = (rows // ph, columns // pw)
@@ -461,7 +461,7 @@ def test_rollouts_leave_the_recorded_cache(name: str, tmp_path: Path) -> None:
     theirs = (*range(policy.sink_frames), *range(newest - length + policy.sink_frames, newest))
     common = [frame for frame in theirs if cache.holds(frame)]
     assert len(common) > policy.sink_frames
-    keys, values = cache.read(0, cache.slots(tuple(common)))
+    keys, values = cache.layer(0).read(cache.slots(tuple(common)))
     if policy.sink_position == "original":
         turn = rotation(tuple(common), pipe.shape.grid, keys.shape[-1], CPU)
         keys = apply_rope(keys, turn)

@@ -75,7 +75,7 @@ def test_a_recorded_clean_pass_writes_the_cache_once_and_reads_it_before():
             q, k = (x + frame for x in some_qk(2, 2))
             if recorded:
                 context = RecordingContext(context, [2], [0], lambda layer, masses: None)
-            outputs.append(context.attend(0, q, k, k))
+            outputs.append(context.of(0).attend(q, k, k, "auto"))
             cache.commit(torch.zeros(2, 2, 1, 1, 1))
         caches.append(cache.state_dict())
     for plain, watched in zip(outputs[:4], outputs[4:], strict=True):

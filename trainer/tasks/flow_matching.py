@@ -120,7 +120,6 @@ class FlowMatching(GeneratorTask):
                 self.shape.grid,
                 self.generator.config.head_dim,
                 self.world.device,
-                self.generator.attention_backend,
             )
         return torch.cat(per_frame), self.windowed[spans]
 
