@@ -7,13 +7,16 @@
 
 import argparse
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import parse_command, run_main, set_up_logging
 from utils.config import Config, find_file, load_config
+from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.families import add_model_choice, family, fetched_checkpoint
 from utils.files import locked
@@ -22,6 +25,7 @@ from utils.prompts import read_prompts
 
 if TYPE_CHECKING:
     from pipeline import VideoPipeline
+    from pipeline.teamwork import Teamwork
 
 DEMO_PACKAGE = "shapes"  # its `open_demo` is the model without flags
 DEFAULT_FOLDER = "videos/live"
@@ -138,13 +142,30 @@ def read_config(args: argparse.Namespace) -> Config:
     return load_config(args.config_path, [*small, *args.overrides, *given])
 
 
-def open_pipeline(args: argparse.Namespace, config: Config) -> "VideoPipeline":
+def read_ranks(config: Config) -> Ranks:
+    """This rank, which gets its own GPU; UserError unless all ranks make each session together."""
+    ranks = Ranks.from_environment()
+    if ranks.world != config.sequence_parallel:
+        raise UserError(
+            f"app.py runs on {ranks.world} ranks, and sequence_parallel={config.sequence_parallel} "
+            "of them make a session together: start as many with torchrun --nproc_per_node"
+        )
+    if ranks.world > 1:
+        config.device = ranks.device_name(config.device)
+    return ranks
+
+
+def open_pipeline(
+    args: argparse.Namespace, config: Config, teamwork: "Teamwork | None"
+) -> "VideoPipeline":
     """The model of the command line."""
     from server.models import open_model, open_random_model
 
     if args.random_weights:
-        return open_random_model(config, find_file(RANDOM_SIZES, "model preset"))
-    return open_model(config, args.checkpoint_path, use_ema=not args.no_ema)
+        preset = find_file(RANDOM_SIZES, "model preset")
+        return open_random_model(config, preset, teamwork=teamwork)
+    use_ema = not args.no_ema
+    return open_model(config, args.checkpoint_path, use_ema=use_ema, teamwork=teamwork)
 
 
 def address_of(args: argparse.Namespace, token: str | None) -> str:
@@ -162,17 +183,29 @@ def address_of(args: argparse.Namespace, token: str | None) -> str:
 def main(argv: Sequence[str]) -> int:
     """Parse, open the model, serve until somebody ends it."""
     args = parse_command(build_parser(), argv)
-    set_up_logging()
+    set_up_logging(quiet=not Ranks.from_environment().is_main)
     check(args)
     prompts = fill_in_model(args)
     config = read_config(args)
-    with locked(args.output_dir, "use another --output_dir"):
-        serve(args, config, prompts)
+    ranks = read_ranks(config)
+
+    from pipeline.teamwork import Teamwork, in_team
+
+    def lead(teamwork: Teamwork | None) -> None:
+        with locked(args.output_dir, "use another --output_dir"):
+            serve(args, config, prompts, teamwork)
+
+    def load(teamwork: Teamwork) -> "VideoPipeline":
+        return open_pipeline(args, config, teamwork)
+
+    in_team(ranks, config.sequence_parallel, config.device, lead, load)
     return 0
 
 
-def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
-    """Open everything and answer until somebody ends it."""
+def serve(
+    args: argparse.Namespace, config: Config, prompts: Path, teamwork: "Teamwork | None"
+) -> None:
+    """Open everything and answer until somebody ends it, or another rank of the team has ended."""
     from server.access import Access, is_loopback, new_token
     from server.app import AppOptions, about_model, build_app
     from server.engine import PipelineEngine
@@ -183,7 +216,7 @@ def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
 
     storage = Storage(Path(args.output_dir), int(args.disk_limit * GIB))
     with listen(args.server_name, args.server_port) as listener:
-        pipe = open_pipeline(args, config)
+        pipe = open_pipeline(args, config, teamwork)
         engine = PipelineEngine(pipe)
         session_bytes = warm_up(engine)
         most = args.max_sessions or places(session_bytes, pipe.device)
@@ -210,7 +243,23 @@ def serve(args: argparse.Namespace, config: Config, prompts: Path) -> None:
         app = build_app(SessionPool(engine, storage, pool_options), options)
         print(f"Open {address_of(args, token)}")
         print(REACHED_HERE if own else REACHED_BY_TOKEN, flush=True)
-        run(app, listener, proxied=bool(args.allowed_host))
+        with ended_with(teamwork):
+            run(app, listener, proxied=bool(args.allowed_host))
+
+
+@contextmanager
+def ended_with(teamwork: "Teamwork | None") -> Iterator[None]:
+    """End what runs within once the team is lost, with a sentence."""
+    if teamwork is None:
+        yield
+        return
+    teamwork.when_lost = lambda: signal.raise_signal(signal.SIGINT)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if teamwork.lost:
+            raise UserError("a rank has ended, and the sessions with it: start again") from None
+        raise
 
 
 if __name__ == "__main__":

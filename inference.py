@@ -7,7 +7,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ from utils.packages import offered, offers
 if TYPE_CHECKING:
     from pipeline.batch import BatchRun, Job
     from pipeline.prompt_schedule import PromptSchedule
+    from pipeline.setup import Setup
+    from pipeline.teamwork import Teamwork
+    from pipeline.text_to_video import VideoPipeline
 
 DEFAULT_FOLDER = "videos"
 REPLAY_FOLDER = "videos/replay"
@@ -213,13 +216,42 @@ def main(argv: Sequence[str]) -> int:
         overwrite=args.overwrite,
     )
     setup = Setup.of(config)
-    run = BatchRun(
-        setup, args.checkpoint_path, outputs, use_ema=args.use_ema, ranks=ranks, changes=changes
-    )
-    with memory_in_words():
-        run(jobs)
-    show(run, jobs, args, demo)
+
+    def lead(teamwork: "Teamwork | None") -> None:
+        run = BatchRun(
+            setup,
+            args.checkpoint_path,
+            outputs,
+            use_ema=args.use_ema,
+            ranks=ranks.teams(config.sequence_parallel),
+            changes=changes,
+            teamwork=teamwork,
+        )
+        with memory_in_words():
+            run(jobs)
+        show(run, jobs, args, demo)
+
+    make_videos(setup, ranks, lead, args.checkpoint_path, use_ema=args.use_ema)
     return 0
+
+
+def make_videos(
+    setup: "Setup",
+    ranks: Ranks,
+    lead: "Callable[[Teamwork | None], None]",
+    checkpoint: str | None,
+    *,
+    use_ema: bool,
+) -> None:
+    """Run `lead` on every rank, or on the first one of each team."""
+    from pipeline.teamwork import in_team
+    from pipeline.text_to_video import load_generator
+
+    def load(teamwork: "Teamwork") -> "VideoPipeline":
+        with memory_in_words():
+            return load_generator(setup, checkpoint, use_ema=use_ema, teamwork=teamwork)
+
+    in_team(ranks, setup.machine.sequence_parallel, setup.machine.device, lead, load)
 
 
 def replay(args: argparse.Namespace, ranks: Ranks) -> int:
@@ -252,20 +284,26 @@ def replay(args: argparse.Namespace, ranks: Ranks) -> int:
         prefix_frames=told.prefix_frames,
         overwrite=args.overwrite,
     )
-    run = BatchRun(
-        Setup.of(config),
-        checkpoint,
-        outputs,
-        use_ema=told.use_ema,
-        ranks=ranks,
-        changes=told.changes,
-    )
-    told.check(run.settings_of(job))
-    with memory_in_words():
-        run([job])
-    show(run, [job], args, None)
-    for path, record in run.made([job]).items():
-        print(f"{path}: {told.compared(record)}")
+    setup = Setup.of(config)
+
+    def lead(teamwork: "Teamwork | None") -> None:
+        run = BatchRun(
+            setup,
+            checkpoint,
+            outputs,
+            use_ema=told.use_ema,
+            ranks=ranks.teams(config.sequence_parallel),
+            changes=told.changes,
+            teamwork=teamwork,
+        )
+        told.check(run.settings_of(job))
+        with memory_in_words():
+            run([job])
+        show(run, [job], args, None)
+        for path, record in run.made([job]).items():
+            print(f"{path}: {told.compared(record)}")
+
+    make_videos(setup, ranks, lead, checkpoint, use_ema=told.use_ema)
     return 0
 
 

@@ -35,6 +35,7 @@ from pipeline.records import (
 )
 from pipeline.setup import Setup
 from pipeline.stream import PrefixFrames, directed
+from pipeline.teamwork import Teamwork
 from pipeline.text_to_video import VideoPipeline, load_generator
 from utils.background import Background
 from utils.config import find_file, save_resolved
@@ -196,13 +197,18 @@ class BatchRun:
         use_ema: bool,
         ranks: Ranks,
         changes: PromptSchedule | Sequence[Change] = (),
+        teamwork: Teamwork | None = None,
     ) -> None:
-        """`changes` of prompt, the same in every video: by time, or by block as recorded."""
+        """`changes` of prompt, the same in every video: by time, or by block as recorded.
+
+        With `teamwork` this rank leads a team, and `ranks` are the teams.
+        """
         self.changes = changes
         self.checkpoint = None if checkpoint is None else find_checkpoint(checkpoint)
         self.outputs = outputs
         self.use_ema = use_ema
         self.ranks = ranks
+        self.teamwork = teamwork
         self.setup = setup
         self.folder = setup.require_folder()
         self.shape = self.setup.shape
@@ -332,7 +338,9 @@ class BatchRun:
         self.folder.require(self.folder.vae)
         if not self.setup.text_embeddings:
             self.folder.require(self.folder.text_encoder, self.folder.tokenizer)
-        pipe = load_generator(self.setup, self.checkpoint, use_ema=self.use_ema)
+        pipe = load_generator(
+            self.setup, self.checkpoint, use_ema=self.use_ema, teamwork=self.teamwork
+        )
         index = 0
         for group in groups_of_prompts(jobs, PROMPTS_AT_ONCE):
             texts = self._encode(pipe, group)

@@ -381,7 +381,8 @@ def least_needed(blocks: Sequence[int]) -> int:
 
 def _open(pipe: VideoPipeline, text: Tensor | None, seed: int | None) -> Stream:
     """A stream whose steps can be repeated; without `text` it is to take a state."""
-    text = torch.zeros(1, 1, pipe.dit.config.text_dim) if text is None else text
+    if text is None:  # on the device of those that the state holds: blends go on bit for bit
+        text = torch.zeros(1, 1, pipe.dit.config.text_dim, device=pipe.device)
     return pipe.open_stream(text, seed=seed, repeatable=True)
 
 

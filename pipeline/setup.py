@@ -25,6 +25,7 @@ from wan.flow import denoising_timesteps
 from wan.folders import ModelFolder
 from wan.geometry import WAN_STRIDES, Strides, VideoShape
 from wan.kv_cache import ContextPolicy, KVCache
+from wan.parallel import Share, check_shares
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Machine:
     compile: bool
     vae_dtype: str
     merge_clean_pass: bool | None
+    sequence_parallel: int
 
 
 @dataclass(frozen=True)
@@ -118,15 +120,21 @@ class Setup:
             sizes = folder.sizes
         if strides is None:
             strides = WAN_STRIDES if folder is None else folder.strides
+        shape = VideoShape(
+            config.height, config.width, sizes.in_dim, strides, patch_size=sizes.patch_size
+        )
+        check_shares(
+            config.sequence_parallel,
+            tokens_per_frame=shape.tokens_per_frame,
+            num_heads=sizes.num_heads,
+        )
         steps = config.denoising_step_list
         warp, shift = config.warp_denoising_step, config.generator_shift
         return cls(
             resolved=to_dict(config),
             folder=folder,
             sizes=sizes,
-            shape=VideoShape(
-                config.height, config.width, sizes.in_dim, strides, patch_size=sizes.patch_size
-            ),
+            shape=shape,
             layout=BlockLayout(config.num_frame_per_block, config.independent_first_frame),
             policy=ContextPolicy(
                 config.model_kwargs.sink_size,
@@ -160,6 +168,7 @@ class Setup:
                 config.compile,
                 config.vae_dtype,
                 config.merge_clean_pass,
+                config.sequence_parallel,
             ),
         )
 
@@ -231,10 +240,12 @@ class Setup:
         dtype: torch.dtype,
         device: torch.device,
         recent_frames: int | None = None,
+        share: Share | None = None,
     ) -> KVCache:
         """An empty cache for `batch` videos of a network.
 
-        `recent_frames` defaults to what the policy reads; more are kept if it is more.
+        `recent_frames` defaults to what the policy reads; more are kept if it is more. `share`: of
+        the ranks that make the videos together.
         """
         block = self.layout.block_frames
         sink, recent = 0, 0
@@ -252,6 +263,7 @@ class Setup:
             batch=batch,
             dtype=dtype,
             device=device,
+            share=share,
         )
 
     def rollout(
@@ -281,6 +293,7 @@ class Setup:
                 dtype=keys.dtype,
                 device=keys.device,
                 recent_frames=recent_frames,
+                share=dit.share,
             ),
             grid=self.shape.grid,
             rule=rule or self.levels.step_rule(noise),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,9 +13,14 @@ from torch import Tensor
 from pipeline import inputs
 from pipeline.changes import BRANCH, Change, Direction, Policy, Timeline
 from pipeline.rollout import Rollout
+from pipeline.sampling import BlockNoise
+from pipeline.setup import Setup
 from utils.devices import to_host
+from utils.embeddings import pad_batch
 from utils.errors import UserError
+from utils.noise import NoiseSource
 from utils.video import to_uint8
+from wan.dit import WanDiT
 from wan.vae import StreamingDecoder
 
 PrefixFrames = Literal["reconstructed", "none"]
@@ -32,11 +37,30 @@ WARM_UP_FRAMES = 6
 """Latent frames from which the decoder of a branch takes up the past."""
 
 
+class Beginning(NamedTuple):
+    """What a latent stream begins with, beside its setup and network.
+
+    `text` `[B, L, dim]`; `negative`, the same, where there is guidance. `samples`: of `noise`, the
+    one of each row. `prefix`: clean latents of the first blocks `[B, n, C, h, w]`.
+    `num_latent_frames`, `num_blocks`: None for a stream without an end. `recent_frames`: see
+    `Setup.cache`.
+    """
+
+    text: Tensor
+    negative: Tensor | None
+    noise: NoiseSource
+    samples: tuple[int, ...]
+    prefix: tuple[Tensor, ...]
+    num_latent_frames: int | None
+    num_blocks: int | None
+    recent_frames: int | None
+
+
 class LatentStream:
     """Clean latents of one block after the other, cut to the requested length.
 
     Blocks of a prefix come first. Iterating gives `(block, latents [B, n, C, h, w])`. Changes of
-    prompt go through `direction`.
+    prompt go through `add`.
     """
 
     def __init__(
@@ -51,6 +75,28 @@ class LatentStream:
         self.num_latent_frames = num_latent_frames
         self._ready: deque[tuple[int, Tensor]] = deque(enumerate(prefix))
 
+    @classmethod
+    @torch.no_grad()
+    def open(cls, setup: Setup, dit: WanDiT, begin: Beginning) -> Self:
+        """A stream at its beginning, with a cache of its own, on the device of `dit`."""
+        rows = begin.text
+        if begin.negative is not None:
+            rows = pad_batch([*rows, *begin.negative.to(rows)])
+        rollout = setup.rollout(
+            dit,
+            setup.schedule(begin.num_blocks, len(begin.prefix)),
+            text=dit.encode_text(rows.to(dit.device)),
+            noise=BlockNoise(begin.noise, begin.samples, dit.device),
+            guidance_scale=setup.guidance_scale,
+            recent_frames=begin.recent_frames,
+            prefix=begin.prefix,
+        )
+        return cls(
+            Direction(rollout, begin.text, begin.negative),
+            prefix=begin.prefix,
+            num_latent_frames=begin.num_latent_frames,
+        )
+
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         return self
 
@@ -64,11 +110,10 @@ class LatentStream:
     def peek(self) -> tuple[int, Tensor] | None:
         """The next block, computed if it is not there yet; None at the end of the video."""
         while not self._ready:
-            self.direction.prepare()
-            result = self.rollout.step()
-            if result is None:
+            finished = self.advance()
+            if finished is None:
                 return None
-            self._ready.extend(sorted(result.finished.items()))
+            self._ready.extend(sorted(finished.items()))
         block, latents = self._ready[0]
         if self.num_latent_frames is not None:
             latents = latents[:, : self.num_latent_frames - self.rollout.layout.start(block)]
@@ -77,6 +122,28 @@ class LatentStream:
     def take(self) -> None:
         """What `peek` gave has been handed out."""
         self._ready.popleft()
+
+    def advance(self) -> dict[int, Tensor] | None:
+        """Make the changes that wait, then run the next window: the blocks that it finishes.
+
+        None at the end of the video.
+        """
+        self.direction.prepare()
+        result = self.rollout.step()
+        return None if result is None else result.finished
+
+    def rehearse(self) -> None:
+        """Have the graphs of a compiled network made: see `Rollout.rehearse`."""
+        self.rollout.rehearse()
+
+    def add(self, text: Tensor | None, **change: Any) -> Change:
+        """A change before the next window: see `Direction.add`."""
+        return self.direction.add(text, **change)
+
+    def rebuild(self) -> None:
+        """Make the cache anew from what `state_dict(latents_only=True)` holds."""
+        self.rollout.recache()
+        self.direction.rebuilt()
 
     @property
     def next_block(self) -> int | None:
@@ -225,13 +292,13 @@ class Stream:
         heard becomes `superseded`. Raises UserError, before anything changes, for one that is not
         possible.
         """
-        direction = self._open().direction
+        stream = self._open()
         if seed is not None:
             seed = inputs.seed_of(seed, self.seed)
         if prompt is not None:
             (prompt,) = inputs.texts([prompt])
             text = self._encode(prompt) if text is None else self._embeddings(text)
-        return direction.add(
+        return stream.add(
             text, prompt=prompt, policy=policy, blend_blocks=blend_blocks, row=row, seed=seed
         )
 
@@ -245,7 +312,7 @@ class Stream:
         seed: int | None = None,
     ) -> Change:
         """The same for text embeddings: `[1 or B, L, dim]`."""
-        return self._open().direction.add(
+        return self._open().add(
             self._embeddings(text), policy=policy, blend_blocks=blend_blocks, row=row, seed=seed
         )
 
@@ -268,10 +335,9 @@ class Stream:
 
     def rebuild(self) -> None:
         """Make cache and decoder anew from what a `branch_state` holds."""
-        rollout = self._open().rollout
-        rollout.recache()
+        self._open()
         self._warm_up()
-        self._open().direction.rebuilt()
+        self._open().rebuild()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where the stream that gave `state` stood.

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from pipeline import inputs
-from pipeline.changes import Direction, Timeline
+from pipeline.changes import Timeline
 from pipeline.memory import memory_report
 from pipeline.prefix import Frames, Prefix, encode_prefix, image_clip, video_clip
 from pipeline.records import ModelSource, model_settings
-from pipeline.sampling import BlockNoise
 from pipeline.schedule import BlockLayout
 from pipeline.setup import Setup
-from pipeline.stream import NOT_FINITE, LatentStream, PrefixFrames, Stream
+from pipeline.stream import NOT_FINITE, Beginning, LatentStream, PrefixFrames, Stream
+from pipeline.teamwork import Teamwork, check_team
 from pipeline.text import TextSource
 from utils.config import Config, check_config, config_of, fingerprint, load_config
 from utils.devices import (
@@ -29,7 +29,6 @@ from utils.devices import (
     choose_dtype,
     computes_in_bf16,
 )
-from utils.embeddings import pad_batch
 from utils.errors import UserError
 from utils.families import warn_of_other_settings
 from utils.noise import NoiseSource, RecordedNoise
@@ -54,12 +53,14 @@ def load_pipeline(
     overrides: Sequence[str] = (),
     *,
     use_ema: bool = False,
+    teamwork: Teamwork | None = None,
 ) -> "VideoPipeline":
     """Load the networks of an experiment file and be ready to generate.
 
     `checkpoint`: a distilled `.pt` or `.safetensors`; `use_ema` chooses its `generator_ema`.
     Without one the model folder's own weights are used. Text encoder and VAE are loaded when they
-    are first needed. Raises UserError for anything wrong with the input.
+    are first needed. `teamwork`: see `load_generator`. Raises UserError for anything wrong with the
+    input.
     """
     if not isinstance(config, Config | str | Path):
         raise UserError("config must be the path of an experiment file, or a Config")
@@ -75,14 +76,24 @@ def load_pipeline(
         check_config(config)  # it may have been changed since it was loaded
     if device is not None:
         config = replace(config, device=device)
-    return load_generator(Setup.of(config), checkpoint, use_ema=use_ema)
+    return load_generator(Setup.of(config), checkpoint, use_ema=use_ema, teamwork=teamwork)
 
 
 def load_generator(
-    setup: Setup, checkpoint: str | Path | None = None, *, use_ema: bool = False
+    setup: Setup,
+    checkpoint: str | Path | None = None,
+    *,
+    use_ema: bool = False,
+    teamwork: Teamwork | None = None,
 ) -> "VideoPipeline":
-    """The pipeline of a setup with a model folder; the rest as in `load_pipeline`."""
+    """The pipeline of a setup with a model folder; the rest as in `load_pipeline`.
+
+    `teamwork` of the ranks that make each stream together; they load while this one does.
+    """
     machine, folder = setup.machine, setup.require_folder()
+    check_team(setup, teamwork)
+    if teamwork is not None and teamwork.leads:
+        teamwork.load()
     device = choose_device(machine.device)
     dtype = choose_dtype(machine.dtype, device)
     backend = check_backend(machine.attention_backend, device, dtype)
@@ -96,7 +107,7 @@ def load_generator(
     dit = load_dit(setup.sizes, source, network=network, device=device, dtype=dtype)
     dit.attention_backend = backend
     source_of_dit = ModelSource(None if checkpoint is None else source, use_ema)
-    pipe = VideoPipeline(setup, dit, source=source_of_dit)
+    pipe = VideoPipeline(setup, dit, source=source_of_dit, teamwork=teamwork)
     if machine.compile:
         pipe.compile()
     return pipe
@@ -116,10 +127,12 @@ class VideoPipeline:
         vae: WanVAE | None = None,
         text: TextSource | None = None,
         source: ModelSource | None = None,
+        teamwork: Teamwork | None = None,
     ) -> None:
         """`vae` and the text encoder are loaded from the setup's folder when needed, unless given.
 
-        `source`: where the generator is from, None for weights that are in no file.
+        `source`: where the generator is from, None for weights that are in no file. `teamwork`: of
+        the ranks that make each stream together; None where this one makes them alone.
 
         Raises UserError for a VAE of other strides than the setup's.
         """
@@ -131,6 +144,9 @@ class VideoPipeline:
         self.setup = setup
         self.dit = dit
         self.source = source
+        self.teamwork = teamwork
+        if teamwork is not None:
+            dit.share = teamwork.share
         self._vae = vae
         self._text = text or TextSource(
             setup,
@@ -151,23 +167,31 @@ class VideoPipeline:
             sizes=self.setup.sizes,
             strides=self.setup.shape.strides,
         )
-        return VideoPipeline(setup, self.dit, vae=self._vae, text=self._text, source=self.source)
+        return VideoPipeline(
+            setup,
+            self.dit,
+            vae=self._vae,
+            text=self._text,
+            source=self.source,
+            teamwork=self.teamwork,
+        )
 
     def compile(self) -> None:
         """Compile the generator for the steady state, and make the graphs of one video's stream.
 
         All other passes (while a stream ramps up, over a prefix, after a change of scene, at the
-        end) run eager. A batch has graphs of its own, made when its steady state begins.
+        end) run eager. A batch has graphs of its own, made when its steady state begins. Ranks of a
+        team make theirs together, as the leader's streams do.
         """
         begin = time.perf_counter()
         self.dit.compile_blocks()
-        if self.setup.kind != "full":
+        if self.setup.kind != "full" and (self.teamwork is None or self.teamwork.leads):
             size = self.dit.config
             text = torch.zeros(1, size.text_len, size.text_dim)
             guided = None if self.setup.distilled else text
             self._latent_stream(
                 text, num_latent_frames=None, seed=0, negative_embeddings=guided
-            ).rollout.rehearse()
+            ).rehearse()
         logger.info("compiled the generator in %.0f s", time.perf_counter() - begin)
 
     @property
@@ -403,15 +427,14 @@ class VideoPipeline:
         recent_frames: int | None = None,
     ) -> LatentStream:
         text_embeddings = self._checked_text(text_embeddings)
-        setup, batch = self.setup, len(text_embeddings)
+        batch = len(text_embeddings)
         seed, num_latent_frames, samples = self._check(seed, num_latent_frames, samples, batch)
         if prefix is not None and not isinstance(prefix, Prefix):
             raise UserError("prefix must be what encode_prefix gave")
         blocks = prefix.blocks(self.layout) if prefix is not None else []
         blocks = [block.expand(batch, -1, -1, -1, -1) for block in blocks]
-        schedule = setup.schedule(self._num_blocks(num_latent_frames, blocks), len(blocks))
-        guidance, negative, rows = setup.guidance_scale, None, text_embeddings
-        if guidance is not None:
+        negative = None
+        if self.setup.guidance_scale is not None:
             negative = (
                 self._negative(batch)
                 if negative_embeddings is None
@@ -419,19 +442,20 @@ class VideoPipeline:
             )
             if len(negative) != batch:
                 raise UserError(f"negative_embeddings must be {batch} rows, not {len(negative)}")
-            rows = pad_batch([*text_embeddings, *negative.to(text_embeddings)])
         self._say_what_is_dropped(num_latent_frames)
-        rollout = setup.rollout(
-            self.dit,
-            schedule,
-            text=self.dit.encode_text(rows.to(self.device)),
-            noise=self._block_noise(noise, seed, samples, batch),
-            guidance_scale=guidance,
-            recent_frames=recent_frames,
-            prefix=blocks,
+        begin = Beginning(
+            text_embeddings,
+            negative,
+            self._noise_source(noise, seed, batch),
+            tuple(range(batch) if isinstance(noise, tuple | list) else samples),
+            tuple(blocks),
+            num_latent_frames,
+            self._num_blocks(num_latent_frames, blocks),
+            recent_frames,
         )
-        direction = Direction(rollout, text_embeddings, negative)
-        return LatentStream(direction, prefix=blocks, num_latent_frames=num_latent_frames)
+        if self.teamwork is not None:
+            return self.teamwork.led(self.setup, self.dit, begin)
+        return LatentStream.open(self.setup, self.dit, begin)
 
     def _room_for_another(self) -> int:
         """Recent frames of a cache whose clean passes overwrite nothing that they read."""
@@ -461,13 +485,7 @@ class VideoPipeline:
             )
         return self.layout.blocks_for(num_latent_frames)
 
-    def _block_noise(
-        self,
-        noise: Noise | None,
-        seed: int | None,
-        samples: Sequence[int] | None,
-        batch: int,
-    ) -> BlockNoise:
+    def _noise_source(self, noise: Noise | None, seed: int | None, batch: int) -> NoiseSource:
         if isinstance(noise, tuple | list):
             initial, renoise = inputs.recorded_noise(
                 noise, batch=batch, latent=self.shape.latent, levels=self.setup.levels.num
@@ -479,10 +497,8 @@ class VideoPipeline:
                     f"the given noise has {initial.shape[1]} latent frames, which is no whole "
                     f"number of blocks; give {starts[-1]}"
                 )
-            return BlockNoise(RecordedNoise(initial, renoise, starts), range(batch), self.device)
-        if noise is None:
-            noise = self.setup.counter_noise(seed)
-        return BlockNoise(noise, samples or [0] * batch, self.device)
+            return RecordedNoise(initial.cpu(), renoise.cpu(), starts)
+        return self.setup.counter_noise(seed) if noise is None else noise
 
     def _negative(self, batch: int) -> Tensor:
         negative = self.encode_prompts([self.setup.negative_prompt])

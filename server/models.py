@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline import VideoPipeline, load_pipeline
 from pipeline.random_weights import random_pipeline, read_preset
 from pipeline.setup import Setup
+from pipeline.teamwork import Teamwork, check_team
 from pipeline.text import TextSource
 from server.engine import Engine
 from utils.config import Config
@@ -32,7 +33,9 @@ TEXT_SHARE = 0.25  # of a GPU's free memory that a text encoder may stay in
 WARM_UP_PROMPT = "warm-up"
 
 
-def open_model(config: Config, checkpoint: str | None, *, use_ema: bool) -> VideoPipeline:
+def open_model(
+    config: Config, checkpoint: str | None, *, use_ema: bool, teamwork: Teamwork | None = None
+) -> VideoPipeline:
     """The pipeline of an experiment file.
 
     `use_ema`: the average where the checkpoint has one. UserError as `load_pipeline`.
@@ -49,19 +52,26 @@ def open_model(config: Config, checkpoint: str | None, *, use_ema: bool) -> Vide
         if size > TEXT_SHARE * free_bytes(device):
             logger.info("the text encoder stays on the CPU; text_encoder_device=cuda moves it")
             config = replace(config, text_encoder_device="cpu")
-    return load_pipeline(config, checkpoint, use_ema=use_ema and checkpoint is not None)
+    use_ema = use_ema and checkpoint is not None
+    return load_pipeline(config, checkpoint, use_ema=use_ema, teamwork=teamwork)
 
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else list(path.glob("*.safetensors"))
 
 
-def open_random_model(config: Config, preset: Path) -> VideoPipeline:
+def open_random_model(
+    config: Config, preset: Path, *, teamwork: Teamwork | None = None
+) -> VideoPipeline:
     """A pipeline with random weights of the sizes in `preset`; every prompt is noise to it."""
     sizes = read_preset(preset)
     setup = Setup.of(config, sizes=DiTConfig.from_dict(sizes, source=preset))
+    check_team(setup, teamwork)
+    if teamwork is not None and teamwork.leads:
+        teamwork.load()
     pipe = random_pipeline(setup, sizes["vae"]["base_dim"])
-    return VideoPipeline(setup, pipe.dit, vae=pipe.vae, text=RandomText(setup, pipe.device))
+    text = RandomText(setup, pipe.device)
+    return VideoPipeline(setup, pipe.dit, vae=pipe.vae, text=text, teamwork=teamwork)
 
 
 class RandomText(TextSource):

@@ -339,6 +339,12 @@ class Config:
         "faster",
         "rounding",
     )
+    sequence_parallel: int = key(
+        1,
+        "ranks of torchrun that make each video together (inference); they divide a latent "
+        "frame's tokens and the heads of a layer",
+        bounds=Bounds(at_least=1, at_most=1024),
+    )
     attention_backend: Literal["auto", "flash3", "cudnn", "flash2", "sdpa"] = key(
         "auto", "kernel of attention; auto: the fastest that is there"
     )

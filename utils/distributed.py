@@ -1,14 +1,27 @@
-"""The one door to the environment that torchrun sets; without torchrun it is one rank of one."""
+"""The one door to the environment that torchrun sets; without torchrun it is one rank of one.
+
+`Ranks` share out videos; a `Team` of ranks makes each of them together.
+"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
 T = TypeVar("T")
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+ANSWER_SECONDS = 300
+"""So long a rank waits for the others of its team within their common work."""
+IDLE = timedelta(days=365)  # so long for the leader's next word: nobody may be watching
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,18 @@ class Ranks:
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return name
 
+    def teams(self, size: int) -> "Ranks":
+        """This rank's team among all teams of `size` ranks; UserError if they do not come out even.
+
+        A team shares videos out with the others as ranks do.
+        """
+        if self.world % size:
+            raise UserError(
+                f"sequence_parallel={size} needs {size} ranks for each video, and there are "
+                f"{self.world}: start with torchrun --nproc_per_node={size} (or a multiple of it)"
+            )
+        return Ranks(self.rank // size, self.world // size, self.local_rank)
+
     def ends_last(self) -> bool:
         """Whether all other ranks have called this: true for exactly one of those of torchrun.
 
@@ -68,3 +93,101 @@ class Ranks:
 
 
 ALONE = Ranks(rank=0, world=1, local_rank=0)
+
+
+class Team:
+    """The ranks that make one stream: see `wan.parallel.Exchange`, and words of the first to all.
+
+    Collectives of one team never overlap. They and `hear` raise what the backend raises where a
+    rank has ended or does not answer; `answered` puts that into words.
+    """
+
+    def __init__(self, rank: int, size: int, group: "ProcessGroup", words: "ProcessGroup") -> None:
+        """`rank`: within the team. `words`: a group on the CPU, which waits for ever."""
+        self.rank = rank
+        self.size = size
+        self._group = group
+        self._words = words
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank says what is done."""
+        return self.rank == 0
+
+    def all_to_all(self, parts: "Tensor") -> "Tensor":
+        """Part i of `[size, ...]` goes to rank i; what came from each rank, in the same shape."""
+        import torch
+        import torch.distributed as dist
+
+        got = torch.empty_like(parts)
+        dist.all_to_all_single(got, parts, group=self._group)
+        return got
+
+    def all_gather(self, own: "Tensor") -> "Tensor":
+        """Every rank's tensor `[...]`, in order: `[size, ...]`."""
+        import torch
+        import torch.distributed as dist
+
+        got = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(got, own, group=self._group)
+        return torch.stack(got)
+
+    def tell(self, word: Any) -> None:
+        """Of the leader: plain values and tensors on the CPU, for the others to `hear`."""
+        import torch.distributed as dist
+
+        dist.broadcast_object_list([word], group=self._words, group_src=0)
+
+    def hear(self) -> Any:
+        """Of the others: what the leader tells next; there is no limit to waiting for it."""
+        import torch.distributed as dist
+
+        heard: list[Any] = [None]
+        dist.broadcast_object_list(heard, group=self._words, group_src=0)
+        return heard[0]
+
+    @contextmanager
+    def answered(self) -> Iterator[None]:
+        """UserError where another rank of the team does not take part within."""
+        import torch.distributed as dist
+
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise UserError(
+                    "another rank of this stream has ended, or did not answer for "
+                    f"{ANSWER_SECONDS} s: read what it said, and start again"
+                ) from error
+            raise
+
+
+@contextmanager
+def open_team(ranks: Ranks, size: int, device: "torch.device") -> Iterator[Team | None]:
+    """This rank's team of `size`; None where every rank makes videos of its own.
+
+    gloo between CPUs, NCCL between GPUs. UserError if the ranks do not come out even.
+    """
+    ranks.teams(size)
+    if size == 1:
+        yield None
+        return
+    import torch
+    import torch.distributed as dist
+
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set but not {' and '.join(missing)}: start with torchrun")
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    limit = timedelta(seconds=ANSWER_SECONDS)
+    dist.init_process_group(backend, timeout=limit, rank=ranks.rank, world_size=ranks.world)
+    try:
+        teams = [list(range(first, first + size)) for first in range(0, ranks.world, size)]
+        group, _ = dist.new_subgroups_by_enumeration(teams, timeout=limit)
+        words, _ = dist.new_subgroups_by_enumeration(teams, timeout=IDLE, backend="gloo")
+        yield Team(ranks.rank % size, size, group, words)
+    finally:
+        dist.destroy_process_group()

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from wan.attention import Backend, attention
 from wan.kv_cache import ContextPolicy, KVCache, LayerStore, View
+from wan.parallel import Share
 from wan.rope import apply_rope, rotation
 
 
@@ -263,6 +264,37 @@ class SplitLayer(NamedTuple):
             for part, (q, k, v) in zip(self.parts, ranges, strict=True)
         ]
         return torch.cat(outputs, dim=1)
+
+
+class SharedContext:
+    """Another context, over the heads of this rank."""
+
+    def __init__(self, inner: AttentionContext, share: Share, frames: int) -> None:
+        self.inner = inner
+        self.share = share
+        self.frames = frames
+
+    @property
+    def steady(self) -> bool:
+        """See `AttentionContext`."""
+        return self.inner.steady
+
+    def of(self, layer: int) -> "SharedLayer":
+        """See `AttentionContext`."""
+        return SharedLayer(self.inner.of(layer), self.share, self.frames)
+
+
+class SharedLayer(NamedTuple):
+    """What the heads of this rank attend to, around which ranks exchange tokens for heads."""
+
+    inner: LayerContext
+    share: Share
+    frames: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        """See `LayerContext`."""
+        q, k, v = self.share.to_heads(torch.stack([q, k, v]), self.frames)
+        return self.share.to_tokens(self.inner.attend(q, k, v, backend), self.frames)
 
 
 class ForcedContext:

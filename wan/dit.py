@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.errors import UserError
 from wan.attention import Backend, attention, chosen_backend
-from wan.context import AttentionContext, FullContext, LayerContext
+from wan.context import AttentionContext, FullContext, LayerContext, SharedContext
+from wan.parallel import Share
 
 MAX_SIZE = 2**20  # of anything in a config.json
 
@@ -263,6 +264,7 @@ class WanDiT(nn.Module):
         self.config = config
         self.attention_backend: Backend = "auto"
         self.gradient_checkpointing = False
+        self.share: Share | None = None  # of several ranks that work on the same sequences
         self._graph: BlockFunction | None = None
         self._every_size = False
         dim = config.dim
@@ -366,6 +368,8 @@ class WanDiT(nn.Module):
         """
         context = context or self.full_context(latents)
         x = self._embed_patches(latents)  # [B, F, h*w, dim]
+        if self.share is not None:
+            x, context = self.share.tokens_of(x), SharedContext(context, self.share, x.shape[1])
         time = self._embed_time(timesteps)  # [B, F or 1, dim]
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B, F or 1, 6, dim]
         backend = chosen_backend(self.attention_backend, x.device, x.dtype)
@@ -377,7 +381,8 @@ class WanDiT(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x = block(*inputs)
-        return self._unpatch(self.head(x, time), latents)
+        patches = self.head(x, time)
+        return self._unpatch(self.share.whole(patches) if self.share else patches, latents)
 
     def _compute_for(self, context: AttentionContext) -> BlockFunction:
         if self._graph is not None and (self._every_size or context.steady):

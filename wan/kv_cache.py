@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.devices import to_device
+from wan.parallel import Share
 
 
 class View(NamedTuple):
@@ -126,6 +127,8 @@ class KVCache:
       evicted may already be overwritten.
     - Slots are Python ints in, one small index tensor per pass out; nothing synchronises with the
       device.
+    - With a `share` it holds the keys and values of this rank's heads alone. A state holds all
+      heads: all ranks make it together, and load what the first of them has.
     """
 
     def __init__(
@@ -141,9 +144,13 @@ class KVCache:
         batch: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        share: Share | None = None,
     ) -> None:
         slots = sink_frames + recent_frames
-        shape = (batch, slots, tokens_per_frame, num_heads, head_dim)
+        own_heads = num_heads // (share.size if share else 1)
+        shape = (batch, slots, tokens_per_frame, own_heads, head_dim)
+        self._share = share
+        self._num_heads = num_heads
         self.sink_frames = sink_frames
         self.recent_frames = recent_frames
         self.finished = 0
@@ -237,7 +244,11 @@ class KVCache:
 
         Keys and values are `[layers, B, slots, tokens, H, D]` in it.
         """
-        keys, values = (torch.stack(own) for own in self._stored())
+        share = self._share
+        keys, values = (
+            torch.stack(own if share is None else [share.all_heads(x) for x in own])
+            for own in self._stored()
+        )
         return {
             "finished": self.finished,
             "keys": keys,
@@ -259,18 +270,20 @@ class KVCache:
         self.check_state(state)
         self.finished = state["finished"]
         for own, saved in zip(self._stored(), (state["keys"], state["values"]), strict=True):
-            for x, part in zip(own, saved, strict=True):
-                x.copy_(part)
+            for layer, x in enumerate(own):
+                part = None if saved is None else saved[layer]
+                x.copy_(part if self._share is None else self._share.heads_of_first(part, x))
         self._latents.copy_(state["latents"])
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """ValueError unless a state is of a cache of this size."""
+        store = self._layers[0].keys
         sizes = {
-            "keys": (len(self._layers), *self._layers[0].keys.shape),
+            "keys": (len(self._layers), *store.shape[:-2], self._num_heads, store.shape[-1]),
             "latents": tuple(self._latents.shape),
         }
         for name, own in sizes.items():
-            found = tuple(state[name].shape) if name in state else own
+            found = own if state.get(name) is None else tuple(state[name].shape)
             if found != own:
                 raise ValueError(f"this state is of a cache of {found}, not {own}")
 
