@@ -8,15 +8,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+import torch
 
 from pipeline.teamwork import Teamwork, in_team
-from utils.distributed import Ranks
+from utils.distributed import Ranks, open_team
 from wan.dit import WanDiT
 
-SECONDS = 60  # that a team lives at most
+SECONDS = 100  # that a follower lives at most
 
 
 def free_port() -> int:
@@ -26,8 +26,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def leading(size: int, load: Callable[[], WanDiT]) -> Iterator[Teamwork]:
-    """Lead a team of `size` gloo ranks, whose network `load` gives; all end normally after it."""
+def team_of(size: int, load: Callable[[], WanDiT]) -> Iterator[Teamwork]:
+    """Lead `size` ranks, the others with the network that `load` gives; all of them end after it.
+
+    Whether they ended normally is in `ends`, an attribute of what is given.
+    """
     followers: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -37,32 +40,15 @@ def leading(size: int, load: Callable[[], WanDiT]) -> Iterator[Teamwork]:
             if followers[-1] == 0:
                 _follow(rank, size, load)
         try:
-            with led(size) as teamwork:
-                yield teamwork
-            assert [ended(pid) for pid in followers] == [0] * len(followers)
-            followers.clear()
+            with open_team(Ranks(0, size, 0), size, torch.device("cpu")) as team:
+                assert team is not None
+                teamwork = Teamwork(team)
+                teamwork.ends = lambda: [ended(pid) for pid in followers]  # type: ignore[attr-defined]
+                with teamwork.leading():
+                    yield teamwork
         finally:
             for pid in followers:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-
-
-@contextmanager
-def led(size: int) -> Iterator[Teamwork]:
-    """The leader's side alone."""
-    from utils.distributed import open_team
-
-    with open_team(Ranks(0, size, 0), size, _cpu()) as team:
-        assert team is not None
-        teamwork = Teamwork(team)
-        with teamwork.leading():
-            yield teamwork
-
-
-def _cpu() -> Any:
-    import torch
-
-    return torch.device("cpu")
+                ended(pid)
 
 
 def _follow(rank: int, size: int, load: Callable[[], WanDiT]) -> None:
@@ -84,12 +70,17 @@ def _follow(rank: int, size: int, load: Callable[[], WanDiT]) -> None:
         os._exit(code)
 
 
+_CODES: dict[int, int] = {}
+
+
 def ended(pid: int) -> int:
-    """The exit code of a follower that is about to end."""
+    """The exit code of a follower that is about to end; it is made to, if it does not."""
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
+    while pid not in _CODES:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            return os.waitstatus_to_exitcode(status)
+            _CODES[pid] = os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
-    raise TimeoutError(f"rank {pid} does not end")
+    return _CODES[pid]

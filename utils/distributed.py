@@ -106,8 +106,12 @@ class Team:
         """`rank`: within the team. `words`: a group on the CPU, which waits for ever."""
         self.rank = rank
         self.size = size
-        self._group = group
-        self._words = words
+        self._group: ProcessGroup | None = group
+        self._words: ProcessGroup | None = words
+
+    def close(self) -> None:
+        """Let go of the connections, so that whoever waits for this rank learns that it ends."""
+        self._group = self._words = None
 
     @property
     def leads(self) -> bool:
@@ -184,10 +188,15 @@ def open_team(ranks: Ranks, size: int, device: "torch.device") -> Iterator[Team 
         backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=ANSWER_SECONDS)
     dist.init_process_group(backend, timeout=limit, rank=ranks.rank, world_size=ranks.world)
+    team = None
     try:
         teams = [list(range(first, first + size)) for first in range(0, ranks.world, size)]
         group, _ = dist.new_subgroups_by_enumeration(teams, timeout=limit)
         words, _ = dist.new_subgroups_by_enumeration(teams, timeout=IDLE, backend="gloo")
-        yield Team(ranks.rank % size, size, group, words)
+        team = Team(ranks.rank % size, size, group, words)
+        del group, words
+        yield team
     finally:
+        if team is not None:
+            team.close()
         dist.destroy_process_group()
