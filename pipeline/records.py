@@ -67,6 +67,7 @@ def describe_video(
     `config` and `changes` say it at length. `frames_hash`: see `chained_hash`.
     """
     checkpoint = None if source is None else source.checkpoint
+    device, ranks = device_name(setup.machine.device), setup.machine.sequence_parallel
     return {
         "prompt": prompt,
         "sample": number,
@@ -79,7 +80,7 @@ def describe_video(
         "checkpoint": None if checkpoint is None else checkpoint.name,
         "frames_hash": frames_hash,
         "timings": {key: round(value, 4) for key, value in (timings or {}).items()},
-        "device": device_name(setup.machine.device),
+        "device": f"{ranks} x {device}" if ranks > 1 else device,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "diffusers", "transformers")},

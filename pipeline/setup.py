@@ -66,6 +66,7 @@ class Machine:
     text_encoder_device: str
     compile: bool
     vae_dtype: str
+    vae_device: str
     merge_clean_pass: bool | None
     sequence_parallel: int
 
@@ -167,6 +168,7 @@ class Setup:
                 config.text_encoder_device,
                 config.compile,
                 config.vae_dtype,
+                config.vae_device,
                 config.merge_clean_pass,
                 config.sequence_parallel,
             ),

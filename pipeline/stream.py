@@ -2,10 +2,11 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from utils.noise import NoiseSource
 from utils.video import to_uint8
 from wan.dit import WanDiT
 from wan.vae import StreamingDecoder
+
+T = TypeVar("T")
 
 PrefixFrames = Literal["reconstructed", "none"]
 Measure = Callable[[str], AbstractContextManager[Any]]
@@ -177,6 +180,9 @@ class Stream:
     prefix n is 9 for a first block of 3 latent frames, then 12. After an error within a step the
     stream stands before that block, and can be asked for it again.
     `close` (or leaving the `with`) frees cache and decoder state; other streams are not touched.
+
+    Where the VAE has a device of its own, a thread decodes: then `start_block` makes the next block
+    while the one before is decoded.
     """
 
     def __init__(
@@ -201,6 +207,8 @@ class Stream:
         self._encode = encode
         self._weights = weights
         self._first_emitted_block = first_emitted_block
+        apart = decoder.device != latents.rollout.cache.device
+        self._thread = ThreadPoolExecutor(1, "decoder") if apart else None
         self.seed = seed
         self.next_index = 0
         self.measure: Measure = nullcontext
@@ -257,18 +265,45 @@ class Stream:
         """The same for every video of the batch: `[B, n, H, W, 3]`."""
         stream = self._open()
         while (item := stream.peek()) is not None:
-            block, latents = item
-            frames = self._decode(block, latents)
-            stream.take()
-            self.next_index = block + 1
-            if block >= self._first_emitted_block:
+            frames = self._decoded(*item)()
+            self._take(item[0])
+            if item[0] >= self._first_emitted_block:
                 return frames
+        return None
+
+    @property
+    def blocks_ahead(self) -> int:
+        """Blocks that may be started before the frames of the first of them are asked for."""
+        return 0 if self._thread is None else 1
+
+    def start_block(self) -> Callable[[], Tensor] | None:
+        """Make the next block; what waits for its frames is given, None when the video is complete.
+
+        With a decoder apart from the generator the stream stands behind this block at once. An
+        error of decoding then comes with the frames, and nothing can follow it.
+        """
+        stream = self._open()
+        if self._thread is None:
+            frames = self.next_block()
+            return None if frames is None else lambda: frames
+        while (item := stream.peek()) is not None:
+            decoded = self._decoded(*item)
+            self._take(item[0])
+            if item[0] >= self._first_emitted_block:
+                return lambda: decoded()[0]
+            decoded()
         return None
 
     def close(self) -> None:
         """Free everything the stream holds; it cannot be used afterwards. Idempotent."""
         self._latents = None
+        if self._thread is not None:
+            self._thread.shutdown()
         self._decoder.close()
+
+    def _take(self, block: int) -> None:
+        self._open().take()
+        self.next_index = block + 1
 
     # --- direction ------------------------------------------------------------------------------
 
@@ -323,7 +358,8 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         """Cache, text, blocks in flight, decoder and position: tensors and plain values."""
-        return self._state(self._open().state_dict()) | {"decoder": self._decoder.state_dict()}
+        state = self._state(self._open().state_dict())
+        return state | {"decoder": self._in_order(self._decoder.state_dict)()}
 
     def branch_state(self) -> dict[str, Any]:
         """A small state: clean latents that are stored and blocks in flight, on the CPU.
@@ -353,7 +389,7 @@ class Stream:
             raise ValueError("this state was made with other weights, or in another dtype")
         self._open().load_state_dict(state["latents"])
         if "decoder" in state:
-            self._decoder.load_state_dict(state["decoder"])
+            self._in_order(self._decoder.load_state_dict, state["decoder"])()
         else:
             self._warm_up()
             self._open().direction.rebuilt()
@@ -369,15 +405,34 @@ class Stream:
 
     def _warm_up(self) -> None:
         latents = self._open().rollout.recent_latents(WARM_UP_FRAMES)
+        self._in_order(self._warm_up_on, latents)()
+
+    def _warm_up_on(self, latents: Tensor) -> None:
         self._decoder.restart()
         if latents.shape[1]:
             self._decoder.decode(latents)
 
+    def _decoded(self, block: int, latents: Tensor) -> Callable[[], Tensor]:
+        """What gives the frames of a block; on another device they are being made already."""
+        begins = block > 0 and block in self._open().direction.scenes
+        if self._thread is not None:  # from here, so that it waits for nothing that comes later
+            latents = latents.to(self._decoder.device)
+        return self._in_order(self._decode, block, latents, begins)
+
+    def _in_order(self, work: Callable[..., T], *arguments: Any) -> Callable[[], T]:
+        """What gives the result of `work` on the decoder, which a thread may be at already."""
+        if self._thread is None:
+            return lambda: work(*arguments)
+        return self._thread.submit(work, *arguments).result
+
     @torch.no_grad()
-    def _decode(self, block: int, latents: Tensor) -> Tensor:
-        """Frames on the CPU; raises UserError where they are made of NaN or Inf."""
+    def _decode(self, block: int, latents: Tensor, begins: bool) -> Tensor:
+        """Frames on the CPU; raises UserError where they are made of NaN or Inf.
+
+        `begins`: with this block a scene does.
+        """
         with self._decoder.undone_by_errors():
-            if block > 0 and block in self._open().direction.scenes:
+            if begins:
                 self._decoder.restart()
             with self.measure("decode"):
                 video = self._decoder.decode(latents)
@@ -400,9 +455,11 @@ def directed(
 ) -> Iterator[Tensor]:
     """Blocks of a stream, uint8 `[n, H, W, 3]`, with `changes` made where they were recorded.
 
-    `text` gives the embeddings of a prompt. Raises UserError for one whose block has gone by.
+    A block may be decoded while the next one is made already (see `Stream.start_block`). `text`
+    gives the embeddings of a prompt. Raises UserError for one whose block has gone by.
     """
     waiting = deque(changes)
+    started: deque[Callable[[], Tensor]] = deque()
     while True:
         while waiting and waiting[0].block <= stream.next_index:
             change = waiting.popleft()
@@ -419,10 +476,13 @@ def directed(
                 seed=change.seed,
                 text=None if prompt is None else text(prompt),
             )
-        frames = stream.next_block()
-        if frames is None:
+        coming = stream.start_block()
+        if coming is not None:
+            started.append(coming)
+        while len(started) > (0 if coming is None else stream.blocks_ahead):
+            yield started.popleft()()
+        if coming is None:
             return
-        yield frames
 
 
 def _extent(values: Tensor) -> Tensor:

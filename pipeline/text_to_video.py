@@ -97,6 +97,7 @@ def load_generator(
     device = choose_device(machine.device)
     dtype = choose_dtype(machine.dtype, device)
     backend = check_backend(machine.attention_backend, device, dtype)
+    choose_device(machine.vae_device)
     source = folder.path if checkpoint is None else find_checkpoint(checkpoint)
     logger.info(memory_report(setup, dtype))
     if checkpoint is not None:
@@ -211,18 +212,25 @@ class VideoPipeline:
 
     @property
     def vae(self) -> WanVAE:
-        """The VAE, loaded at its first use, in the dtype of the generator or of `vae_dtype`."""
+        """The VAE, loaded at its first use, in the dtype of the generator or of `vae_dtype`.
+
+        It is where the generator is, or on `vae_device`.
+        """
         return self.load_vae()
 
     def load_vae(self) -> WanVAE:
         """The VAE; an early call keeps its loading out of the time of the first stream."""
         if self._vae is None:
-            folder = self.setup.require_folder()
-            self._vae = WanVAE.from_official(folder.vae, device=self.device, dtype=self.dit.dtype)
-            wish = self.setup.machine.vae_dtype
-            if wish == "bfloat16" and not computes_in_bf16(self.device):
+            folder, machine = self.setup.require_folder(), self.setup.machine
+            device, dtype, wish = self.device, self.dit.dtype, machine.vae_dtype
+            if machine.vae_device != "auto":
+                device = choose_device(machine.vae_device)
+            if device.type != self.device.type:
+                dtype = choose_dtype("auto", device)
+            self._vae = WanVAE.from_official(folder.vae, device=device, dtype=dtype)
+            if wish == "bfloat16" and not computes_in_bf16(device):
                 logger.warning("vae_dtype=bfloat16 is slower than float32 on this machine")
-            self._vae.decode_in(choose_decoding_dtype(wish, self.dit.dtype))
+            self._vae.decode_in(choose_decoding_dtype(wish, dtype))
         return self._vae
 
     @cached_property
@@ -432,7 +440,7 @@ class VideoPipeline:
         if prefix is not None and not isinstance(prefix, Prefix):
             raise UserError("prefix must be what encode_prefix gave")
         blocks = prefix.blocks(self.layout) if prefix is not None else []
-        blocks = [block.expand(batch, -1, -1, -1, -1) for block in blocks]
+        blocks = [block.to(self.device).expand(batch, -1, -1, -1, -1) for block in blocks]
         negative = None
         if self.setup.guidance_scale is not None:
             negative = (

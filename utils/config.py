@@ -444,6 +444,7 @@ def _rules(config: Config) -> list[tuple[bool, str]]:
             for name, value in (
                 ("device", config.device),
                 ("text_encoder_device", config.text_encoder_device),
+                ("vae_device", config.vae_device),
             )
         ),
         (

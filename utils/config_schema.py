@@ -333,6 +333,11 @@ class Config:
     vae_dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "of decoding; auto: as `dtype`. bfloat16: about 55 dB from float32", "video"
     )
+    vae_device: str = key(
+        "auto",
+        "auto: where the generator is; on another one a block is decoded while the next is made",
+        form="cpu, cuda, cuda:N, auto",
+    )
     merge_clean_pass: bool | None = key(
         None,
         "a clean pass shares a forward with the window behind it; null: on a CPU, where it is "

@@ -281,6 +281,7 @@ class StreamingDecoder:
 
     def __init__(self, vae: WanVAE) -> None:
         self._vae: WanVAE | None = vae
+        self.device = vae.device
         self._features = _empty_features(vae.model.decoder)
 
     @torch.no_grad()

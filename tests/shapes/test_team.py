@@ -1,0 +1,129 @@
+"""Several ranks make the videos of the shapes model: as commands, and on the live page."""
+
+import json
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+import app
+import inference
+import server.listen
+from shapes import demo
+from tests.server.test_app import PATH, start
+from tests.server.test_command import play_until
+from tests.teams import ended, free_port
+from tests.tiny_training import finish
+from tests.tiny_training import start as start_ranks
+from utils.cli import run_main
+from utils.config import ROOT
+
+RED, BLUE = "A small red circle moves to the right.", "A large blue square moves to the left."
+
+
+@pytest.mark.slow
+def test_a_live_session_of_two_ranks_is_that_of_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its changes and a branch reach both, and both end with the server; one rank replays it."""
+    monkeypatch.chdir(ROOT)
+    team, names = 2, []
+
+    def visit(client: TestClient) -> None:
+        with client.websocket_connect(PATH) as socket:
+            talk = start(socket, seed=3, prompt=RED)
+            for policy in client.get("/v1/config").json()["policies"]:
+                talk.say("session.prompt_update", id=policy, prompt=BLUE, policy=policy)
+                applied = play_until(talk, "session.prompt_update.applied")
+                talk.frames(applied["frame"] + 9)
+            snapshot = talk.until("snapshot.available")["id"]
+            talk.say("session.branch", snapshot=snapshot, prompt=RED, policy="cut")
+            branch = talk.until("session.started")["id"]
+            play_until(talk, "session.prompt_update.applied")
+            talk.say("session.stop")
+            talk.until("session.stopped")
+            names.append(branch)
+
+    def serve(page: Any, listener: Any, *, proxied: bool) -> None:
+        with TestClient(page) as client:
+            visit(client)
+
+    monkeypatch.setattr(server.listen, "run", serve)
+    flags = ["--output_dir", str(tmp_path), "--server_port", str(free_port()), "--device", "cpu"]
+    flags += ["--allowed_host", "testserver", f"sequence_parallel={team}"]
+    with monkeypatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", str(free_port()))
+        patch.setenv("WORLD_SIZE", str(team))
+        others = [run_rank(rank, flags) for rank in range(1, team)]
+        patch.setenv("RANK", "0")
+        assert run_main(app.main, flags) == 0
+        assert [ended(pid) for pid in others] == [0] * len(others)
+    record = tmp_path / f"{names[0]}.json"
+    made = json.loads(record.read_text(encoding="utf-8"))
+    assert {change["policy"] for change in made["changes"]} >= {"cut", "branch", "recache"}
+    assert made["device"].startswith("2 x cpu")
+    again = ["--replay", str(record), "--output_folder", str(tmp_path / "again")]
+    assert run_main(inference.main, [*again, "--device", "cpu"]) == 0
+    (replayed,) = (tmp_path / "again").glob("*.json")
+    found = json.loads(replayed.read_text(encoding="utf-8"))
+    assert found["frames_hash"] == made["frames_hash"]
+    assert found["device"].startswith("cpu")
+
+
+def run_rank(rank: int, flags: list[str]) -> int:
+    """Another rank of `app.py`, in a copy of this process."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.environ["RANK"] = str(rank)
+        code = run_main(app.main, flags)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+@pytest.mark.slow
+def test_two_teams_of_two_ranks_share_out_the_videos(tmp_path: Path) -> None:
+    """`torchrun inference.py`: the files of one process, and one contact sheet."""
+    flags = ["--config_path", demo.CONFIG, "--checkpoint_path", demo.CHECKPOINT, "--device", "cpu"]
+    flags += ["--prompt", RED, "--prompt", BLUE, "--num_output_frames", "12"]
+    made = {}
+    for ranks, extra in ((None, []), (4, ["sequence_parallel=2"])):
+        folder = tmp_path / str(ranks)
+        sheet = ["--output_folder", str(folder), "--contact_sheet", str(folder / "sheet.png")]
+        code, said = finish(start_ranks(["inference.py", *flags, *sheet, *extra], ranks))
+        assert code == 0, said
+        records = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+        made[ranks] = [record["frames_hash"] for record in records]
+        assert (folder / "sheet.png").is_file()
+    assert made[4] == made[None]
+    assert len(made[4]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "ranks", "words"),
+    [
+        ("inference.py", 3, "needs 2 ranks for each video, and there are 3"),
+        ("inference.py", None, "needs 2 ranks for each video, and there are 1"),
+        ("app.py", None, "runs on 1 ranks, and sequence_parallel=2"),
+    ],
+)
+def test_ranks_that_do_not_come_out_even(
+    command: str, ranks: int | None, words: str, tmp_path: Path
+) -> None:
+    place = ["--output_dir" if command == "app.py" else "--output_folder", str(tmp_path / "out")]
+    flags = [*place, "--device", "cpu", "sequence_parallel=2"]
+    if command == "inference.py":
+        flags += ["--prompt", RED]
+    code, said = finish(start_ranks([command, *flags], ranks))
+    assert code != 0
+    assert words in said
+    assert not (tmp_path / "out").exists()
