@@ -271,8 +271,11 @@ class KVCache:
         self.finished = state["finished"]
         for own, saved in zip(self._stored(), (state["keys"], state["values"]), strict=True):
             for layer, x in enumerate(own):
-                part = None if saved is None else saved[layer]
-                x.copy_(part if self._share is None else self._share.heads_of_first(part, x))
+                if self._share is None:
+                    x.copy_(saved[layer])
+                else:
+                    whole = None if saved is None else saved[layer]
+                    x.copy_(self._share.heads_of_first(whole, x))
         self._latents.copy_(state["latents"])
 
     def check_state(self, state: Mapping[str, Any]) -> None:
