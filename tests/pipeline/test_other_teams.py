@@ -1,4 +1,4 @@
-"""An error of one rank ends all of its team, with a sentence; nobody waits for ever."""
+"""Teams of other sizes, compiled ones, and teams of which one rank fails: nobody waits for ever."""
 
 from unittest.mock import Mock
 
@@ -9,12 +9,56 @@ from pipeline.setup import Setup
 from pipeline.teamwork import Teamwork
 from pipeline.text_to_video import VideoPipeline
 from tests.conftest import TinyWorld
+from tests.pipeline.test_teamwork import VARIANTS, network, pipeline, same_latents
 from tests.teams import team_of
 from tests.tiny_pipeline import random_dit
 from utils.config import load_config
 from utils.errors import UserError
 from wan.dit import WanDiT
 from wan.vae import WanVAE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [3, 4, 6])
+def test_more_ranks_make_the_latents_of_one(size: int) -> None:
+    vae = WanVAE.random(4)
+    with team_of(size, network) as team:
+        for overrides in VARIANTS.values():
+            assert same_latents(vae, team, overrides), overrides
+
+
+def compiled() -> WanDiT:
+    """Not by Inductor, which takes longer; see `tests/pipeline/test_compiled.py`."""
+    torch._dynamo.reset()
+    dit = network()
+    dit.compile_blocks(backend="aot_eager")
+    return dit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merged", [True, False])
+def test_compiled_ranks_make_the_latents_of_one_that_is_eager(merged: bool) -> None:
+    """In the steady state, with changes of prompt on the way, and nothing compiled again."""
+    made, vae = [], WanVAE.random(4)
+    with team_of(2, compiled) as team:
+        for teamwork, dit in ((None, network()), (team, compiled())):
+            pipe = pipeline(vae, teamwork, f"merge_clean_pass={merged}", dit=dit)
+            if teamwork is not None:
+                text = pipe.encode_prompts(["a"])
+                pipe._latent_stream(text, num_latent_frames=None, seed=3).rehearse()
+            with (
+                torch._dynamo.config.patch(error_on_recompile=True),
+                pipe.stream("a", seed=3, num_latent_frames=48) as stream,
+            ):
+                blocks = []
+                while (latents := stream._open().peek()) is not None:
+                    blocks.append(latents[1])
+                    stream._open().take()
+                    if latents[0] == 8:
+                        stream.set_prompt("b", "recache")
+            made.append(torch.cat(blocks, dim=1))
+    torch.testing.assert_close(made[1], made[0], atol=2e-6, rtol=0)
+    assert team.ends() == [0]  # type: ignore[attr-defined]
 
 
 def broken(error: Exception) -> WanDiT:
