@@ -25,7 +25,8 @@ class Autoencoder(nn.Module):
         dtype = self.model.quant_conv.weight.dtype  # of the weights while they are gathered
         mean, log_variance = (part.float() for part in encode_moments(self.model, video.to(dtype)))
         sample = mean + (0.5 * log_variance).exp() * noise
-        return decode_moments(self.model, sample.to(dtype)), mean, log_variance
+        rebuilt, _ = decode_moments(self.model, sample.to(dtype))
+        return rebuilt, mean, log_variance
 
     def latent_shape(self, video: Tensor) -> tuple[int, int, int, int]:
         """`(f, C, h, w)` of video `[B, F, 3, H, W]`."""

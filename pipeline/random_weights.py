@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pipeline.setup import Setup
-from pipeline.text_to_video import VideoPipeline
-from utils.devices import choose_decoding_dtype, choose_device, choose_dtype
+from pipeline.text_to_video import VideoPipeline, prepared_vae
+from utils.devices import choose_device, choose_dtype
 from utils.errors import UserError
 from wan.attention import check_backend
 from wan.checkpoints import empty_dit
@@ -27,9 +27,7 @@ def random_pipeline(setup: Setup, base_dim: int) -> VideoPipeline:
         dit = random_dit(setup.sizes, device, dtype)
     dit.attention_backend = check_backend(machine.attention_backend, device, dtype)
     vae = WanVAE.random(base_dim=base_dim, z_dim=setup.sizes.in_dim)
-    nn.Module.to(vae.model, device, dtype)
-    vae.decode_in(choose_decoding_dtype(machine.vae_dtype, dtype))
-    pipe = VideoPipeline(setup, dit, vae=vae)
+    pipe = VideoPipeline(setup, dit, vae=prepared_vae(vae.to(device), setup, dtype))
     if machine.compile:
         pipe.compile()
     return pipe

@@ -27,7 +27,6 @@ from utils.devices import (
     choose_decoding_dtype,
     choose_device,
     choose_dtype,
-    computes_in_bf16,
 )
 from utils.errors import UserError
 from utils.families import warn_of_other_settings
@@ -112,6 +111,18 @@ def load_generator(
     if machine.compile:
         pipe.compile()
     return pipe
+
+
+def prepared_vae(vae: WanVAE, setup: Setup, dtype: torch.dtype) -> WanVAE:
+    """The VAE as the setup wants it to decode beside a generator of this dtype; in place."""
+    vae.decode_in(choose_decoding_dtype(setup.machine.vae_dtype, dtype, vae.device))
+    if setup.machine.compile and vae.device.type == "cuda":
+        frames = setup.layout.block_frames
+        vae.compile_decoder(frames)
+        decoder = vae.streaming_decoder()  # its graph is there before the first stream
+        for _ in range(2):
+            decoder.decode(torch.zeros(1, frames, *setup.shape.latent, device=vae.device))
+    return vae
 
 
 class VideoPipeline:
@@ -212,7 +223,7 @@ class VideoPipeline:
 
     @property
     def vae(self) -> WanVAE:
-        """The VAE, loaded at its first use, in the dtype of the generator or of `vae_dtype`.
+        """The VAE, loaded at its first use: it encodes in float32, and decodes in `vae_dtype`.
 
         It is where the generator is, or on `vae_device`.
         """
@@ -222,15 +233,13 @@ class VideoPipeline:
         """The VAE; an early call keeps its loading out of the time of the first stream."""
         if self._vae is None:
             folder, machine = self.setup.require_folder(), self.setup.machine
-            device, dtype, wish = self.device, self.dit.dtype, machine.vae_dtype
+            device, dtype = self.device, self.dit.dtype
             if machine.vae_device != "auto":
                 device = choose_device(machine.vae_device)
             if device.type != self.device.type:
                 dtype = choose_dtype("auto", device)
-            self._vae = WanVAE.from_official(folder.vae, device=device, dtype=dtype)
-            if wish == "bfloat16" and not computes_in_bf16(device):
-                logger.warning("vae_dtype=bfloat16 is slower than float32 on this machine")
-            self._vae.decode_in(choose_decoding_dtype(wish, dtype))
+            vae = WanVAE.from_official(folder.vae, device=device)  # it encodes in float32
+            self._vae = prepared_vae(vae, self.setup, dtype)
         return self._vae
 
     @cached_property

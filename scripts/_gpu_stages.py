@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline import VideoPipeline
+    from wan.vae import WanVAE
 
 
 def machine(pipe: VideoPipeline) -> dict[str, Any]:
@@ -40,22 +41,25 @@ def ceilings(pipe: VideoPipeline) -> dict[str, Any]:
 
 def decoding(pipe: VideoPipeline) -> dict[str, Any]:
     """Seconds that the VAE takes for the latents of a block, in several forms."""
+    import copy
+
     import torch
 
     latents = torch.zeros(1, pipe.layout.block_frames, *pipe.shape.latent, device=pipe.device)
-    decoder = pipe.vae.streaming_decoder()
-    decoder.decode(latents)
-
-    def once() -> None:
-        decoder.decode(latents)
-
-    found = {"as it is": seconds_of(once, pipe.device)}
-    torch.backends.cudnn.benchmark = True
-    found["cudnn.benchmark"] = seconds_of(once, pipe.device)
-    for weight in pipe.vae.model.parameters():
-        if weight.ndim == 5:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
-    found["cudnn.benchmark, channels_last_3d"] = seconds_of(once, pipe.device)
+    one_by_one, compiled = copy.copy(pipe.vae), copy.copy(pipe.vae)
+    one_by_one.pixels_at_once = 0
+    found = {
+        "as it is": _decoded(pipe.vae, latents),
+        "one latent frame after the other": _decoded(one_by_one, latents),
+    }
+    if pipe.device.type == "cuda":
+        compiled.compile_decoder(pipe.layout.block_frames)
+        found["compiled, cudnn.benchmark"] = _decoded(compiled, latents)
+    for order in (torch.channels_last_3d, torch.contiguous_format):
+        for weight in pipe.vae.model.parameters():
+            if weight.ndim == 5:
+                weight.data = weight.data.contiguous(memory_format=order)
+        found[f"diffusers, {str(order).removeprefix('torch.')}"] = _stock(pipe, latents)
     return {"seconds": found}
 
 
@@ -130,6 +134,29 @@ STAGES: dict[str, Callable[[VideoPipeline], dict[str, Any]]] = {
     "profile": profile,
     "training": training,
 }
+
+
+def _decoded(vae: WanVAE, latents: Tensor) -> float:
+    decoder = vae.streaming_decoder()
+    decoder.decode(latents)
+    return seconds_of(lambda: decoder.decode(latents), latents.device)
+
+
+def _stock(pipe: VideoPipeline, latents: Tensor) -> float:
+    """diffusers' own decoder, one latent frame after the other."""
+    import torch
+
+    model, past = pipe.vae.model, [None] * 100
+    frames = latents.transpose(1, 2).to(pipe.vae.decoded_dtype).split(1, dim=2)
+
+    @torch.no_grad()
+    def block(*, first: bool = False) -> None:
+        for i, frame in enumerate(frames):
+            x = model.post_quant_conv(frame)
+            model.decoder(x, feat_cache=past, feat_idx=[0], first_chunk=first and i == 0)
+
+    block(first=True)
+    return seconds_of(block, latents.device)
 
 
 def _text(pipe: VideoPipeline) -> Tensor:

@@ -195,19 +195,18 @@ def latents(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks
     from trainer.precompute import ShardRun, first_items, list_shards, weights_hash
     from utils.config import fingerprint
     from utils.datasets import write_shard
-    from utils.devices import choose_device, choose_dtype
+    from utils.devices import choose_device
     from wan.vae import WanVAE
 
     files = setup.require_folder()
     files.require(files.vae)
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
     data, num_frames = open_videos(config, setup, args.data_path, args.num_frames)
     prompts = [data.prompt(index) for index in range(first_items(data, args.count))]
     shards = list_shards(args.output_folder, prompts, args.shard_size)
     settings = {
         "vae": weights_hash(files.vae),
-        "dtype": str(dtype),
+        "dtype": str(torch.float32),
         "storage_dtype": args.storage_dtype,
         "clip": [num_frames, config.height, config.width],
         "fps": config.fps,
@@ -217,7 +216,7 @@ def latents(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks
     missing = run.missing(shards)
     if not missing:
         return
-    vae = WanVAE.from_official(files.vae, device=device, dtype=dtype)
+    vae = WanVAE.from_official(files.vae, device=device)  # in 16 bits latents are visibly wrong
     storage = getattr(torch, args.storage_dtype)
 
     def make(shard: Shard, bar: tqdm) -> None:

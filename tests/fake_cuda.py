@@ -205,10 +205,13 @@ class FakeCuda(TorchDispatchMode):
         size, formula = _bytes(packet, args, inputs, outputs), flop_registry.get(packet)
         flop = 0 if formula is None else formula(*args, **kwargs, out_val=out)
         multiplies = name in MULTIPLIES or "convolution" in name or "attention" in name
+        adds = (
+            packet is aten.convolution and args[2] is not None
+        )  # cuDNN leaves the bias to PyTorch
         for counts in self._watching:
-            counts.ops += 1
+            counts.ops += 1 + adds
             counts.flop += flop
-            counts.moved += 0 if multiplies else size
+            counts.moved += 2 * _unique(outputs[0]) * adds if multiplies else size
             counts.multiplied += size if multiplies else 0
 
     def _count_transfer(

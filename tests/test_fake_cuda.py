@@ -74,6 +74,15 @@ def test_bytes_operations_and_memory(cuda: FakeCuda) -> None:
     assert counts.live == 0
 
 
+def test_the_bias_of_a_convolution_is_added_in_a_kernel_of_its_own(cuda: FakeCuda) -> None:
+    """cuDNN adds none; a compiler does it with what comes next."""
+    x, weight, bias = on_device(1, 4, 8, 8), on_device(6, 4, 3, 3), on_device(6)
+    for added in (False, True):
+        with cuda.measured() as counts:
+            F.conv2d(x, weight, bias if added else None, padding=1)
+        assert (counts.ops, counts.moved) == (1 + added, added * 2 * 4 * 6 * 8 * 8)
+
+
 def test_what_a_compiler_fuses_is_read_and_written_once(cuda: FakeCuda) -> None:
     """A norm, an activation and a copy behind the past in one kernel; a bias and a sum in another.
 

@@ -61,7 +61,7 @@ def made_pipe(
     if compiled:
         dit.compile_blocks()
     vae = WanVAE.random(base_dim=8)
-    vae.model.to(device, dtype)
+    vae.to(device).decode_in(dtype)
     return VideoPipeline(Setup.of(load_config(config), sizes=dit.config), dit, vae=vae)
 
 
@@ -143,6 +143,42 @@ def test_the_vae_equals_that_of_the_cpu() -> None:
     cut = [decoder.decode(part).cpu() for part in encoded[0].split([1, 2], dim=1)]
     for found in (*others, torch.cat(cut, dim=1)):
         assert distance(found, whole) < 1e-3
+
+
+def test_the_vae_equals_that_of_diffusers_in_both_orders_of_memory() -> None:
+    vae = WanVAE.random(base_dim=8).to(GPU)
+    latents = torch.randn(1, 4, 16, 8, 12)
+    mean, std = vae.statistics()
+    mu = (latents.to(GPU) * std + mean).transpose(1, 2)
+    conv = vae.model.decoder.conv_in
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    found = vae.decode(latents)
+    for order in (torch.channels_last_3d, torch.contiguous_format):
+        for weight in vae.model.parameters():
+            if weight.ndim == 5:
+                weight.data = weight.data.contiguous(memory_format=order)
+        with torch.no_grad():
+            expected = vae.model.decode(mu).sample.transpose(1, 2)
+        assert distance(found, expected) < 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+def test_the_compiled_decoder_equals_eager(dtype: torch.dtype, most: float) -> None:
+    """Over blocks, a restart and a state, without a second compilation."""
+    vae, latents = WanVAE.random(base_dim=8).to(GPU), torch.randn(1, 12, 16, 8, 12)
+    expected = vae.decode(latents)
+    decoder = vae.decode_in(dtype).compile_decoder(3).streaming_decoder()
+    blocks = latents.split(3, dim=1)
+    found = [decoder.decode(block) for block in blocks[:2]]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found += [decoder.decode(block) for block in blocks[2:]]
+        state = decoder.state_dict()
+        decoder.restart()
+        again = [decoder.decode(block) for block in blocks]
+        decoder.load_state_dict(state)
+        decoder.decode(blocks[0])
+    for video in (found, again):
+        assert distance(torch.cat(video, dim=1).float(), expected) < most
 
 
 # --- streams -------------------------------------------------------------------------------------

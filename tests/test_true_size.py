@@ -4,6 +4,7 @@ Budgets are in docs/counts.yaml. More than a budget is a loss that was not meant
 fails; much less is a gain, and the budget has to follow, so the table stays true.
 """
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +23,12 @@ from pipeline import VideoPipeline
 from pipeline.sampling import BlockNoise
 from pipeline.setup import Setup
 from pipeline.stream import Stream
-from tests.fake_cuda import CUDA, GB, GIB, META, TERA, Counts, FakeCuda, made_on
+from tests.fake_cuda import CUDA, GB, GIB, META, TERA, Counts, FakeCuda, fused, made_on
 from utils.config import load_config
 from wan.dit import DiTConfig, WanDiT
 from wan.flow import add_noise
 from wan.vae import WanVAE
+from wan.vae_layers import decode_clip
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -70,7 +72,9 @@ def vae(device: FakeCuda) -> WanVAE:
     with torch.device("meta"):
         model = AutoencoderKLWan(base_dim=96)
     with device:
-        made_on(CUDA, model, torch.bfloat16)
+        made_on(CUDA, model, torch.float32)
+        for decoding in (model.post_quant_conv, model.decoder):
+            made_on(CUDA, decoding, torch.bfloat16)
     return WanVAE(model)
 
 
@@ -196,6 +200,28 @@ def test_decoding_a_block(cuda: FakeCuda, vae: WanVAE, past: dict[str, Tensor]) 
         video = decoder.decode(torch.zeros(1, 3, 16, 60, 104, device=CUDA))
     assert video.shape == (1, 12, 3, 480, 832)
     check(counts, "vae", "decode")
+
+
+def test_decoding_a_block_in_small_memory(
+    cuda: FakeCuda, vae: WanVAE, past: dict[str, Tensor]
+) -> None:
+    """One latent frame after the other."""
+    alone = copy.copy(vae)
+    alone.pixels_at_once = 0
+    decoder = alone.streaming_decoder()
+    decoder.load_state_dict(past)
+    with cuda.measured() as counts:
+        decoder.decode(torch.zeros(1, 3, 16, 60, 104, device=CUDA))
+    check(counts, "vae", "decode, one by one")
+
+
+@pytest.mark.slow
+def test_decoding_a_block_compiled(cuda: FakeCuda, vae: WanVAE, past: dict[str, Tensor]) -> None:
+    """One graph without a break."""
+    latents = torch.zeros(1, 16, 3, 60, 104, device=CUDA, dtype=torch.bfloat16)
+    with torch.no_grad():
+        counts = fused(decode_clip, vae.model, latents, tuple(past.values()))
+    check(counts, "vae", "decode, compiled")
 
 
 def test_encoding_a_prefix(cuda: FakeCuda, vae: WanVAE) -> None:

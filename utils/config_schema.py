@@ -331,7 +331,9 @@ class Config:
         "auto", "of inference; auto: bfloat16 on a GPU, float32 elsewhere", "video"
     )
     vae_dtype: Literal["auto", "float32", "bfloat16"] = key(
-        "auto", "of decoding; auto: as `dtype`. bfloat16: about 55 dB from float32", "video"
+        "auto",
+        "of decoding; auto: as `dtype`. bfloat16: about 55 dB from float32. Encoding: float32",
+        "video",
     )
     vae_device: str = key(
         "auto",
@@ -512,7 +514,9 @@ class Config:
     hybrid_shard_size: int | None = key(
         None, "ranks per copy; null: those of one node", bounds=COUNT
     )
-    compile: bool = key(False, "torch.compile the transformer blocks")
+    compile: bool = key(
+        False, "torch.compile the transformer blocks, and on a GPU the decoder of the VAE"
+    )
 
     wandb_host: str | None = key(None, "server of Weights & Biases", section="training: logs")
     wandb_key: str | None = key(None, "its secret, which is never written down")

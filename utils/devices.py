@@ -1,5 +1,6 @@
 """Devices and number types: what was asked for, and what there is; copies to and from them."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
@@ -47,9 +50,38 @@ def computed_dtype(dtype: str, device: str) -> torch.dtype:
     return choose_dtype(dtype, choose_device(device))
 
 
-def choose_decoding_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What the VAE decodes in; `auto` is `dtype`, that of the generator."""
-    return dtype if name == "auto" else getattr(torch, name)
+def choose_decoding_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the VAE decodes in; `auto` is `dtype`, that of the generator.
+
+    It is float32 where convolutions over time in 16 bits are at fault. That is said, as is a choice
+    that is slow on the device.
+    """
+    chosen = dtype if name == "auto" else getattr(torch, name)
+    if name == "bfloat16" and not computes_in_bf16(device):
+        logger.warning("vae_dtype=bfloat16 is slower than float32 on this machine")
+    fault = None
+    if device.type == "cuda" and chosen.itemsize == 2:
+        fault = convolution_fault(torch.__version__, torch.backends.cudnn.version())
+    if fault is None:
+        return chosen
+    if name == "auto":
+        logger.warning("%s: the VAE decodes in float32, which is slower", fault)
+        return torch.float32
+    logger.warning("%s: vae_dtype=float32 is safe", fault)
+    return chosen
+
+
+def convolution_fault(torch_version: str, cudnn: int | None) -> str | None:
+    """What these versions do wrong in 3D convolutions of 16 bits, and which do not; None: nothing.
+
+    `cudnn` as `torch.backends.cudnn.version()` says it (pytorch issues 163539 and 166643).
+    """
+    if torch_version.partition("+")[0] == "2.9.0":
+        return "torch 2.9.0 has no fast bfloat16 convolution over time (2.9.1 has)"
+    if cudnn is not None and 90800 <= cudnn < 91500:
+        version = f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+        return f"cuDNN {version} computes bfloat16 convolutions over time wrongly (9.15 does not)"
+    return None
 
 
 def choose_merging(wish: bool | None, device: torch.device) -> bool:

@@ -1,8 +1,9 @@
 """The Wan2.1 video VAE: its files, its latents, and decoding a stream block by block.
 
-Owns a diffusers `AutoencoderKLWan` and what surrounds it: the official key names and sizes, the
-latent statistics, and the causal-convolution features that a stream carries from one latent frame
-to the next. With mu the mean of the encoder's distribution, and m, s the statistics per channel,
+Owns the weights, a diffusers `AutoencoderKLWan`, and what surrounds them: the official key names
+and sizes, the latent statistics, and the features of the causal convolutions that a stream carries
+from one latent frame to the next. What is computed is in `wan/vae_layers.py`. With mu the mean of
+the encoder's distribution, and m, s the statistics per channel,
 
     latent = (mu - m) / s,        mu = latent * s + m.
 
@@ -16,25 +17,23 @@ speaks the official key names; diffusers' names are translated at the border (`o
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl_wan import (
-    AutoencoderKLWan,
-    WanCausalConv3d,
-    WanRMS_norm,
-)
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from einops import rearrange
 from torch import Tensor, nn
 
 from utils.devices import to_device
 from utils.errors import UserError
 from wan.geometry import Strides
+from wan.vae_layers import Features, decode_clip, encode_clip, put_channels_together
 from wan.weights import Shapes, assign_weights, read_json, read_weights, save_weights
+
+DecodeClip = Callable[[AutoencoderKLWan, Tensor, Features | None], tuple[Tensor, Features]]
 
 
 def encode_moments(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,11 +43,11 @@ def encode_moments(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tens
     device clip by clip, so a long video is never whole in memory as such.
     """
     x = rearrange(video, "b f c h w -> b c f h w")
-    features = _empty_features(model.encoder)
-    moments = [  # [B, 2C, 1, h, w] each
-        model.quant_conv(model.encoder(_floats(clip, model), feat_cache=features, feat_idx=[0]))
-        for clip in _clips(x, model.config["scale_factor_temporal"])
-    ]
+    past: Features | None = None
+    moments = []  # [B, 2C, 1, h, w] each
+    for clip in _clips(x, model.config["scale_factor_temporal"], start=True):
+        made, past = encode_clip(model, _floats(clip, model), past)
+        moments.append(made)
     mean, log_variance = torch.cat(moments, dim=2).chunk(2, dim=1)
     return mean.transpose(1, 2), log_variance.transpose(1, 2)
 
@@ -56,45 +55,51 @@ def encode_moments(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tens
 def decode_moments(
     model: AutoencoderKLWan,
     latents: Tensor,
-    features: list[Any] | None = None,
+    past: Features | None = None,
     *,
     pixels_at_once: int = 0,
-) -> Tensor:
+    decode: DecodeClip = decode_clip,
+) -> tuple[Tensor, Features]:
     """Video `[B, n, 3, H, W]` of latents `[B, f, C, h, w]` that are not normalised; not clamped.
 
-    One latent frame after the other, or as many in one call of the decoder as have at most
-    `pixels_at_once` latent pixels; the first of a video always alone. `features` hold what the
-    convolutions saw before, and move on. None starts a video. With gradient, if it is enabled.
+    One latent frame after the other, or as many in one call of `decode` as have at most
+    `pixels_at_once` latent pixels; the first of a video always alone. `past` is what the
+    convolutions saw before, the second result what they saw now. None starts a video. With
+    gradient, if it is enabled.
     """
-    features = _empty_features(model.decoder) if features is None else features
     at_once = max(1, pixels_at_once // (latents.shape[-2] * latents.shape[-1]))
     x = rearrange(latents, "b f c h w -> b c f h w")
-    frames = []
-    for clip in _clips(x, at_once) if features[0] is None else x.split(at_once, dim=2):
-        first = features[0] is None
-        video = model.post_quant_conv(clip)  # [B, C, 1 or more, h, w]
-        video = model.decoder(video, feat_cache=features, feat_idx=[0], first_chunk=first)
-        frames.append(rearrange(video, "b c n h w -> b n c h w"))
-    return torch.cat(frames, dim=1)
+    frames = []  # [B, 3, n, H, W] each
+    for clip in _clips(x, at_once, start=past is None):
+        video, past = decode(model, clip, past)
+        frames.append(video)
+    assert past is not None
+    return rearrange(torch.cat(frames, dim=2), "b c n h w -> b n c h w"), past
 
 
-PIXELS_AT_ONCE = 256
+PIXELS_ON_CPU = 256
 """A block of 64x64 pixels. More at once do not fit the cache of a CPU, and take longer."""
+
+PIXELS_ON_GPU = 20_000
+"""A block of 832x480 pixels. With the published sizes its decoding makes 4.3 GiB in bfloat16, 2.6
+with one latent frame after the other; larger videos are decoded with fewer latents at once."""
 
 
 class WanVAE:
     """A Wan2.1 VAE for inference: video to normalised latents and back, without gradient.
 
-    `model` is the diffusers module, with layers that are faster on a CPU; code that trains a VAE
-    uses it directly. `pixels_at_once`: see `decode_moments`.
+    `model` is the diffusers module that holds the weights; code that trains a VAE uses it directly.
+    `pixels_at_once`: see `decode_moments`; None leaves it to the device (`PIXELS_ON_GPU`).
     """
 
     def __init__(self, model: AutoencoderKLWan) -> None:
-        self.model = _with_cpu_kernels(model)
-        self.pixels_at_once = PIXELS_AT_ONCE
+        self.model = model
+        self.pixels_at_once: int | None = None
         self.latents_mean = torch.tensor(model.config["latents_mean"])  # [C]
         self.latents_std = torch.tensor(model.config["latents_std"])  # [C]
         self._statistics = self.latents_mean.view(-1, 1, 1), self.latents_std.view(-1, 1, 1)
+        self._compiled: tuple[int, DecodeClip] | None = None  # for clips of so many latent frames
+        self._lay_out()
 
     @classmethod
     def from_official(
@@ -170,7 +175,7 @@ class WanVAE:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the encoder's weights and of encoded latents."""
-        return self.model.dtype
+        return self.model.quant_conv.weight.dtype
 
     @property
     def decoded_dtype(self) -> torch.dtype:
@@ -194,6 +199,17 @@ class WanVAE:
     def to(self, device: str | torch.device) -> Self:
         """Move the weights."""
         nn.Module.to(self.model, device)
+        self._lay_out()
+        return self
+
+    def compile_decoder(self, frames: int, *, backend: str = "inductor") -> Self:
+        """Compile the decoder for clips of `frames` latent frames that have a past; in place.
+
+        These are the steady calls of a stream whose blocks have so many, as far as
+        `pixels_at_once` lets them through together. It is one static graph; clips of other sizes
+        are decoded eagerly. cuDNN then measures which of its kernels is fastest here.
+        """
+        self._compiled = frames, torch.compile(decode_clip, dynamic=False, backend=backend)
         return self
 
     @torch.no_grad()
@@ -232,6 +248,46 @@ class WanVAE:
         """Start a new stream; any number of them may be open at once."""
         return StreamingDecoder(self)
 
+    def decode_next(self, latents: Tensor, past: Features | None) -> tuple[Tensor, Features]:
+        """The next video `[B, n, 3, H, W]` of normalised latents `[B, f, C, h, w]`; not clamped.
+
+        `past` and the second result as in `decode_moments`.
+        """
+        mean, std = self.statistics()
+        mu = (latents.to(self.device).float() * std + mean).to(self.decoded_dtype)
+        pixels = self.pixels_at_once
+        if pixels is None:
+            pixels = PIXELS_ON_CPU if self.device.type == "cpu" else PIXELS_ON_GPU
+        with self._fast_convolutions():
+            return decode_moments(self.model, mu, past, pixels_at_once=pixels, decode=self._decode)
+
+    def _decode(
+        self, model: AutoencoderKLWan, clip: Tensor, past: Features | None
+    ) -> tuple[Tensor, Features]:
+        if self._compiled is not None and past is not None:
+            frames, compiled = self._compiled
+            if clip.shape[2] == frames:
+                return compiled(model, clip, past)
+        return decode_clip(model, clip, past)
+
+    @contextmanager
+    def _fast_convolutions(self) -> Iterator[None]:
+        """cuDNN measures its kernels while a compiled decoder runs.
+
+        Without one it does not: which kernel wins differs from process to process, and with it the
+        last bits of a video.
+        """
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = before or self._compiled is not None
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    def _lay_out(self) -> None:
+        if self.device.type == "cuda":
+            put_channels_together(self.model)
+
     @torch.no_grad()
     def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Make latents whose means have these statistics `[C]` come out with the official ones.
@@ -254,7 +310,8 @@ class WanVAE:
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The weights under the key names of `Wan2.1_VAE.pth`."""
-        return official_vae_weights(self.model.state_dict())
+        weights = {key: value.contiguous() for key, value in self.model.state_dict().items()}
+        return official_vae_weights(weights)
 
     def save_official(self, path: str | Path) -> None:
         """Write the weights as `Wan2.1_VAE.pth` holds them."""
@@ -282,7 +339,7 @@ class StreamingDecoder:
     def __init__(self, vae: WanVAE) -> None:
         self._vae: WanVAE | None = vae
         self.device = vae.device
-        self._features = _empty_features(vae.model.decoder)
+        self._features: Features | None = None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -296,14 +353,8 @@ class StreamingDecoder:
         """
         vae = self._open()
         self._check(latents)
-        mean, std = vae.statistics()
-        mu = latents.to(vae.device).float() * std + mean
-        features = list(self._features)  # after an error the stream stands where it stood
-        video = decode_moments(
-            vae.model, mu.to(vae.decoded_dtype), features, pixels_at_once=vae.pixels_at_once
-        ).clamp(-1, 1)
-        self._features = features
-        return video
+        video, self._features = vae.decode_next(latents, self._features)
+        return video.clamp(-1, 1)
 
     @contextmanager
     def undone_by_errors(self) -> Iterator[None]:
@@ -317,33 +368,30 @@ class StreamingDecoder:
 
     def restart(self) -> None:
         """Forget what was decoded: the next latent frame is the first of a video."""
-        self._features = _empty_features(self._open().model.decoder)
+        self._open()
+        self._features = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as a flat dict of tensors: `features.{i}`, the past of convolution i.
 
-        An empty tensor stands for diffusers' mark of a convolution that has seen one frame and
-        must take zeros for its past; a convolution without a past is left out.
+        At the start of a video it is empty.
         """
         self._open()
-        return {
-            f"features.{i}": torch.empty(0) if isinstance(feature, str) else feature.clone()
-            for i, feature in enumerate(self._features)
-            if feature is not None
-        }
+        past = self._features or ()
+        return {f"features.{i}": feature.clone() for i, feature in enumerate(past)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from where `state_dict` was taken, on the device of this decoder's VAE."""
         vae = self._open()
-        features = _empty_features(vae.model.decoder)
-        for key, value in state.items():
-            feature = value.to(vae.device, copy=True) if value.numel() else _ZEROS_BEFORE
-            features[int(key.removeprefix("features."))] = feature
-        self._features = features
+        past = (state[f"features.{i}"] for i in range(len(state)))
+        moved = (feature.to(vae.device, copy=True) for feature in past)
+        together = torch.channels_last_3d  # whatever file they went through
+        features = tuple(feature.contiguous(memory_format=together) for feature in moved)
+        self._features = features or None
 
     def close(self) -> None:
         """Free the state; decoding afterwards is an error."""
-        self._vae, self._features = None, []
+        self._vae, self._features = None, None
 
     def _open(self) -> WanVAE:
         if self._vae is None:
@@ -353,86 +401,13 @@ class StreamingDecoder:
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] == 0:
             raise ValueError(f"expected latents [B, f, C, h, w], f > 0, got {list(latents.shape)}")
-        past = self._features[0]  # the first convolution's input: [B, C, 1 or 2, h, w]
-        if past is not None and past[:, :, 0].shape != latents[:, 0].shape:
+        if self._features is None:
+            return
+        past = self._features[0][:, :, 0]  # of the first convolution's input: [B, C, h, w]
+        if past.shape != latents[:, 0].shape:
             raise ValueError(
-                f"this stream has latent frames {list(past[:, :, 0].shape)}, "
-                f"got {list(latents[:, 0].shape)}"
+                f"this stream has latent frames {list(past.shape)}, got {list(latents[:, 0].shape)}"
             )
-
-
-class _CausalConv3d(WanCausalConv3d):
-    """The same convolution by oneDNN on a CPU, without padding and taps that would be zeros alone.
-
-    PyTorch's own choice for inputs of this many elements and one video is a loop without blocking,
-    several times slower; channels that lie together save oneDNN most of its own reordering. At the
-    start of a video two of three taps in time have nothing to see. It computes `_LEAST_CHANNELS`
-    channels even where there are only three (red, green, blue): there the taps in time are channels
-    of one convolution in space, and are added up.
-    """
-
-    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        """`x` `[B, C, F, H, W]` after the frames `cache_x` `[B, C, 0 to 2, H, W]` before it."""
-        if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return super().forward(x, cache_x)
-        left, _, top, _, before, _ = (int(side) for side in self._padding)
-        missing = before - (0 if cache_x is None else cache_x.shape[2])  # frames before the start
-        seen = x if cache_x is None else torch.cat([cache_x, x], dim=2)
-        weight = self.weight
-        if missing > 0 and x.shape[2] == 1:
-            weight = weight[:, :, missing:]
-        elif missing > 0:
-            seen = F.pad(seen, (0, 0, 0, 0, missing, 0))
-        seen = seen.contiguous(memory_format=torch.channels_last_3d)  # as it is after one layer
-        channels, taps = weight.shape[0], weight.shape[2]
-        if taps > 1 and channels * taps <= _LEAST_CHANNELS and self.stride[0] == 1:
-            apart = rearrange(weight, "o c t h w -> (t o) c 1 h w")
-            each = self._convolve(seen, apart, None, top, left).split(channels, dim=1)
-            frames = seen.shape[2] - taps + 1
-            out = each[0][:, :, :frames]
-            for i, part in enumerate(each[1:], start=1):
-                out = out + part[:, :, i : i + frames]
-            return out if self.bias is None else out + self.bias.view(-1, 1, 1, 1)
-        return self._convolve(seen, weight, self.bias, top, left)
-
-    def _convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int
-    ) -> Tensor:
-        return torch.ops.aten.mkldnn_convolution(
-            x, weight, bias, (0, top, left), self.stride, self.dilation, self.groups
-        )
-
-
-class _ChannelNorm(WanRMS_norm):
-    """The same norm on a CPU without `vector_norm`, whose loop over channels is not vectorised."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x / |x| * sqrt(C) * gamma` over axis 1, fp32 inside: `[B, C, ...]` -> like x."""
-        if x.device.type != "cpu":
-            return super().forward(x)
-        wide = x.float()
-        length = wide.square().sum(1, keepdim=True).sqrt().clamp_min(_SMALLEST_LENGTH)
-        return (wide * (self.scale / length)).to(x.dtype) * self.gamma
-
-
-_LEAST_CHANNELS = 16  # of fp32 in a vector of a CPU
-_SMALLEST_LENGTH = 1e-12  # as in `torch.nn.functional.normalize`
-_CPU_KERNELS: dict[type, type] = {WanCausalConv3d: _CausalConv3d, WanRMS_norm: _ChannelNorm}
-
-
-def _with_cpu_kernels(model: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Exchange the classes of `model`'s layers in place; weights and names stay."""
-    for module in model.modules():
-        module.__class__ = _CPU_KERNELS.get(type(module), type(module))
-    return model
-
-
-_ZEROS_BEFORE = "Rep"  # diffusers' mark in the features of a temporal upsampling convolution
-
-
-def _empty_features(module: nn.Module) -> list[Any]:
-    """One place per causal convolution: None, a tensor [B, C, 1 or 2, h, w], or a mark."""
-    return [None] * sum(isinstance(m, WanCausalConv3d) for m in module.modules())
 
 
 def _floats(clip: Tensor, model: AutoencoderKLWan) -> Tensor:
@@ -442,10 +417,12 @@ def _floats(clip: Tensor, model: AutoencoderKLWan) -> Tensor:
     return (to_device(clip, model.device).float() / 127.5 - 1).to(model.dtype)
 
 
-def _clips(x: Tensor, stride: int) -> Iterator[Tensor]:
-    """Cut [B, C, F, H, W] into the first frame and clips of `stride` frames, or what is left."""
-    yield x[:, :, :1]
-    yield from x[:, :, 1:].split(stride, dim=2) if x.shape[2] > 1 else ()
+def _clips(x: Tensor, frames: int, *, start: bool) -> Iterator[Tensor]:
+    """Cut [B, C, F, H, W] into clips of so many frames, or what is left; at the start one frame."""
+    if start:
+        yield x[:, :, :1]
+        x = x[:, :, 1:]
+    yield from x.split(frames, dim=2) if x.shape[2] else ()
 
 
 # --- key names and sizes -----------------------------------------------------------------------

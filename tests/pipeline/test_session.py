@@ -223,7 +223,8 @@ def test_an_error_leaves_the_session_before_the_block(
     pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, device="cpu")
     session, alone = (Session.start(pipe, "a", seed=3) for _ in range(2))
     frames = steps(session, 2)
-    for broken in (pipe.dit.blocks[1], pipe.vae.model.decoder):
+    enlarging = pipe.vae.model.decoder.up_blocks[0].upsamplers[0].resample[1]
+    for broken in (pipe.dit.blocks[1], enlarging):
         with monkeypatch.context() as patch:
             patch.setattr(broken, "forward", Mock(side_effect=MemoryError("full")))
             with pytest.raises(MemoryError):
