@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from pipeline.setup import Setup
 from pipeline.stream import Stream
 from tests.fake_cuda import CUDA, GB, GIB, META, TERA, Counts, FakeCuda, fused, made_on
 from utils.config import load_config
-from wan.dit import DiTConfig, WanDiT
+from wan.dit import Block, DiTConfig, WanDiT
 from wan.flow import add_noise
 from wan.vae import WanVAE
 from wan.vae_layers import decode_clip
@@ -45,6 +46,7 @@ class Budget(NamedTuple):
 
 COUNTED = yaml.safe_load((ROOT / "docs" / "counts.yaml").read_text(encoding="utf-8"))
 ROLLING = "rolling_forcing_dmd"
+LAYERS = 30
 AS_ON_CUDA = ["merge_clean_pass=false"]  # the default there
 
 
@@ -101,8 +103,9 @@ def past(device: FakeCuda, vae: WanVAE) -> dict[str, Tensor]:
         return decoder.state_dict()
 
 
-def opened(dit: WanDiT, vae: WanVAE, name: str) -> Stream:
-    setup = Setup.of(load_config(CONFIGS / f"{name}.yaml", AS_ON_CUDA), sizes=dit.config)
+def opened(dit: WanDiT, vae: WanVAE, name: str, *, merged: bool = False) -> Stream:
+    given = [f"merge_clean_pass={str(merged).lower()}"]  # false is the default on CUDA
+    setup = Setup.of(load_config(CONFIGS / f"{name}.yaml", given), sizes=dit.config)
     text = torch.zeros(1, 512, dit.config.text_dim, dtype=torch.bfloat16, device=CUDA)
     return VideoPipeline(setup, dit, vae=vae).open_stream(text, seed=0)
 
@@ -168,6 +171,37 @@ def test_a_step_block_by_block(cuda: FakeCuda, dit: WanDiT, vae: WanVAE, name: s
     for kind, counts in passes:
         check(counts, name, kind)
     assert not step.waits
+
+
+@pytest.mark.parametrize(
+    ("name", "merged"),
+    [(ROLLING, False), (ROLLING, True), ("self_forcing_dmd", False)],
+)
+def test_what_compiled_passes_move(cuda: FakeCuda, name: str, merged: bool) -> None:
+    """GB of the copies and elementwise kernels that Inductor makes of all blocks of a step.
+
+    All layers have the kernels of one; embedding and head (2 GB) stay eager and are not in it.
+    """
+    inputs: list[tuple[Any, ...]] = []
+
+    def graph(*given: Any) -> Tensor:
+        inputs.append(given)
+        return given[1]
+
+    dit = made_dit("1.3B", num_layers=1)
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(base_dim=4)
+    made_on(CUDA, vae, torch.bfloat16)
+    stream = at_steady_state(opened(dit, WanVAE(vae), name, merged=merged))
+    with patch.object(torch, "compile", lambda *_, **options: graph):
+        dit.compile_blocks()
+    stream.rollout.step()
+    kinds = ["merged"] if merged else ["clean", "window"]
+    for kind, given in zip(kinds, inputs, strict=True):
+        with torch.no_grad():
+            moved = LAYERS * fused(Block.compute, *given).moved / GB
+        allowed = COUNTED["compiled"][name][kind]
+        assert 0.95 * allowed <= moved <= 1.01 * allowed, f"{name}, {kind}: {moved}"
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,11 @@ class Modulation(NamedTuple):
 
     def apply_to(self, x: Tensor) -> Tensor:
         """`x (1 + scale) + shift` for `x` `[B, F, tokens, dim]`."""
-        return x * (1 + self.scale) + self.shift
+        return torch.addcmul(self.shift, x, 1 + self.scale)
+
+    def gated(self, x: Tensor, update: Tensor) -> Tensor:
+        """`x + update gate`, each `[B, F, tokens, dim]`."""
+        return torch.addcmul(x, update, self.gate)
 
 
 class TextContext(NamedTuple):
@@ -227,10 +231,10 @@ class Block(nn.Module):
         attended = self.self_attn(
             for_attention.apply_to(self.norm1(x)).flatten(1, 2), context, backend
         )
-        x = x + attended.unflatten(1, (frames, -1)) * for_attention.gate
+        x = for_attention.gated(x, attended.unflatten(1, (frames, -1)))
         read = self.cross_attn(self.norm3(x).flatten(1, 2), text_keys, text_values, backend)
         x = x + read.unflatten(1, (frames, -1))
-        return x + self.ffn(for_ffn.apply_to(self.norm2(x))) * for_ffn.gate
+        return for_ffn.gated(x, self.ffn(for_ffn.apply_to(self.norm2(x))))
 
 
 BlockFunction = Callable[..., Tensor]
