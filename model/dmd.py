@@ -4,6 +4,7 @@ The generator moves its samples along the difference of two scores: the teacher'
 and that of the samples themselves, tracked by the critic (`fake_score`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,8 +100,13 @@ def critic_loss(
     return LossResult(errors.mean(), metrics)
 
 
-def raw_timesteps(uniform: Tensor, lowest: int = 0, count: int = NUM_TIMESTEPS) -> Tensor:
-    """Timesteps in [lowest, 1000) on a grid of `count` from uniform numbers in [0, 1)."""
+def raw_timesteps(
+    uniform: Tensor, lowest: int | Sequence[int] = 0, count: int = NUM_TIMESTEPS
+) -> Tensor:
+    """Timesteps in [lowest, 1000) on a grid of `count` from uniform numbers in [0, 1).
+
+    `lowest`: for all, or one for each.
+    """
     spacing = NUM_TIMESTEPS / count
-    first = round(lowest / spacing)
+    first = (torch.as_tensor(lowest, dtype=torch.float64) / spacing).round().to(uniform.dtype)
     return spacing * (first + (uniform * (count - first)).floor())

@@ -5,37 +5,96 @@ w = r (mod T); a frame's output is its x_0 in its own such window. Self Forcing 
 Alg. 1): every block stops at its level r, where its x_0 is its output and its context.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pipeline.passes import Plan
-from pipeline.rollout import WindowResult
-from pipeline.sampling import BlockNoise, Renoise
+from pipeline.rollout import Rollout, WindowResult
+from pipeline.sampling import BlockNoise, Renoise, StepRule
 from pipeline.schedule import BlockLayout, Window
 from pipeline.setup import Setup
+from utils.devices import to_device
 from utils.draws import Purpose
 from utils.errors import UserError
 from utils.noise import philox
 from wan.dit import DiTConfig, TextContext, WanDiT
 from wan.flops import pass_flops, training_flops
+from wan.flow import x0_from_flow
 from wan.vae import WanVAE
 
 
 @dataclass(frozen=True)
 class RolloutDraw:
-    """What all ranks share in one update: a pure function of (seed, update)."""
+    """What one rollout does: a pure function of (seed, update), and with own levels of the video.
+
+    `exit_levels`: r of each block; all the same in a rolling rollout. `scored_end`: the scored clip
+    ends with this many blocks, and what comes after is not run; None: with the last one.
+    """
 
     schedule: Literal["rolling", "block"]
     num_blocks: int
-    exit_levels: tuple[int, ...]  # r of each block; all the same in a rolling rollout
+    exit_levels: tuple[int, ...]
+    scored_end: int | None = None
+
+    @property
+    def end(self) -> int:
+        """Blocks that get an output."""
+        return self.num_blocks if self.scored_end is None else self.scored_end
 
     @property
     def name(self) -> str:
         """For logs."""
         return f"{self.schedule}, {self.num_blocks} blocks, r = {sorted(set(self.exit_levels))}"
+
+    def is_output(self, num_levels: int, window: Window) -> bool:
+        """Whether this window's x_0 is the output of its blocks."""
+        if self.schedule == "rolling":
+            return window.index % num_levels == self.exit_levels[0]
+        return window.levels[0] == self.exit_levels[window.blocks[-1]]
+
+
+@dataclass(frozen=True)
+class BatchDraw:
+    """The rollouts of a batch that run as one, with an r of its own for each video.
+
+    `rows` are those of the batch, which differ in their exit levels alone. Every pass that one of
+    `together` needs is run for all, with gradient where one has it: ranks that share weights have
+    to make the same passes.
+    """
+
+    rows: tuple[RolloutDraw, ...]
+    together: tuple[RolloutDraw, ...]
+
+    @classmethod
+    def of(cls, drawn: RolloutDraw) -> "BatchDraw":
+        """One r for all."""
+        return cls((drawn,), (drawn,))
+
+    @property
+    def shared(self) -> RolloutDraw:
+        """What all have in common; of the exit levels the highest."""
+        levels = zip(*(drawn.exit_levels for drawn in self.together), strict=True)
+        return replace(self.together[0], exit_levels=tuple(max(block) for block in levels))
+
+    @property
+    def differ(self) -> bool:
+        """Whether videos stop at levels of their own."""
+        return len(set(self.together)) > 1
+
+    def is_output(self, num_levels: int, window: Window) -> bool:
+        """Whether this window's x_0 is the output of its blocks in any of the videos."""
+        return any(drawn.is_output(num_levels, window) for drawn in set(self.together))
+
+    def outputs(self, num_levels: int, window: Window) -> list[bool]:
+        """The same for each row."""
+        return [drawn.is_output(num_levels, window) for drawn in self.rows]
 
 
 @dataclass(frozen=True)
@@ -43,7 +102,9 @@ class RolloutRecipe:
     """How training draws its rollouts.
 
     `scored_frames`: latent frames that the scores see. `longest`: latent frames of the longest
-    rollout; rollouts of all lengths from the one to the other come equally often.
+    rollout. With `scored_clip` "end" rollouts of all lengths from the one to the other come equally
+    often and their last frames are scored; with "anywhere" all are of the longest length, and the
+    clip lies at any place of them (as in LongLive's streaming tuning, arXiv 2509.22622, Sec. 3.2).
     """
 
     seed: int
@@ -53,6 +114,8 @@ class RolloutRecipe:
     rolling_probability: float
     last_step_only: bool
     same_step_across_blocks: bool
+    scored_clip: Literal["end", "anywhere"] = "end"
+    same_step_across_videos: bool = True
 
     def blocks(self, layout: BlockLayout) -> tuple[int, int]:
         """Fewest and most blocks of a rollout: all scored frames, and none too many."""
@@ -76,15 +139,44 @@ class RolloutRecipe:
         draw = philox(self.seed, Purpose.ROLLOUT_PLAN, (update,))
         rolling = bool(draw.random() < self.rolling_probability)
         fewest, most = self.blocks(layout)
-        blocks = int(draw.integers(fewest, most + 1))
+        blocks, end = int(draw.integers(fewest, most + 1)), None
+        if self.scored_clip == "anywhere":
+            blocks, end = most, blocks
+        levels = self._levels(draw, blocks, rolling)
+        return RolloutDraw("rolling" if rolling else "block", blocks, levels, end)
+
+    def draw_batch(
+        self, layout: BlockLayout, update: int, rows: Sequence[int], *, alone: bool
+    ) -> BatchDraw:
+        """The rollouts of the videos `rows` of the global batch; `alone`: no other rank has some.
+
+        Beside those of other ranks every level that may be drawn is run for all, so that all make
+        the same passes.
+        """
+        shared = self.draw(layout, update)
+        if self.same_step_across_videos:
+            return BatchDraw.of(shared)
+        blocks, rolling = shared.num_blocks, shared.schedule == "rolling"
+
+        def own(index: int) -> RolloutDraw:
+            draw = philox(self.seed, Purpose.EXIT_LEVEL, (update, index))
+            return replace(shared, exit_levels=self._levels(draw, blocks, rolling))
+
+        drawn = tuple(map(own, rows))
+        first = self.num_levels - 1 if self.last_step_only else 0
+        every = tuple(
+            replace(shared, exit_levels=(level,) * blocks)
+            for level in range(first, self.num_levels)
+        )
+        return BatchDraw(drawn, drawn if alone else every)
+
+    def _levels(self, draw: Any, blocks: int, rolling: bool) -> tuple[int, ...]:
         levels = draw.integers(0, self.num_levels, size=blocks)
         if self.last_step_only:
             levels[:] = self.num_levels - 1
         if rolling or self.same_step_across_blocks:
             levels[:] = levels[0]
-        return RolloutDraw(
-            "rolling" if rolling else "block", blocks, tuple(int(level) for level in levels)
-        )
+        return tuple(int(level) for level in levels)
 
 
 def passes_of(setup: Setup, drawn: RolloutDraw) -> Plan:
@@ -95,17 +187,10 @@ def passes_of(setup: Setup, drawn: RolloutDraw) -> Plan:
     return setup.plan(setup.schedule(drawn.num_blocks, kind=drawn.schedule, block_levels=levels))
 
 
-def is_output(drawn: RolloutDraw, num_levels: int, window: Window) -> bool:
-    """Whether this window's x_0 is the output of its blocks."""
-    if drawn.schedule == "rolling":
-        return window.index % num_levels == drawn.exit_levels[0]
-    return window.levels[0] == drawn.exit_levels[window.blocks[-1]]
-
-
 def output_windows(setup: Setup, drawn: RolloutDraw) -> list[Window]:
     """The windows whose x_0 is the output: they do not overlap and cover all blocks."""
     windows = (own.window for own in passes_of(setup, drawn))
-    return [w for w in windows if w is not None and is_output(drawn, setup.levels.num, w)]
+    return [w for w in windows if w is not None and drawn.is_output(setup.levels.num, w)]
 
 
 def self_rollout(
@@ -113,37 +198,199 @@ def self_rollout(
     dit: WanDiT,
     text: TextContext,
     noise: BlockNoise,
-    drawn: RolloutDraw,
+    drawn: RolloutDraw | BatchDraw,
     *,
     scored_frames: int,
     grad: bool,
+    replayed: bool = False,
+    before_window: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The student's video `[B, F, C, h, w]`, float32.
+    """The student's video `[B, F, C, h, w]` up to the end of the scored clip, float32.
 
-    With `grad`, windows that touch the last `scored_frames` frames carry gradient; all other
-    frames have their output too, without.
+    With `grad`, windows that touch the last `scored_frames` of these frames carry gradient; all
+    others have their output too, without. A graph of all of them waits for the backward pass, with
+    a cache of all frames; `replayed`, the graph is made in the backward pass, one window at a time
+    (see `_Replayed`), so memory does not grow with the video. The gradients are the same. What
+    `before_window` raises ends it.
     """
-    layout = setup.layout
-    total = layout.start(drawn.num_blocks)
-    rollout = setup.rollout(
-        dit,
-        passes_of(setup, drawn).schedule,
-        text=text,
-        noise=noise,
-        rule=Renoise(setup.levels.tensor(), noise),
-        recent_frames=total,  # nothing is evicted: checkpointed windows are read again later
-    )
+    course = _Course(setup, _batch(drawn), scored_frames, before_window)
+    if grad and replayed:
+        anchor = torch.zeros((), requires_grad=True)  # the weights are no inputs of the function
+        video: Tensor = _Replayed.apply(course, dit, noise, anchor, *text.keys, *text.values)
+        return video
+    # With a graph nothing is evicted: checkpointed windows are read again later.
+    rollout = course.open(dit, text, noise, keeps_all=grad)
     outputs: dict[int, Tensor] = {}
-    while len(outputs) < drawn.num_blocks:
-        window = rollout.next_window
-        assert window is not None, "every block has its window before the schedule ends"
-        chosen = is_output(drawn, setup.levels.num, window)
-        touches = layout.start(window.blocks.stop) > total - scored_frames
-        result = rollout.step(grad=grad and chosen and touches)
-        assert result is not None
-        if chosen:
-            outputs.update(_by_block(result, layout))
-    return torch.cat([outputs[block] for block in range(drawn.num_blocks)], dim=1)
+    for result in course.results(rollout, grad=grad):
+        course.add(result, outputs)
+    return course.video(outputs)
+
+
+def _batch(drawn: RolloutDraw | BatchDraw) -> BatchDraw:
+    return drawn if isinstance(drawn, BatchDraw) else BatchDraw.of(drawn)
+
+
+@dataclass(frozen=True)
+class _Course:
+    """A training rollout: its passes, and the windows that give an output or carry gradient."""
+
+    setup: Setup
+    batch: BatchDraw
+    scored_frames: int
+    before_window: Callable[[], None] = lambda: None
+
+    @cached_property
+    def drawn(self) -> RolloutDraw:
+        """What all videos of the batch have in common."""
+        return self.batch.shared
+
+    @cached_property
+    def plan(self) -> Plan:
+        """All passes; those behind the last output are not run."""
+        return passes_of(self.setup, self.drawn)
+
+    @cached_property
+    def outputs(self) -> dict[int, Window]:
+        """By number, the windows that give the output of some block of some video."""
+        windows = (w for w in self.plan.windows() if w.first_block < self.drawn.end)
+        return {w.index: w for w in windows if self.batch.is_output(self.setup.levels.num, w)}
+
+    @cached_property
+    def carriers(self) -> frozenset[int]:
+        """Numbers of those that touch the scored frames: they carry gradient in training."""
+        layout = self.setup.layout
+        first = layout.start(self.drawn.end) - self.scored_frames
+        return frozenset(n for n, w in self.outputs.items() if layout.start(w.blocks.stop) > first)
+
+    def open(
+        self, dit: WanDiT, text: TextContext, noise: BlockNoise, *, keeps_all: bool
+    ) -> Rollout:
+        """The rollout at its start, with a cache of what passes look back at, or of all frames."""
+        rule: StepRule = Renoise(self.setup.levels.tensor(), noise)
+        if self.batch.differ and self.drawn.schedule == "block":
+            rule = _StopEach(rule, [row.exit_levels for row in self.batch.rows])
+        return self.setup.rollout(
+            dit,
+            self.plan.schedule,
+            text=text,
+            noise=noise,
+            rule=rule,
+            recent_frames=self.setup.layout.start(self.drawn.num_blocks) if keeps_all else None,
+        )
+
+    def results(
+        self, rollout: Rollout, *, grad: bool = False, before: int | None = None
+    ) -> Iterator[WindowResult]:
+        """What the output windows give, up to the last one or to those `before` a number."""
+        end = max(self.outputs) + 1 if before is None else before
+        while (window := rollout.next_window) is not None and window.index < end:
+            self.before_window()
+            result = rollout.step(grad=grad and window.index in self.carriers)
+            assert result is not None
+            if window.index in self.outputs:
+                yield result
+
+    def add(self, result: WindowResult, outputs: dict[int, Tensor]) -> None:
+        """Take the outputs of a window, by block; of the rows that have theirs in it."""
+        mask = self.rows(result)
+        layout, blocks = self.setup.layout, result.window.blocks
+        pieces = result.x0.split([layout.frames(block) for block in blocks], dim=1)
+        for block, x0 in zip(blocks, pieces, strict=True):
+            kept = outputs.get(block, torch.zeros((), device=x0.device, dtype=x0.dtype))
+            outputs[block] = x0 if mask is None else torch.where(mask, x0, kept)
+
+    def rows(self, result: WindowResult) -> Tensor | None:
+        """Which videos have their output in a window, `[B, 1, 1, 1, 1]`; None: all."""
+        found = self.batch.outputs(self.setup.levels.num, result.window)
+        if all(found):
+            return None
+        return to_device(torch.tensor(found), result.x0.device).view(-1, 1, 1, 1, 1)
+
+    def video(self, outputs: Mapping[int, Tensor]) -> Tensor:
+        """`[B, F, C, h, w]` of outputs by block."""
+        return torch.cat([outputs[block] for block in range(self.drawn.end)], dim=1)
+
+
+class _Replayed(torch.autograd.Function):
+    """A rollout whose graph is made in the backward pass, window by window.
+
+    Forward, it runs without a graph and keeps where it stood before its first window with gradient.
+    Backward, it goes on from there; each window that carries gradient is differentiated on its own,
+    with its share of the gradient of the video, and its graph is gone before the next one. That is
+    exact, for windows are independent given the context, which carries no gradient. It costs the
+    scored part of the rollout once more, and a second cache meanwhile. Sharded networks reduce
+    their gradients window by window, as they do with one graph of all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, course: _Course, dit: WanDiT, noise: BlockNoise, anchor: Tensor, *text: Tensor
+    ) -> Tensor:
+        """The video; see `self_rollout`."""
+        rollout = course.open(dit, _text(text), noise, keeps_all=False)
+        outputs: dict[int, Tensor] = {}
+        for result in course.results(rollout, before=min(course.carriers)):
+            course.add(result, outputs)
+        ctx.state = rollout.state_dict() if rollout.cache.finished else None
+        for result in course.results(rollout):
+            course.add(result, outputs)
+        ctx.course, ctx.dit, ctx.noise = course, dit, noise
+        ctx.save_for_backward(*text)
+        return course.video(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the text's keys and values; the weights get theirs on the way."""
+        course: _Course = ctx.course
+        layout, needed = course.setup.layout, ctx.needs_input_grad[4:]
+        pairs = zip(ctx.saved_tensors, needed, strict=True)
+        text = [tensor.detach().requires_grad_(wanted) for tensor, wanted in pairs]
+        rollout = course.open(ctx.dit, _text(text), ctx.noise, keeps_all=False)
+        if ctx.state is not None:
+            rollout.load_state_dict(ctx.state)
+            ctx.state = None
+        unscored = layout.start(course.drawn.num_blocks) - gradient.shape[1]
+        gradient = F.pad(gradient, (0, 0) * 3 + (0, unscored))
+        for result in course.results(rollout, grad=True):
+            if result.window.index in course.carriers:
+                blocks, mask = result.window.blocks, course.rows(result)
+                share = gradient[:, layout.start(blocks.start) : layout.start(blocks.stop)]
+                result.x0.backward(share if mask is None else torch.where(mask, share, 0.0))
+        return None, None, None, None, *(tensor.grad for tensor in text)
+
+
+def _text(tensors: Sequence[Tensor]) -> TextContext:
+    half = len(tensors) // 2
+    return TextContext(tuple(tensors[:half]), tuple(tensors[half:]))
+
+
+class _StopEach:
+    """A step rule under which every row of a batch stops at a level of its own in each block."""
+
+    def __init__(self, rule: StepRule, levels: Sequence[Sequence[int]]) -> None:
+        """`levels`: for each row, those of its blocks."""
+        self.rule = rule
+        self.timesteps = rule.timesteps
+        self.levels = torch.tensor(levels)  # [B, blocks]
+        self._stopped: dict[int, Tensor] = {}
+
+    def advance(self, block: int, level: int, noisy: Tensor, flow: Tensor, *, last: bool) -> Tensor:
+        """See `StepRule`: rows that stopped before go on beside the others, and are put aside."""
+        stops = to_device(self.levels[:, block] == level, noisy.device).view(-1, 1, 1, 1, 1)
+        clean = x0_from_flow(noisy, flow, self.timesteps[level])
+        self._stopped[block] = torch.where(stops, clean, self._stopped.get(block, clean))
+        if last:
+            return self._stopped.pop(block)
+        return self.rule.advance(block, level, noisy, flow, last=False)
+
+    def state_dict(self) -> dict[int, Any]:
+        """See `StepRule`."""
+        return {block: stopped.clone() for block, stopped in self._stopped.items()}
+
+    def load_state_dict(self, state: Mapping[int, Any], device: torch.device) -> None:
+        """See `StepRule`."""
+        self._stopped = {block: stopped.to(device, copy=True) for block, stopped in state.items()}
 
 
 def scored_clip(
@@ -164,37 +411,38 @@ def scored_clip(
         return clip, counts
     with torch.no_grad():
         past = latents[:, : latents.shape[1] - scored + 1].to(vae.dtype)
-        image = vae.decode(past)[:, -1:]  # [B, 1, 3, H, W]
-        first = vae.encode(image).to(latents.dtype)
+        first = vae.encode(vae.decode_last(past)).to(latents.dtype)
     return torch.cat([first, clip[:, 1:]], dim=1), counts
-
-
-def _by_block(result: WindowResult, layout: BlockLayout) -> dict[int, Tensor]:
-    sizes = [layout.frames(block) for block in result.window.blocks]
-    return dict(zip(result.window.blocks, result.x0.split(sizes, dim=1), strict=True))
 
 
 def rollout_flops(
     setup: Setup,
     sizes: DiTConfig,
-    drawn: RolloutDraw,
+    drawn: RolloutDraw | BatchDraw,
     *,
     scored_frames: int,
     grad: bool,
     checkpointing: bool,
+    replayed: bool = False,
 ) -> int:
     """Operations of one video's rollout, with its backward passes if `grad`."""
-    tokens, layout = setup.shape.tokens_per_frame, setup.layout
-    first_scored = layout.start(drawn.num_blocks) - scored_frames
-    done, total = 0, 0
-    for own in passes_of(setup, drawn):
-        forwards = [pass_flops(sizes, part.view, tokens) for part in own.parts]
-        window = own.window
-        chosen = window is not None and is_output(drawn, setup.levels.num, window)
-        if grad and chosen and layout.start(own.parts[-1].blocks.stop) > first_scored:
-            forwards[-1] = training_flops(forwards[-1], checkpointing=checkpointing)
-        total += sum(forwards)
-        done += len(own.parts[-1].blocks) if chosen else 0
-        if done == drawn.num_blocks:
+    course, tokens = _Course(setup, _batch(drawn), scored_frames), setup.shape.tokens_per_frame
+    passes, last = [], max(course.outputs)
+    for own in course.plan:
+        passes.append(own)
+        if own.window is not None and own.window.index == last:
             break
-    return total
+    forwards = [[pass_flops(sizes, part.view, tokens) for part in own.parts] for own in passes]
+    total = sum(map(sum, forwards))
+    if not grad:
+        return total
+    numbers = [-1 if own.window is None else own.window.index for own in passes]
+    for number, parts in zip(numbers, forwards, strict=True):
+        if number in course.carriers:
+            total += training_flops(parts[-1], checkpointing=checkpointing) - parts[-1]
+    first = numbers.index(min(course.carriers))  # a replay begins behind the window before it
+    while first > 0 and numbers[first - 1] < 0:
+        first -= 1
+    if all(own.stores is None for own in passes[:first]):
+        first = 0
+    return total + (sum(map(sum, forwards[first:])) if replayed else 0)

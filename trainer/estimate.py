@@ -121,15 +121,15 @@ def missing_weights(config: Config) -> list[str]:
 
 
 def cache_bytes(config: Config, setup: Setup) -> int:
-    """KV cache of the longest training rollout."""
+    """KV cache of the longest training rollout; two of what passes look back at, if replayed."""
     cache = setup.cache(
         setup.sizes,
         batch=config.batch_size,
         dtype=planned_dtype(config),
         device=torch.device("meta"),
-        recent_frames=config.num_training_frames,
+        recent_frames=None if config.replayed_backward else config.num_training_frames,
     )
-    return cache.num_bytes
+    return cache.num_bytes * (2 if config.replayed_backward else 1)
 
 
 def dry_run_report(config: Config, world: int, local_world: int | None = None) -> str:

@@ -242,7 +242,8 @@ class Trainer:
             self._require_finite(player, sums[f"{player.name}/loss"], norm, draws)
             rate = player.learning_rate(player.updates)
             player.apply()
-        batches.advance()
+        if not self.task.keeps_batch(player.name, self.step):
+            batches.advance()
         return {**sums, f"{player.name}/grad_norm": norm, f"{player.name}/lr": rate}
 
     def _record(self, measured: dict[str, Any], operations: float) -> dict[str, Any]:

@@ -451,6 +451,12 @@ def _rules(config: Config) -> list[tuple[bool, str]]:
             config.clean_context_noise == 0 or config.teacher_forcing or config.window_forcing,
             "clean_context_noise needs teacher_forcing or window_forcing",
         ),
+        (
+            config.critic_updates_per_rollout <= config.dfake_gen_update_ratio,
+            f"critic_updates_per_rollout={config.critic_updates_per_rollout} is more than "
+            f"dfake_gen_update_ratio={config.dfake_gen_update_ratio}: a rollout of another student "
+            "is of no use to the critic",
+        ),
     ]
 
 

@@ -381,6 +381,18 @@ class Config:
     same_step_across_blocks: bool = key(
         True, "false: each block stops at a level of its own (Self Forcing)", "weights"
     )
+    same_step_across_videos: bool = key(
+        True,
+        "false: a level of its own for every video of a batch; all levels that one needs are run "
+        "for all",
+        "weights",
+    )
+    scored_clip: Literal["end", "anywhere"] = key(
+        "end",
+        "end: rollouts of all lengths, their last frames are scored; anywhere: all of the longest "
+        "length, the clip lies anywhere in them (LongLive's streaming tuning, arXiv 2509.22622)",
+        "weights",
+    )
     num_training_frames: int = key(
         21, "longest rollout, latent frames: at least the scored ones", "weights", bounds=COUNT
     )
@@ -392,6 +404,20 @@ class Config:
     )
     dfake_gen_update_ratio: int = key(
         5, "critic updates per generator update", "weights", bounds=COUNT
+    )
+    critic_updates_per_rollout: int = key(
+        1,
+        "critic updates on one batch and its rollouts, each at new noise levels; at most "
+        "`dfake_gen_update_ratio`",
+        "weights",
+        bounds=COUNT,
+    )
+    motion_guard_weight: float = key(
+        0.0,
+        "distillation: weight of the student's error on true clips, in full attention at its own "
+        "levels, against loss of motion (HiAR, arXiv 2603.08703); needs latents or videos",
+        "weights",
+        bounds=SCALE,
     )
     teacher_forcing: bool = key(False, "diffusion: look back at clean blocks", "weights")
     diffusion_forcing: bool = key(False, "diffusion: a noise level per block", "weights")
@@ -507,6 +533,11 @@ class Config:
         section="training: memory and speed",
     )
     gradient_checkpointing: bool = key(True, "compute activations twice instead of keeping them")
+    replayed_backward: bool = key(
+        False,
+        "distillation: a rollout's graph is made in the backward pass, one window at a time, so "
+        "`num_training_frames` costs no memory; the scored part runs once more",
+    )
     sharding_strategy: Strategy = key(
         "hybrid_full", "hybrid, hybrid_full: full within a node, copies across"
     )

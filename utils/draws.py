@@ -28,6 +28,9 @@ class Purpose(IntEnum):
     PROMPT_DROPOUT = 9
     CLIP_START = 10
     DATA_ORDER = 11
+    EXIT_LEVEL = 12
+    GUARD_LEVEL = 13
+    GUARD_NOISE = 14
 
 
 @dataclass(frozen=True)

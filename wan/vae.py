@@ -244,6 +244,16 @@ class WanVAE:
         stream.close()
         return video
 
+    def decode_last(self, latents: Tensor) -> Tensor:
+        """The last frame of what `decode` gives, [B, 1, 3, H, W], in the memory of a few frames."""
+        stream = self.streaming_decoder()
+        frames = max(1, self.pixels_at_once // (latents.shape[-2] * latents.shape[-1]))
+        for clip in (latents[:, :1], *latents[:, 1:].split(frames, dim=1)):
+            if clip.shape[1]:
+                video = stream.decode(clip)
+        stream.close()
+        return video[:, -1:]
+
     def streaming_decoder(self) -> "StreamingDecoder":
         """Start a new stream; any number of them may be open at once."""
         return StreamingDecoder(self)

@@ -34,11 +34,11 @@ ROLLING = {
 }
 
 
-def rolled(config: Config, dit: WanDiT, *given: Any, grad: bool) -> Tensor:
+def rolled(config: Config, dit: WanDiT, *given: Any, **options: Any) -> Tensor:
     """A self-rollout of a config."""
     frames = config.image_or_video_shape[1]
     setup = Setup.of(config, sizes=dit.config)
-    return self_rollout(setup, dit, *given, scored_frames=frames, grad=grad)
+    return self_rollout(setup, dit, *given, scored_frames=frames, **options)
 
 
 def recorded_setting(case: Case, tmp_path: Path) -> tuple[Config, WanDiT]:
@@ -315,6 +315,45 @@ def test_merged_clean_passes_change_no_output_and_no_gradient(rolling: Config, k
     (with_gradient, all_alone), (with_gradient_merged, all_merged) = forwards
     assert with_gradient == with_gradient_merged
     assert all_merged < all_alone
+
+
+REPLAYED = {
+    "rolling, longer than the clip": (RolloutDraw("rolling", 12, (3,) * 12), {}),
+    "rolling, nothing stored before": (RolloutDraw("rolling", 7, (0,) * 7), {}),
+    "block": (RolloutDraw("block", 11, (1,) * 11), {}),
+    "block, levels of their own": (RolloutDraw("block", 9, (2, 0, 4, 1, 3, 3, 0, 2, 1)), {}),
+    "block, merged": (RolloutDraw("block", 9, (2,) * 9), {"merge_clean_pass": True}),
+    "rolling, merged": (RolloutDraw("rolling", 9, (1,) * 9), {"merge_clean_pass": True}),
+    "rolling, sink at its distance": (RolloutDraw("rolling", 10, (4,) * 10), SINKS[2]),
+}
+
+
+@pytest.mark.parametrize("case", REPLAYED)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_replayed_gradients_are_those_of_one_graph(
+    case: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    """With a cache that evicts, and each window's graph gone before the next one is made."""
+    plan, changes = REPLAYED[case]
+    values = ROLLING | {"image_or_video_shape": [1, 9, 16, 4, 6], "max_attention_frames": 18}
+    values |= {"merge_clean_pass": False} | changes
+    config = load_config(write_config(tmp_path / "c.yaml", **values))
+    videos, gradients = [], []
+    for replayed in (False, True):
+        dit = random_dit(5).double().requires_grad_(True)
+        dit.gradient_checkpointing = checkpointing
+        torch.manual_seed(1)
+        text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
+        noise = seeded_noise(config, dit)
+        video = rolled(config, dit, text, noise, plan, grad=True, replayed=replayed)
+        (video[:, -9:] * torch.randn(1, 9, 16, 4, 6)).sum().backward()
+        videos.append(video.detach())
+        gradients.append({name: p.grad for name, p in dit.named_parameters()})
+    torch.testing.assert_close(*videos, atol=1e-6, rtol=0)
+    for name, plain in gradients[0].items():
+        assert plain is not None, name
+        assert plain.any(), name
+        torch.testing.assert_close(gradients[1][name], plain, atol=1e-9, rtol=1e-7, msg=name)
 
 
 def test_plan_is_a_function_of_seed_and_update(rolling: Config) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.self_rollout import RolloutDraw, is_output
+from model.self_rollout import RolloutDraw
 from pipeline.rollout import Rollout
 from pipeline.sampling import BlockNoise, OdeStep, Renoise
 from pipeline.schedule import BlockLayout, Schedule
@@ -365,7 +365,7 @@ def test_windows_over_a_known_past_are_one_forward(
     window_flows = [f for f, call in zip(flows, log.calls, strict=True) if not call.clean_pass]
     plan = RolloutDraw(kind, num_blocks, (exit_level,) * num_blocks)
     schedule = Schedule(kind, method.levels, num_blocks)
-    chosen = [window for window in schedule if is_output(plan, schedule.num_levels, window)]
+    chosen = [window for window in schedule if plan.is_output(schedule.num_levels, window)]
     assert [b for window in chosen for b in window.blocks] == list(range(num_blocks))
 
     context = ForcedContext(

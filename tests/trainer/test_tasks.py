@@ -309,10 +309,10 @@ def test_reencoding_replaces_the_first_frame_of_longer_rollouts(
             assert (task.vae is not None) is reencode
             update = next(n for n in range(99) if drawn(config, n).num_blocks == 5)
             text = task.text(["grass"])
-            clip, counts, _ = task._rollout(text, Draws(0, update, (0,)), grad=False)
-            assert counts is not None
-            assert counts.tolist() == [False, True, True]
-            clips[reencode] = clip
+            clip = task._rollout(text, Draws(0, update, (0,)), grad=False)
+            assert clip.counts is not None
+            assert clip.counts.tolist() == [False, True, True]
+            clips[reencode] = clip.latents
     if on:
         assert torch.equal(clips[True][:, 1:], clips[False][:, 1:])
         assert not torch.allclose(clips[True][:, :1], clips[False][:, :1], atol=1e-3)
@@ -328,7 +328,7 @@ def test_a_first_block_of_one_frame_masks_one_frame(
         task = trainer.task
         assert isinstance(task, Distillation)
         update = next(n for n in range(99) if drawn(trainer.config, n).num_blocks == 3)
-        _, counts, _ = task._rollout(task.text(["grass"]), Draws(0, update, (0,)), grad=False)
+        counts = task._rollout(task.text(["grass"]), Draws(0, update, (0,)), grad=False).counts
     assert counts is not None
     assert counts.tolist() == [False, True, True]
 

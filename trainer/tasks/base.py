@@ -77,6 +77,10 @@ class Task(ABC):
         """Players that are updated in a step, in order."""
         return tuple(self.players)
 
+    def keeps_batch(self, player: str, step: int) -> bool:
+        """Whether the player's next update, after that of a step, is on the same batch."""
+        return False
+
     def collect(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep what is no number (0-d) of a micro-batch of training for `derive`; the others."""
         return metrics
@@ -196,4 +200,6 @@ def rollout_recipe(config: Config) -> RolloutRecipe:
         rolling_probability=config.rolling_probability,
         last_step_only=config.last_step_only,
         same_step_across_blocks=config.same_step_across_blocks,
+        scored_clip=config.scored_clip,
+        same_step_across_videos=config.same_step_across_videos,
     )

@@ -1,14 +1,17 @@
 """The task of `model/dmd.py`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.dmd import critic_loss, generator_loss, predict_scores, raw_timesteps, score_timesteps
+from model.flow_matching import flow_matching_loss
 from model.result import LossResult
 from model.self_rollout import (
+    BatchDraw,
     RolloutDraw,
     rollout_flops,
     scored_clip,
@@ -16,6 +19,7 @@ from model.self_rollout import (
 )
 from pipeline.sampling import BlockNoise
 from pipeline.setup import Setup
+from trainer.data import check_latents
 from trainer.metrics import TimestepBuckets, latent_statistics
 from trainer.networks import build_score, make_player
 from trainer.tasks.base import Batch, GeneratorTask, TaskInputs, rollout_recipe
@@ -25,6 +29,15 @@ from utils.draws import Draws, Purpose, TrainingNoise
 from utils.errors import UserError
 from wan.flops import forward_flops, training_flops
 from wan.flow import add_noise, shift_timesteps
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A rollout: `latents` `[B, F, C, h, w]`, and which frames count `[F]` (None: all)."""
+
+    latents: Tensor
+    counts: Tensor | None
+    drawn: BatchDraw
 
 
 class Distillation(GeneratorTask):
@@ -44,16 +57,37 @@ class Distillation(GeneratorTask):
             "critic": make_player(config, "critic", self.fake_score, critic=True),
         }
         self.errors = TimestepBuckets()
+        self.clips: dict[tuple[int, ...], Clip] = {}
+        """Rollouts that serve several critic updates, by their update and their videos."""
 
     @classmethod
     def check_items(cls, config: Config, setup: Setup, data: Dataset) -> None:
         """See `Task`: of any data it reads the prompts."""
+
+    @classmethod
+    def check_data(cls, config: Config, setup: Setup, data: Dataset) -> None:
+        """See `Task`: the guard of motion also reads the clips that are trained on."""
+        super().check_data(config, setup, data)
+        if config.motion_guard_weight:
+            check_latents(config, setup, data)
 
     def due(self, step: int) -> Sequence[str]:
         """See `Task`."""
         if step % self.config.dfake_gen_update_ratio == 0:
             return ("generator", "critic")
         return ("critic",)
+
+    def keeps_batch(self, player: str, step: int) -> bool:
+        """See `Task`."""
+        return player == "critic" and self._use(step + 1) > 0
+
+    def _use(self, step: int) -> int:
+        """How many critic updates of earlier steps were on the same rollouts.
+
+        A rollout serves until the student moves, so it can be made anew after a restart.
+        """
+        config = self.config
+        return step % config.dfake_gen_update_ratio % config.critic_updates_per_rollout
 
     def collect(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Task`: the critic's error at each timestep."""
@@ -78,12 +112,24 @@ class Distillation(GeneratorTask):
         """See `Task`."""
         if player == "generator":
             return self._generator_loss(batch, draws)
-        return self._critic_loss(batch, draws)
+        cond = self.text(batch["prompt"])
+        return self._critic_loss(cond, self._shared_clip(cond, draws), draws)
+
+    def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
+        """See `Task`: on rollouts of its own."""
+        cond = self.text(batch["prompt"])
+        return self._critic_loss(cond, self._rollout(cond, draws, grad=False), draws)
+
+    def _first_use(self, draws: Draws) -> Draws:
+        """The draws of the critic's update for which its rollouts were made."""
+        names = list(self.players)
+        earlier = self._use(draws.update // len(names))
+        return replace(draws, update=draws.update - earlier * len(names))
 
     def flops(self, player: str, draws: Draws) -> int:
         """See `Task`."""
         grad, config = player == "generator", self.config
-        drawn = rollout_recipe(config).draw(self.layout, draws.update)
+        drawn = self._drawn(draws)
         frames, tokens = self.frames, self.shape.tokens_per_frame
         rollout = rollout_flops(
             self.setup,
@@ -92,19 +138,29 @@ class Distillation(GeneratorTask):
             scored_frames=frames,
             grad=grad,
             checkpointing=config.gradient_checkpointing,
+            replayed=config.replayed_backward,
         )
         fake = forward_flops(self.fake_score.config, frames, frames, tokens)
         if not grad:
-            return rollout + training_flops(fake, checkpointing=config.gradient_checkpointing)
-        return rollout + fake + 2 * forward_flops(self.real_score.config, frames, frames, tokens)
+            made = rollout if self._first_use(draws) == draws else 0
+            return made + training_flops(fake, checkpointing=config.gradient_checkpointing)
+        scores = fake + 2 * forward_flops(self.real_score.config, frames, frames, tokens)
+        guard = forward_flops(self.generator.config, frames, frames, tokens)
+        guard = training_flops(guard, checkpointing=config.gradient_checkpointing)
+        return rollout + scores + (guard if config.motion_guard_weight else 0)
 
     def _needs_vae(self) -> bool:
         longest = rollout_recipe(self.config).longest_frames(self.layout)
-        return self.config.reencode_first_frame and longest > self.frames
+        reencodes = self.config.reencode_first_frame and longest > self.frames
+        return reencodes or (self.config.motion_guard_weight > 0 and super()._needs_vae())
 
-    def _rollout(
-        self, embeddings: Tensor, draws: Draws, *, grad: bool
-    ) -> tuple[Tensor, Tensor | None, RolloutDraw]:
+    def _drawn(self, draws: Draws) -> BatchDraw:
+        """The rollouts of a batch."""
+        return rollout_recipe(self.config).draw_batch(
+            self.layout, draws.update, draws.indices, alone=self.world.size == 1
+        )
+
+    def _rollout(self, embeddings: Tensor, draws: Draws, *, grad: bool) -> Clip:
         source = TrainingNoise(
             draws.seed,
             draws.update,
@@ -113,7 +169,7 @@ class Distillation(GeneratorTask):
             self.layout.frames(0),
         )
         noise = BlockNoise(source, draws.indices, self.world.device)
-        drawn = rollout_recipe(self.config).draw(self.layout, draws.update)
+        drawn = self._drawn(draws)
         with self.timer.phase("rollout"), torch.set_grad_enabled(grad):
             text = self.generator.encode_text(embeddings)
             latents = self_rollout(
@@ -124,6 +180,7 @@ class Distillation(GeneratorTask):
                 drawn,
                 scored_frames=self.frames,
                 grad=grad,
+                replayed=self.config.replayed_backward,
             )
             clip, counts = scored_clip(
                 latents,
@@ -131,16 +188,16 @@ class Distillation(GeneratorTask):
                 scored=self.frames,
                 block_frames=self.layout.frames(0),
             )
-        return clip, counts, drawn
+        return Clip(clip, counts, drawn)
 
-    def _score_inputs(self, clip: Tensor, draws: Draws, lowest: int = 0) -> tuple[Tensor, Tensor]:
+    def _score_inputs(self, clip: Clip, draws: Draws) -> tuple[Tensor, Tensor]:
         """Timesteps `[B, F]` and noise `[B, F, C, h, w]` of the scores."""
-        uniform = draws.uniform(Purpose.SCORE_TIMESTEP)
-        raw = raw_timesteps(uniform, lowest, self.config.num_train_timestep)
+        uniform, lowest = draws.uniform(Purpose.SCORE_TIMESTEP), map(self._lowest, clip.drawn.rows)
+        raw = raw_timesteps(uniform, list(lowest), self.config.num_train_timestep)
         timesteps = score_timesteps(raw, self.config.timestep_shift)
-        noise = draws.normal(Purpose.SCORE_NOISE, clip.shape[1:])
-        on = clip.device
-        return timesteps.to(on)[:, None].expand(-1, clip.shape[1]), noise.to(on)
+        shape, on = clip.latents.shape, clip.latents.device
+        noise = draws.normal(Purpose.SCORE_NOISE, shape[1:])
+        return timesteps.to(on)[:, None].expand(-1, shape[1]), noise.to(on)
 
     def _lowest(self, drawn: RolloutDraw) -> int:
         """With `ts_schedule`, scores stay above the next level of a Self Forcing rollout.
@@ -161,32 +218,65 @@ class Distillation(GeneratorTask):
     def _generator_loss(self, batch: Batch, draws: Draws) -> LossResult:
         cond = self.text(batch["prompt"])
         both = self.text([*batch["prompt"], *[self.config.negative_prompt] * len(cond)])
-        clip, counts, drawn = self._rollout(cond, draws, grad=True)
-        timesteps, noise = self._score_inputs(clip, draws, self._lowest(drawn))
+        clip = self._rollout(cond, draws, grad=True)
+        timesteps, noise = self._score_inputs(clip, draws)
+        samples, drawn = clip.latents.detach(), clip.drawn.shared
         with self.timer.phase("scores"), torch.no_grad():
             scores = predict_scores(
                 self.real_score,
                 self.fake_score,
-                add_noise(clip.detach(), noise, timesteps),
+                add_noise(samples, noise, timesteps),
                 timesteps,
                 real_text=self.real_score.encode_text(both),
                 fake_text=self.fake_score.encode_text(cond),
                 guidance_scale=self.config.guidance_scale,
             )
-        result = generator_loss(clip, scores, counts)
-        statistics = latent_statistics(clip.detach())
+        result = generator_loss(clip.latents, scores, clip.counts)
+        statistics = latent_statistics(samples)
         shares = {"rolling": float(drawn.schedule == "rolling"), "blocks": drawn.num_blocks}
         metrics = {
             **result.metrics,
             **{f"generated/{name}": value for name, value in statistics.items()},
             **{f"rollout/{name}": torch.tensor(float(v)) for name, v in shares.items()},
         }
-        return LossResult(result.loss, metrics)
+        if not self.config.motion_guard_weight:
+            return LossResult(result.loss, metrics)
+        guard = self._guard(batch, cond, draws)
+        metrics["guard/error"] = guard.detach()
+        return LossResult(result.loss + self.config.motion_guard_weight * guard, metrics)
 
-    def _critic_loss(self, batch: Batch, draws: Draws) -> LossResult:
-        cond = self.text(batch["prompt"])
-        clip, _, drawn = self._rollout(cond, draws, grad=False)
-        timesteps, noise = self._score_inputs(clip, draws, self._lowest(drawn))
+    def _guard(self, batch: Batch, embeddings: Tensor, draws: Draws) -> Tensor:
+        """The student's error on true clips, all frames at one of its levels and in full attention.
+
+        HiAR (arXiv 2603.08703): a forward KL, which covers all motion there is, beside the reverse
+        one of DMD, in a mode of attention that rollouts do not use.
+        """
+        latents, device = self._latents(batch), self.world.device
+        levels = self.setup.levels.tensor()
+        timesteps = levels[draws.integers(Purpose.GUARD_LEVEL, len(levels))].to(device)
+        with self.timer.phase("guard"):
+            return flow_matching_loss(
+                self.generator,
+                latents,
+                draws.normal(Purpose.GUARD_NOISE, latents.shape[1:]).to(device),
+                timesteps[:, None].expand(-1, latents.shape[1]),
+                self.generator.encode_text(embeddings),
+                shift=None,
+            ).loss
+
+    def _shared_clip(self, embeddings: Tensor, draws: Draws) -> Clip:
+        """The rollouts of a critic's update, which may have served an earlier one."""
+        first = self._first_use(draws)
+        if self.config.critic_updates_per_rollout == 1:
+            return self._rollout(embeddings, first, grad=False)
+        key = (first.update, *draws.indices)
+        self.clips = {made: clip for made, clip in self.clips.items() if made[0] == first.update}
+        if key not in self.clips:
+            self.clips[key] = self._rollout(embeddings, first, grad=False)
+        return self.clips[key]
+
+    def _critic_loss(self, embeddings: Tensor, clip: Clip, draws: Draws) -> LossResult:
+        timesteps, noise = self._score_inputs(clip, draws)
         with self.timer.phase("scores"):
-            text = self.fake_score.encode_text(cond)
-            return critic_loss(self.fake_score, clip, noise, timesteps, text)
+            text = self.fake_score.encode_text(embeddings)
+            return critic_loss(self.fake_score, clip.latents, noise, timesteps, text)
