@@ -32,15 +32,29 @@ def flow_matching_loss(
     With `clean` `[B, F, C, h, w]` (teacher forcing) the network sees these frames, at
     `clean_timesteps`, in front of the noisy ones; the context has to be made for `2F` frames.
     """
-    noisy, frames = add_noise(latents, noise, timesteps), latents.shape[1]
-    inputs, times = noisy, timesteps
-    if clean is not None:
+    noisy = add_noise(latents, noise, timesteps)
+    if clean is None:
+        flow = dit(noisy, timesteps, text, context)
+    else:
         at = torch.zeros_like(timesteps) if clean_timesteps is None else clean_timesteps
-        inputs, times = torch.cat([clean, noisy], dim=1), torch.cat([at, timesteps], dim=1)
-    flow = dit(inputs, times, text, context)[:, -frames:]
+        flow = flow_after(dit, noisy, timesteps, text, context, clean, at)
     error = (flow.float() - (noise - latents)).square().mean(dim=(2, 3, 4))  # [B, F]
     weight = 1.0 if shift is None else training_weight(timesteps, shift)
     return LossResult(
         (weight * error).mean(),
         {"flow/error": error.detach().mean(), "flow/timestep": timesteps.float().mean()},
     )
+
+
+def flow_after(
+    dit: WanDiT,
+    noisy: Tensor,
+    timesteps: Tensor,
+    text: TextContext,
+    context: AttentionContext | None,
+    clean: Tensor,
+    clean_timesteps: Tensor,
+) -> Tensor:
+    """The flow of `noisy` frames `[B, F, C, h, w]` behind as many clean ones (teacher forcing)."""
+    frames, times = torch.cat([clean, noisy], dim=1), torch.cat([clean_timesteps, timesteps], dim=1)
+    return dit(frames, times, text, context)[:, -noisy.shape[1] :]

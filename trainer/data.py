@@ -208,7 +208,8 @@ def check_embeddings(config: Config, data: Dataset) -> None:
     if len(data) < UNLIMITED:
         store.require(data.prompt(index) for index in range(len(data)))
     needed = list(config.sample_prompts) if config.sample_every else []
-    if config.trainer == "score_distillation" or (config.sample_every and not config.distilled):
+    guided = config.trainer in ("score_distillation", "consistency")
+    if guided or (config.sample_every and not config.distilled):
         needed.append(config.negative_prompt)
     if config.prompt_dropout > 0:
         needed.append("")

@@ -4,11 +4,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from trainer.sharding import local
 
 
 class EMA:
@@ -26,8 +23,8 @@ class EMA:
     @torch.no_grad()
     def update(self, trained: Mapping[str, Tensor]) -> None:
         """Move towards the weights; each rank its own shards, all in one call."""
-        shadows = [_local(self.shadow[name]) for name in trained]
-        weights = [_local(parameter.detach()) for parameter in trained.values()]
+        shadows = [local(self.shadow[name]) for name in trained]
+        weights = [local(parameter.detach()) for parameter in trained.values()]
         torch._foreach_lerp_(shadows, weights, 1 - self.weight)
 
     @torch.no_grad()

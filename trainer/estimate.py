@@ -57,14 +57,14 @@ def network_memory(
     has its weights in the compute dtype.
     """
     dit = empty_dit(sizes)
-    frozen = role == "real_score"
+    frozen = role in ("real_score", "target")
     if role == "generator" and config.lora is not None:
         add_lora(dit, config.lora.rank, config.lora.alpha, config.lora.targets)
     count = sum(p.numel() for p in dit.parameters())
     trained = 0 if frozen else sum(p.numel() for p in dit.parameters() if p.requires_grad)
     shards = shards_of(strategy_of(config, role), world, local_world, config.hybrid_shard_size)
     share, moving = -(-count // shards), -(-trained // shards) * FP32
-    size = planned_dtype(config).itemsize if frozen else FP32
+    size = planned_dtype(config).itemsize if role == "real_score" else FP32
     average = moving if role == "generator" and config.ema_weight > 0 else 0
     return NetworkMemory(role, name, count, shards, share * size, 2 * moving, moving, average)
 
@@ -76,12 +76,7 @@ def planned_dtype(config: Config) -> torch.dtype:
 
 def networks_of(config: Config) -> dict[str, str]:
     """Role -> model folder of the transformers that a run has."""
-    names = {
-        "generator": config.generator_name,
-        "real_score": config.real_name,
-        "fake_score": config.fake_name,
-    }
-    return {role: names[role] for role in find_task(config.trainer).roles}
+    return find_task(config.trainer).networks(config)
 
 
 def sizes_of(config: Config, name: str) -> DiTConfig:

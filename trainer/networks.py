@@ -112,10 +112,20 @@ def random_state(sizes: DiTConfig, seed: int) -> dict[str, Tensor]:
 
 def build_generator(config: Config, setup: Setup, world: World) -> WanDiT:
     """The student: from `generator_ckpt`, or from its model folder."""
-    source = setup.require_folder().path
-    if config.generator_ckpt:
-        source = find_checkpoint(config.generator_ckpt)
+    source = _generator_source(config, setup)
     return build_dit(config, world, "generator", setup.sizes, source, trained=True)
+
+
+def build_causal_teacher(config: Config, setup: Setup, world: World) -> WanDiT:
+    """A frozen network with the weights that the student starts from."""
+    source = _generator_source(config, setup)
+    return build_dit(config, world, "real_score", setup.sizes, source, trained=False).eval()
+
+
+def _generator_source(config: Config, setup: Setup) -> Path:
+    if config.generator_ckpt:
+        return find_checkpoint(config.generator_ckpt)
+    return setup.require_folder().path
 
 
 def build_score(config: Config, setup: Setup, world: World, role: str, *, trained: bool) -> WanDiT:

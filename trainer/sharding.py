@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -97,6 +98,7 @@ def strategy_of(config: Config, network: str) -> str:
         "generator": config.sharding.generator,
         "real_score": config.sharding.real_score,
         "fake_score": config.sharding.fake_score,
+        "target": config.sharding.generator,
         "text_encoder": config.sharding.text_encoder,
     }[network]
     return chosen or config.sharding_strategy
@@ -148,6 +150,26 @@ def load_full_state(
         check_finite({key: full}, source, state)
         loaded[key] = shard_like(ours, full)
     module.load_state_dict(loaded, assign=True)
+
+
+@torch.no_grad()
+def overwrite(
+    module: nn.Module, stored: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> None:
+    """Give a frozen module other values of some of its parameters, each rank its own shards.
+
+    `stored`: its parameters as they were before its first forward pass (see `Player.trained`).
+    """
+    if isinstance(module, FSDPModule):
+        module.reshard()  # else it goes on with the whole ones of its last forward pass
+    ours = [stored[name] for name in weights]
+    pairs = [[local(tensor) for tensor in tensors] for tensors in (ours, weights.values())]
+    torch._foreach_copy_(*pairs)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(ours: Tensor, full: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ INERT_KEYS = frozenset(
     }
 )
 INERT_SUFFIX = "_fsdp_wrap_strategy"
-TRAINERS = ("score_distillation", "ode", "diffusion", "vae")  # of trainer/tasks
+TRAINERS = ("score_distillation", "ode", "diffusion", "consistency", "vae")  # of trainer/tasks
 NEAR = 0.6  # how alike a key has to be to be what was meant
 
 

@@ -364,15 +364,16 @@ class Config:
     trainer: str = key(
         "score_distillation",
         "DMD, ODE initialisation, flow matching (schedule: full trains a bidirectional network), "
-        "the VAE, or a task of another package, such as shapes:text_encoder",
+        "consistency distillation of a causal network, the VAE, or a task of another package, such "
+        "as shapes:text_encoder",
         "weights",
-        form="score_distillation, ode, diffusion, vae, package:name",
+        form="score_distillation, ode, diffusion, consistency, vae, package:name",
         section="training: objective",
     )
     distribution_loss: Literal["dmd"] = key("dmd", "of score_distillation", "weights")
     denoising_loss_type: Literal["flow"] = key("flow", "of the critic", "weights")
     guidance_scale: float = key(
-        3.0, "g in cond + g (cond - uncond) of the teacher's score", "weights", bounds=SCALE
+        3.0, "g in cond + g (cond - uncond) of the teacher", "weights", bounds=SCALE
     )
     ts_schedule: bool = key(
         False, "scores at timesteps above the level where a Self Forcing rollout stops", "weights"
@@ -419,16 +420,29 @@ class Config:
         "weights",
         bounds=SCALE,
     )
-    teacher_forcing: bool = key(False, "diffusion: look back at clean blocks", "weights")
-    diffusion_forcing: bool = key(False, "diffusion: a noise level per block", "weights")
+    teacher_forcing: bool = key(
+        False, "diffusion, consistency: look back at clean blocks", "weights"
+    )
+    diffusion_forcing: bool = key(
+        False, "diffusion, consistency: a noise level per block", "weights"
+    )
     window_forcing: bool = key(
-        False, "diffusion: teacher forcing on the windows and levels of a rollout", "weights"
+        False,
+        "diffusion, consistency: teacher forcing on the windows and levels of a rollout",
+        "weights",
     )
     clean_context_noise: float = key(
         0,
         "teacher, window forcing: highest timestep of the clean blocks",
         "weights",
         bounds=TIMESTEP,
+    )
+    consistency_steps: int = key(
+        48,
+        "consistency: steps of the teacher from noise to clean, a multiple of the student's levels "
+        "(Causal Forcing++, arXiv 2605.15141)",
+        "weights",
+        bounds=LEVELS,
     )
     prompt_dropout: float = key(
         0.0, "diffusion: share of clips trained without their prompt", "weights", bounds=SHARE

@@ -1,6 +1,7 @@
 """Tasks: which networks are trained in which order, and how a batch becomes a loss."""
 
 from trainer.tasks.base import Task
+from trainer.tasks.consistency import Consistency
 from trainer.tasks.distillation import Distillation
 from trainer.tasks.flow_matching import FlowMatching
 from trainer.tasks.ode_initialisation import OdeInitialisation
@@ -12,6 +13,7 @@ TASKS: dict[str, type[Task]] = {
     "score_distillation": Distillation,
     "ode": OdeInitialisation,
     "diffusion": FlowMatching,
+    "consistency": Consistency,
 }
 
 

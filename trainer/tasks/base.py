@@ -49,7 +49,7 @@ class Task(ABC):
 
     players: dict[str, Player]
     roles: ClassVar[tuple[str, ...]] = ()
-    """The transformers it holds: of `generator`, `real_score`, `fake_score`."""
+    """The transformers it holds: of `generator`, `real_score`, `fake_score`, `target`."""
 
     def __init__(self, given: TaskInputs) -> None:
         self.config = given.config
@@ -60,6 +60,16 @@ class Task(ABC):
         self.data = given.data
         if self.config.i2v:
             raise UserError("training starts from noise, not from images: set i2v=false")
+
+    @classmethod
+    def networks(cls, config: Config) -> dict[str, str]:
+        """Role -> model folder of the transformers it holds."""
+        names = {
+            "generator": config.generator_name,
+            "real_score": config.real_name,
+            "fake_score": config.fake_name,
+        }
+        return {role: names[role] for role in cls.roles}
 
     @classmethod
     @abstractmethod

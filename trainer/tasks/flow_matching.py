@@ -55,12 +55,7 @@ class FlowMatching(GeneratorTask):
         frames = latents.shape[1]
         kept = draws.uniform(Purpose.PROMPT_DROPOUT) >= config.prompt_dropout
         prompts = [p if k else "" for p, k in zip(batch["prompt"], kept.tolist(), strict=True)]
-        clean, clean_timesteps = None, None
-        if self.forced:
-            noise = draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]).to(device)
-            level = draws.uniform(Purpose.CLEAN_TIMESTEP) * config.clean_context_noise
-            clean_timesteps = level[:, None].expand(-1, frames).to(device)
-            clean = add_noise(latents, noise, clean_timesteps)
+        clean, clean_timesteps = self._clean(latents, draws) if self.forced else (None, None)
         timesteps, context = self._levels(draws, frames)
         return flow_matching_loss(
             self.generator,
@@ -83,31 +78,39 @@ class FlowMatching(GeneratorTask):
 
     def flops(self, player: str, draws: Draws) -> int:
         """See `Task`."""
+        forward = self._forward_flops(draws)
+        return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+
+    def _forward_flops(self, draws: Draws) -> int:
         sizes, tokens = self.generator.config, self.shape.tokens_per_frame
         if self.config.window_forcing:
             views = self._windows(draws)[1].views
-            forward = sum(pass_flops(sizes, view, tokens) for view in views)
-        else:
-            frames = self.frames * (2 if self.config.teacher_forcing else 1)
-            forward = forward_flops(sizes, frames, frames, tokens)
-        return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+            return sum(pass_flops(sizes, view, tokens) for view in views)
+        frames = self.frames * (2 if self.config.teacher_forcing else 1)
+        return forward_flops(sizes, frames, frames, tokens)
+
+    def _clean(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The frames that the noisy ones look back at, and their timesteps `[B, F]`."""
+        noise = draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]).to(latents.device)
+        level = draws.uniform(Purpose.CLEAN_TIMESTEP) * self.config.clean_context_noise
+        timesteps = level[:, None].expand(-1, latents.shape[1]).to(latents.device)
+        return add_noise(latents, noise, timesteps), timesteps
 
     def _levels(self, draws: Draws, frames: int) -> tuple[Tensor, AttentionContext | None]:
         """Timesteps `[B, F]` and attention of a batch."""
         if self.config.window_forcing:
-            timesteps, context = self._windows(draws)
-            return timesteps.expand(len(draws.indices), -1), context
+            levels, context = self._windows(draws)
+            return self.setup.levels.tensor()[levels].expand(len(draws.indices), -1), context
         return self._timesteps(draws, frames), self.context
 
     def _windows(self, draws: Draws) -> tuple[Tensor, ForcedContext]:
-        """Timesteps `[F]` and attention of the output windows of one rollout, drawn as in DMD."""
+        """Levels `[F]` and attention of the output windows of one rollout, drawn as in DMD."""
         layout = self.layout
         recipe = replace(rollout_recipe(self.config), longest=self.frames, seed=draws.seed)
         drawn = recipe.draw(layout, draws.update)
         windows = output_windows(self.setup, drawn)
-        timesteps = self.setup.levels.tensor()
-        per_block = [timesteps[level] for window in windows for _, level in window]
-        per_frame = [t.expand(layout.frames(block)) for block, t in enumerate(per_block)]
+        blocks = [pair for window in windows for pair in window]
+        per_frame = [level for block, level in blocks for _ in range(layout.frames(block))]
         spans = tuple(
             range(layout.start(window.blocks[0]), layout.start(window.blocks[-1] + 1))
             for window in windows
@@ -121,7 +124,7 @@ class FlowMatching(GeneratorTask):
                 self.generator.config.head_dim,
                 self.world.device,
             )
-        return torch.cat(per_frame), self.windowed[spans]
+        return torch.tensor(per_frame), self.windowed[spans]
 
     def _timesteps(self, draws: Draws, frames: int) -> Tensor:
         """One timestep per video, or per block with `diffusion_forcing`: `[B, F]`."""

@@ -1,0 +1,99 @@
+"""Causal consistency distillation: a start for the student from clean clips alone, without pairs.
+
+The student learns the flow map of a causal teacher: from any state of the teacher's ODE, given the
+clean past, to its end. One Euler step of the teacher with guidance leads to a neighbouring state,
+and an average of the student's own weights says where that one ends.
+
+Consistency models (arXiv 2303.01469), Sec. 4, eq. 7; for causal video Causal Forcing++ (arXiv
+2605.15141), whose teacher and student start from one network of teacher forcing, with 48 steps, a
+shift of 5, guidance 3 and an average of 0.99, as FastVideo's `causal_cd` has them; Causal-rCM
+(arXiv 2606.25473) finds this the best start for DMD on self-rollouts. They never draw the last
+step; here it is one of all: it ends clean, and ties the chain to the teacher.
+"""
+
+import torch
+from torch import Tensor
+
+from model.flow_matching import flow_after
+from model.result import LossResult
+from utils.errors import UserError
+from wan.context import AttentionContext
+from wan.dit import TextContext, WanDiT
+from wan.flow import NUM_TIMESTEPS, shift_timesteps, sigma_of, x0_from_flow
+
+
+def consistency_grid(levels: Tensor, steps: int, shift: float) -> Tensor:
+    """Timesteps of the teacher's steps, falling, the last one 0: `[steps + 1]`, float32.
+
+    The student's `levels` `[T]` are among them, with equally many steps from each one to the next,
+    even before the shift. UserError unless `steps` is a multiple of T.
+    """
+    if steps % len(levels):
+        raise UserError(
+            f"consistency_steps={steps} is no multiple of the {len(levels)} levels of "
+            "denoising_step_list"
+        )
+    even = torch.cat([shift_timesteps(levels, 1 / shift), torch.zeros(1)]).double()
+    between = torch.arange(steps // len(levels), dtype=torch.float64) * len(levels) / steps
+    inner = even[:-1, None] + between * (even[1:] - even[:-1])[:, None]  # [T, steps / T]
+    grid = shift_timesteps(inner.flatten().clamp(max=NUM_TIMESTEPS), shift)
+    grid[:: steps // len(levels)] = levels
+    return torch.cat([grid, torch.zeros(1)])
+
+
+def consistency_loss(
+    student: WanDiT,
+    target: WanDiT,
+    teacher: WanDiT,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    following: Tensor,
+    *,
+    student_text: TextContext,
+    target_text: TextContext,
+    teacher_text: TextContext,
+    guidance_scale: float,
+    context: AttentionContext,
+    clean: Tensor,
+    clean_timesteps: Tensor,
+) -> LossResult:
+    """mean |x_0^student(x_t, t) - x_0^target(x_t', t')|^2, with x_t' = x_t + (s' - s) v^teacher.
+
+    `latents` (x_0) and `noise` `[B, F, C, h, w]`; `timesteps` t and `following` t' below it
+    `[B, F]`, of neighbours on the teacher's grid. All networks see the frames `clean`, at
+    `clean_timesteps`, through `context`. `teacher_text` holds the B conditional rows, and with
+    guidance g the B unconditional ones behind them: v = cond + g (cond - uncond).
+    """
+    sigma, next_sigma = sigma_of(timesteps, latents), sigma_of(following, latents)
+    noisy = (1 - sigma) * latents + sigma * noise
+    past = (clean, clean_timesteps)
+    with torch.no_grad():
+        flow = _guided_flow(teacher, noisy, timesteps, teacher_text, guidance_scale, context, past)
+        moved = noisy + (next_sigma - sigma) * flow
+        flow = flow_after(target, moved, following, target_text, context, *past)
+        end = x0_from_flow(moved, flow, following)
+    flow = flow_after(student, noisy, timesteps, student_text, context, *past)
+    x0 = x0_from_flow(noisy, flow, timesteps)
+    metrics = {
+        "consistency/error": (x0.detach() - latents).square().mean(),
+        "consistency/timestep": timesteps.float().mean(),
+    }
+    return LossResult((x0.float() - end).square().mean(), metrics)
+
+
+def _guided_flow(
+    teacher: WanDiT,
+    noisy: Tensor,
+    timesteps: Tensor,
+    text: TextContext,
+    guidance_scale: float,
+    context: AttentionContext,
+    past: tuple[Tensor, Tensor],
+) -> Tensor:
+    if guidance_scale == 0:
+        return flow_after(teacher, noisy, timesteps, text, context, *past)
+    twice = [torch.cat([x, x]) for x in (noisy, timesteps, *past)]
+    flow = flow_after(teacher, twice[0], twice[1], text, context, *twice[2:])
+    cond, uncond = flow.chunk(2)
+    return cond + guidance_scale * (cond - uncond)
