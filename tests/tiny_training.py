@@ -123,6 +123,28 @@ class TrainingWorld:
             **changes,
         }
 
+    def consistency(self, **changes: Any) -> dict[str, Any]:
+        """What makes the experiment a consistency distillation."""
+        return {
+            "trainer": "consistency",
+            "teacher_forcing": True,
+            "consistency_steps": 6,
+            "data_path": str(self.latents),
+            **changes,
+        }
+
+    def options(self) -> dict[str, Any]:
+        """All options of distillation that are off by default."""
+        return {
+            "replayed_backward": True,
+            "num_training_frames": FRAMES + 3,
+            "scored_clip": "anywhere",
+            "same_step_across_videos": False,
+            "critic_updates_per_rollout": 2,
+            "motion_guard_weight": 0.5,
+            "data_path": str(self.latents),
+        }
+
     def vae(self) -> dict[str, Any]:
         """What makes the experiment the training of a VAE, on single frames."""
         sizes = {"base_dim": 2, "dim_mult": [1, 1, 1, 1], "kl_weight": 0.1, "edge_weight": 0.5}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.self_rollout import (
+    BatchDraw,
     RolloutDraw,
     scored_clip,
     self_rollout,
@@ -17,7 +18,7 @@ from pipeline.sampling import BlockNoise
 from pipeline.setup import Setup
 from tests.golden_cases import Case, case_names, entries, load_case, load_weights
 from tests.tiny_models import write_tiny_vae
-from tests.tiny_pipeline import golden_pipeline, random_dit, write_config
+from tests.tiny_pipeline import TINY_DIT, golden_pipeline, random_dit, write_config
 from tests.tiny_training import drawn, layout_of
 from trainer.tasks.base import rollout_recipe
 from utils.config import Config, load_config
@@ -354,6 +355,84 @@ def test_replayed_gradients_are_those_of_one_graph(
         assert plain is not None, name
         assert plain.any(), name
         torch.testing.assert_close(gradients[1][name], plain, atol=1e-9, rtol=1e-7, msg=name)
+
+
+OWN_LEVELS = {
+    "rolling": [(2,) * 5, (0,) * 5, (4,) * 5],
+    "block": [(2, 0, 4, 1, 3), (0, 0, 1, 2, 0), (3,) * 5],
+}
+
+
+@pytest.mark.parametrize("schedule", OWN_LEVELS)
+@pytest.mark.parametrize("replayed", [False, True])
+def test_videos_of_a_batch_stop_at_levels_of_their_own(
+    schedule: Any, replayed: bool, tmp_path: Path
+) -> None:
+    """As each would alone, in values and gradients, whatever levels others make it pass through."""
+    values = ROLLING | {"image_or_video_shape": [1, 9, 16, 4, 6], "max_attention_frames": 18}
+    config = load_config(write_config(tmp_path / "c.yaml", **values))
+    rows = tuple(RolloutDraw(schedule, 5, levels) for levels in OWN_LEVELS[schedule])
+    every = tuple(RolloutDraw(schedule, 5, (level,) * 5) for level in range(5))
+    torch.manual_seed(1)
+    embeddings, weight = torch.randn(1, 4, TINY_DIT["text_dim"]), torch.randn(1, 9, 16, 4, 6)
+
+    def run(drawn: Any, samples: list[int]) -> tuple[Tensor, Tensor]:
+        dit = random_dit(5).double().requires_grad_(True)
+        text = dit.encode_text(embeddings.expand(len(samples), -1, -1))
+        noise = BlockNoise(CounterNoise(7, (16, 4, 6), 3), samples, "cpu")
+        video = rolled(config, dit, text, noise, drawn, grad=True, replayed=replayed)
+        (video[:, -9:] * weight).sum().backward()
+        found = [p.grad.flatten() for p in dit.parameters() if p.grad is not None]
+        return video.detach(), torch.cat(found)
+
+    alone = [run(row, [sample]) for sample, row in enumerate(rows)]
+    for together in (rows, every):
+        video, gradient = run(BatchDraw(rows, together), [0, 1, 2])
+        torch.testing.assert_close(video, torch.cat([own for own, _ in alone]), atol=1e-5, rtol=0)
+        expected = torch.stack([own for _, own in alone]).sum(0)
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_levels_of_their_own_are_functions_of_the_video(rolling: Config) -> None:
+    """Of its index in the global batch, whatever else is in the batch, on one rank or several."""
+    config = replace(rolling, same_step_across_videos=False)
+    recipe, layout = rollout_recipe(config), layout_of(config)
+    for update in range(4):
+        all_rows = recipe.draw_batch(layout, update, range(64), alone=True)
+        some = recipe.draw_batch(layout, update, [9, 33], alone=False)
+        assert some.rows == (all_rows.rows[9], all_rows.rows[33])
+        assert {row.exit_levels[0] for row in all_rows.rows} == set(range(5))
+        assert [each.exit_levels[0] for each in some.together] == list(range(5))
+        shared = {replace(row, exit_levels=(0,)) for row in (*all_rows.rows, *some.together)}
+        assert shared == {replace(drawn(config, update), exit_levels=(0,))}
+        assert some.shared.exit_levels == (4,) * some.shared.num_blocks
+    one = replace(config, last_step_only=True)
+    only = rollout_recipe(one).draw_batch(layout, 0, [1], alone=False)
+    assert {each.exit_levels[0] for each in (*only.rows, *only.together)} == {4}
+
+
+def test_a_clip_from_anywhere_is_what_a_longer_rollout_has_there(rolling: Config) -> None:
+    """Its gradient stays in it, and what comes after it is not run."""
+    config = replace(rolling, scored_clip="anywhere", num_training_frames=30)
+    config.image_or_video_shape[1] = 12
+    plans = [drawn(config, update) for update in range(200)]
+    assert {plan.num_blocks for plan in plans} == {10}
+    assert {plan.end for plan in plans} == set(range(4, 11))
+    dit = random_dit(5).requires_grad_(True)
+    text = dit.encode_text(torch.ones(1, 4, dit.config.text_dim))
+    fixed = type(text)(*(tuple(x.detach() for x in part) for part in text))
+    whole = RolloutDraw("rolling", 10, (1,) * 10)
+    part = replace(whole, scored_end=6)
+    passes: list[bool] = []
+    dit.register_forward_hook(lambda _, __, flow: passes.append(flow.requires_grad))
+    noise = seeded_noise(config, dit)
+    expected = rolled(config, dit, fixed, noise, whole, grad=False)
+    number = len(passes)
+    found = rolled(config, dit, fixed, noise, part, grad=True)
+    torch.testing.assert_close(found.detach(), expected[:, :18], atol=1e-5, rtol=0)
+    assert len(passes) < 2 * number
+    # with r = 1 the windows 1, 6, 11 hold blocks 0-1, 2-6, 7-9; the clip is blocks 2-5
+    assert sum(passes[number:]) == 1
 
 
 def test_plan_is_a_function_of_seed_and_update(rolling: Config) -> None:

@@ -80,6 +80,10 @@ def variants(world: TrainingWorld) -> dict[str, dict[str, Any]]:
         "lora": LORA,
         "ode": world.ode() | measured | {"heldout_data_path": str(world.trajectories)},
         "diffusion": world.flow(prompt_dropout=0.5, diffusion_forcing=True),
+        "options": {**world.options(), "sharding_strategy": "full"},
+        "consistency": world.consistency(
+            **LORA, sharding_strategy="full", heldout_data_path=str(world.latents), **measured
+        ),
     }
 
 
@@ -103,7 +107,9 @@ def one(training_world: TrainingWorld, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-@pytest.mark.parametrize("name", ["full", "none", "mixed", "lora", "ode", "diffusion"])
+@pytest.mark.parametrize(
+    "name", ["full", "none", "mixed", "lora", "ode", "diffusion", "options", "consistency"]
+)
 def test_two_ranks_train_as_one_with_accumulation(name: str, one: Path, two: Runs) -> None:
     assert two.ends[name] == "step 4"
     expected, found = final_state(one / name / "run"), two.state(name)

@@ -29,7 +29,7 @@ from utils.datasets import write_shard
 from utils.draws import Draws
 from utils.errors import UserError
 
-TASKS = ["distillation", "ode", "diffusion", "vae"]
+TASKS = ["distillation", "ode", "diffusion", "consistency", "vae"]
 
 
 def task_values(world: TrainingWorld, task: str) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def task_values(world: TrainingWorld, task: str) -> dict[str, Any]:
         "distillation": {"heldout_data_path": str(world.prompts)},
         "ode": world.ode() | {"heldout_data_path": str(world.trajectories)},
         "diffusion": world.flow(prompt_dropout=0.5, heldout_data_path=str(world.latents)),
+        "consistency": world.consistency(heldout_data_path=str(world.latents)),
         "vae": world.vae(),
     }[task]
     return objective | {"heldout_every": 2, "heldout_videos": 4}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.consistency import consistency_grid
 from model.dmd import Scores, dmd_gradient, generator_loss
 from model.self_rollout import RolloutDraw
 from tests.tiny_training import (
@@ -22,14 +23,15 @@ from tests.tiny_training import (
     trained_state,
 )
 from trainer.sharding import open_world
-from trainer.tasks import Distillation, FlowMatching
+from trainer.tasks import Consistency, Distillation, FlowMatching
 from trainer.trainer import Trainer
 from utils.datasets import write_shard
-from utils.draws import Draws
+from utils.draws import Draws, Purpose
 from utils.errors import UserError
 from utils.video import VideoWriter
 from wan.context import ForcedContext
-from wan.flow import shift_timesteps, training_weight
+from wan.dit import WanDiT
+from wan.flow import add_noise, denoising_timesteps, shift_timesteps, training_weight
 from wan.vae import WanVAE
 
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -342,6 +344,158 @@ def test_rollouts_that_whole_blocks_make_longer_are_reencoded_too(
     with trainer_of(training_world, tmp_path, **changes) as trainer:
         assert trainer.task.vae is not None  # type: ignore[attr-defined]
         assert {drawn(trainer.config, n).num_blocks for n in range(20)} == {2}
+
+
+def test_a_rollout_serves_critic_updates_until_the_student_moves(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """On the same videos, at noise levels of their own: 2, 1, 2, 1 updates in cycles of three."""
+    changes = {"critic_updates_per_rollout": 2, "dfake_gen_update_ratio": 3, "batch_size": 4}
+    seen: list[tuple[str, tuple[str, ...], tuple[float, ...]]] = []
+    made: list[int] = []
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        task = trainer.task
+        assert isinstance(task, Distillation)
+        loss, rollout = task.loss, task._rollout
+
+        def watched(player: str, batch: dict[str, Any], draws: Draws) -> Any:
+            result = loss(player, batch, draws)
+            if player == "critic":
+                times = result.metrics["critic/timesteps"].tolist()
+                seen.append((player, tuple(batch["prompt"]), tuple(times)))
+            return result
+
+        def counted(embeddings: Tensor, draws: Draws, *, grad: bool) -> Any:
+            if not grad:
+                made.append(trainer.step)
+            return rollout(embeddings, draws, grad=grad)
+
+        task.loss, task._rollout = watched, counted  # type: ignore[method-assign]
+        shares = [task.flops("critic", Draws(0, 2 * step + 1, (0,))) for step in range(3)]
+        for _ in range(6):
+            trainer.train_step()
+    assert made == [0, 2, 3, 5]
+    prompts = [prompts for _, prompts, _ in seen]
+    assert prompts[0] == prompts[1]
+    assert prompts[3] == prompts[4]
+    assert len(set(prompts)) == 4
+    assert len({times for *_, times in seen}) == 6
+    assert shares[1] < shares[0]
+
+
+def test_more_updates_per_rollout_than_the_student_waits_for_are_refused(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="critic_updates_per_rollout=3 is more than"):
+        training_world.config(tmp_path, critic_updates_per_rollout=3)
+
+
+def test_the_guard_of_motion_adds_the_error_on_true_clips(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Of the student in full attention, at its own levels; without clips it is refused."""
+    found = []
+    for weight in (0.0, 0.5):
+        changes = {"motion_guard_weight": weight, "data_path": str(training_world.latents)}
+        with trainer_of(training_world, tmp_path / f"{weight}", **changes) as trainer:
+            task = trainer.task
+            assert isinstance(task, Distillation)
+            batch, draws = trainer.batches["generator"].micro_batch(0, Draws(0, 2, ()))
+            found.append(task.loss("generator", batch, draws))
+            noise = draws.normal(Purpose.GUARD_NOISE, (FRAMES, *LATENT))
+            levels = task.setup.levels.tensor()[draws.integers(Purpose.GUARD_LEVEL, 3)]
+            flow = task.generator(
+                add_noise(batch["latents"], noise, levels[:, None].expand(-1, FRAMES)),
+                levels[:, None].expand(-1, FRAMES),
+                task.generator.encode_text(task.text(batch["prompt"])),
+            )
+            error = (flow - (noise - batch["latents"])).square().mean()
+    torch.testing.assert_close(found[1].loss, found[0].loss + 0.5 * error)
+    assert "guard/error" not in found[0].metrics
+    torch.testing.assert_close(found[1].metrics["guard/error"], error.detach())
+    with (
+        pytest.raises(UserError, match="holds no latents"),
+        trainer_of(training_world, tmp_path, motion_guard_weight=0.5),
+    ):
+        pass
+
+
+# --- consistency --------------------------------------------------------------------------------
+
+
+def test_the_teachers_steps_pass_the_students_levels() -> None:
+    """With the published numbers they are even before the shift; 0 is the last."""
+    levels = denoising_timesteps([1000, 750, 500, 250], 5.0, warp=True)
+    grid = consistency_grid(levels, 48, 5.0)
+    even = shift_timesteps(1000 * (1 - torch.arange(49, dtype=torch.float64) / 48), 5.0)
+    torch.testing.assert_close(grid, even, atol=1e-3, rtol=0)
+    assert torch.equal(grid[:-1:12], levels)
+    assert grid[-1] == 0
+    uneven = consistency_grid(torch.tensor([900.0, 100.0]), 4, 1.0)
+    torch.testing.assert_close(uneven, torch.tensor([900.0, 500.0, 100.0, 50.0, 0.0]))
+    with pytest.raises(UserError, match="no multiple of the 4 levels"):
+        consistency_grid(levels, 50, 5.0)
+
+
+@pytest.mark.parametrize("forcing", ["teacher_forcing", "window_forcing"])
+def test_consistency_moves_along_the_guided_teacher(
+    forcing: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """The loss from its formula, once the three networks have become three."""
+    changes = training_world.consistency(**{"teacher_forcing": False, forcing: True})
+    with trainer_of(training_world, tmp_path, **changes, guidance_scale=2.0) as trainer:
+        task = trainer.task
+        assert isinstance(task, Consistency)
+        for _ in range(4):
+            trainer.train_step()
+        batch, draws = trainer.batches["generator"].micro_batch(0, Draws(0, 9, ()))
+        result = task.loss("generator", batch, draws)
+        places, context = task._places(draws, FRAMES)
+        x, noise = batch["latents"], draws.normal(Purpose.NOISE, (FRAMES, *LATENT))
+        times, after = task.grid[places], task.grid[places + 1]
+        s, s_after = (t[..., None, None, None] / 1000 for t in (times, after))
+
+        def flow(dit: WanDiT, noisy: Tensor, at: Tensor, prompts: list[str]) -> Tensor:
+            text = dit.encode_text(task.text(prompts))
+            both = torch.cat([x, noisy], 1), torch.cat([torch.zeros_like(at), at], 1)
+            return dit(*both, text, context)[:, FRAMES:]
+
+        noisy = (1 - s) * x + s * noise
+        cond = flow(task.teacher, noisy, times, batch["prompt"])
+        uncond = flow(task.teacher, noisy, times, ["blue"] * len(x))
+        moved = noisy + (s_after - s) * (uncond + 3 * (cond - uncond))
+        end = moved - s_after * flow(task.target, moved, after, batch["prompt"])
+        x0 = noisy - s * flow(task.generator, noisy, times, batch["prompt"])
+        torch.testing.assert_close(result.loss, (x0 - end).square().mean())
+        assert places.max() <= 5
+        ema = trainer.task.players["generator"].ema
+        assert ema is not None
+        for name, value in task.target.named_parameters():
+            assert torch.equal(value, ema.shadow[name]), name
+        weights = [dict(dit.named_parameters()) for dit in (task.generator, task.teacher)]
+        name = "blocks.0.ffn.0.weight"
+        assert not torch.equal(weights[0][name], weights[1][name])
+        assert not torch.equal(ema.shadow[name], weights[0][name])
+        assert result.loss.requires_grad
+        assert not any(p.requires_grad for p in (*task.target.parameters(), *weights[1].values()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"teacher_forcing": False}, "teacher_forcing=true or window_forcing=true"),
+        ({"denoising_step_list": None, "schedule": "block"}, "denoising_step_list"),
+        ({"consistency_steps": 4}, "no multiple of the 3 levels"),
+    ],
+)
+def test_consistency_says_what_it_lacks(
+    changes: dict[str, Any], said: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(UserError, match=said),
+        trainer_of(training_world, tmp_path, **training_world.consistency(**changes)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -29,6 +29,8 @@ from utils.errors import UserError
 def tasks(world: TrainingWorld) -> dict[str, dict[str, Any]]:
     return {
         "distillation": {"dfake_gen_update_ratio": 3},
+        "options": {**world.options(), "dfake_gen_update_ratio": 3},
+        "consistency": world.consistency(window_forcing=True, teacher_forcing=False),
         "ode": world.ode(),
         "diffusion": world.flow(prompt_dropout=0.5),
         "block-causal": world.flow(
@@ -38,12 +40,15 @@ def tasks(world: TrainingWorld) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("task", ["distillation", "ode", "diffusion", "block-causal", "vae"])
+@pytest.mark.parametrize(
+    "task", ["distillation", "options", "ode", "diffusion", "block-causal", "consistency", "vae"]
+)
 def test_stopping_and_going_on_changes_no_bit(
     task: str, training_world: TrainingWorld, tmp_path: Path
 ) -> None:
     """With accumulation; stopped inside a 3:1 cycle, after the average has started."""
-    players = {"distillation": ["generator", "critic"], "vae": ["vae"]}.get(task, ["generator"])
+    both = ["generator", "critic"]
+    players = {"distillation": both, "options": both, "vae": ["vae"]}.get(task, ["generator"])
     assert_goes_on_bit_for_bit(training_world, tmp_path, tasks(training_world)[task], players)
 
 

@@ -129,17 +129,23 @@ class Distillation(GeneratorTask):
     def flops(self, player: str, draws: Draws) -> int:
         """See `Task`."""
         grad, config = player == "generator", self.config
-        drawn = self._drawn(draws)
         frames, tokens = self.frames, self.shape.tokens_per_frame
-        rollout = rollout_flops(
-            self.setup,
-            self.generator.config,
-            drawn,
-            scored_frames=frames,
-            grad=grad,
-            checkpointing=config.gradient_checkpointing,
-            replayed=config.replayed_backward,
-        )
+        split, rank = self.batch_split, self.world.ranks.rank
+        own = (draws.for_indices(split.indices(m, rank)) for m in range(split.accumulation))
+        batches = [self._drawn(each) for each in own]
+        rollout = sum(
+            batches.count(drawn)
+            * rollout_flops(
+                self.setup,
+                self.generator.config,
+                drawn,
+                scored_frames=frames,
+                grad=grad,
+                checkpointing=config.gradient_checkpointing,
+                replayed=config.replayed_backward,
+            )
+            for drawn in set(batches)
+        ) // len(batches)
         fake = forward_flops(self.fake_score.config, frames, frames, tokens)
         if not grad:
             made = rollout if self._first_use(draws) == draws else 0
