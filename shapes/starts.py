@@ -4,7 +4,7 @@
     python -m shapes.starts --updates 5 image_or_video_shape=[1,36,16,8,8]
 
 Real updates of the shapes configs, on this machine, for one number of videos of one length. What
-is in clips and weights changes neither figure: clips are noise, made on the spot. ODE initialisation
+is in clips and weights changes neither figure: clips are noise, made on the spot. An ODE start
 also needs its pairs: `data` is what `scripts/precompute.py ode_pairs` computes for one, counted.
 """
 

@@ -296,8 +296,12 @@ def assert_goes_on_bit_for_bit(
     players: Sequence[str],
     *,
     ema: bool = True,
+    batches: int = 4,
 ) -> None:
-    """A training of four steps, stopped after two, against one that was not stopped."""
+    """A training of four steps, stopped after two, against one that was not stopped.
+
+    `batches`: how many the last player has done with at the end.
+    """
     values = {**values, "lr_warmup_steps": 3}
     once = world.config(folder, max_steps=4, **values)
     left = trained_state(once, folder / "once")
@@ -310,7 +314,7 @@ def assert_goes_on_bit_for_bit(
         assert tensors(left, f"/{player}/weights")
         assert tensors(left, f"/{player}/optimiser", "exp_avg_sq")
     assert bool(tensors(left, f"/{players[0]}/ema")) is ema
-    assert json.loads(left["/run"])["positions"][players[-1]] == 4 * 4
+    assert json.loads(left["/run"])["positions"][players[-1]] == 4 * batches
 
 
 def heldout_against_one_batch(
