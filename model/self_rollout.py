@@ -275,7 +275,7 @@ class _Course:
             text=text,
             noise=noise,
             rule=rule,
-            recent_frames=self.setup.layout.start(self.drawn.num_blocks) if keeps_all else None,
+            recent_frames=self.setup.layout.start(self.drawn.end) if keeps_all else None,
         )
 
     def results(

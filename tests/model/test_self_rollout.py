@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.self_rollout import (
     BatchDraw,
     RolloutDraw,
+    rollout_flops,
     scored_clip,
     self_rollout,
 )
@@ -355,6 +357,38 @@ def test_replayed_gradients_are_those_of_one_graph(
         assert plain is not None, name
         assert plain.any(), name
         torch.testing.assert_close(gradients[1][name], plain, atol=1e-9, rtol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("blocks", [5, 9])
+@pytest.mark.parametrize("schedule", ["rolling", "block"])
+def test_operations_of_a_replay_are_those_that_are_run(
+    schedule: Any, blocks: int, tmp_path: Path
+) -> None:
+    """From where the first window with gradient begins; from the start if nothing is stored yet."""
+    values = ROLLING | {"image_or_video_shape": [1, 9, 16, 4, 6], "max_attention_frames": 18}
+    config = load_config(write_config(tmp_path / "c.yaml", **values, merge_clean_pass=False))
+    dit = random_dit(5).requires_grad_(True)
+    text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
+    fixed = type(text)(*(tuple(x.detach() for x in part) for part in text))
+    plan = RolloutDraw(schedule, blocks, (1,) * blocks)
+    ran, said = [], []
+    for replayed in (False, True):
+        noise = seeded_noise(config, dit)
+        with FlopCounterMode(display=False) as counter:
+            rolled(config, dit, fixed, noise, plan, grad=True, replayed=replayed).sum().backward()
+        ran.append(counter.get_total_flops())
+        said.append(
+            rollout_flops(
+                Setup.of(config, sizes=dit.config),
+                dit.config,
+                plan,
+                scored_frames=9,
+                grad=True,
+                checkpointing=False,
+                replayed=replayed,
+            )
+        )
+    assert ran[1] - ran[0] == said[1] - said[0] > 0
 
 
 OWN_LEVELS = {
