@@ -82,6 +82,40 @@ def consistency_loss(
     return LossResult((x0.float() - end).square().mean(), metrics)
 
 
+@torch.no_grad()
+def flow_map_error(
+    student: WanDiT,
+    teacher: WanDiT,
+    latents: Tensor,
+    noise: Tensor,
+    grid: Tensor,
+    places: Tensor,
+    *,
+    student_text: TextContext,
+    teacher_text: TextContext,
+    guidance_scale: float,
+    context: AttentionContext,
+    clean: Tensor,
+    clean_timesteps: Tensor,
+) -> LossResult:
+    """mean |x_0^student(x_t, t) - x_0|^2, x_0 where the teacher's ODE leads from x_t.
+
+    What a consistency training is for; its loss tells how far neighbours are apart, and hardly
+    changes. `places` `[B, F]` of t on the `grid`. All frames make as many passes as from the
+    highest noise, so that ranks that share weights do.
+    """
+    last, on, past = len(grid) - 1, latents.device, (clean, clean_timesteps)
+    times = [grid[(places + step).clamp(max=last)].to(on) for step in range(last + 1)]
+    sigmas = [sigma_of(each, latents) for each in times]
+    noisy = state = (1 - sigmas[0]) * latents + sigmas[0] * noise
+    for at, sigma, following in zip(times, sigmas, sigmas[1:], strict=False):
+        flow = _guided_flow(teacher, state, at, teacher_text, guidance_scale, context, past)
+        state = state + (following - sigma) * flow
+    flow = flow_after(student, noisy, times[0], student_text, context, *past)
+    x0 = x0_from_flow(noisy, flow, times[0])
+    return LossResult((x0 - state).square().mean(), {})
+
+
 def _guided_flow(
     teacher: WanDiT,
     noisy: Tensor,

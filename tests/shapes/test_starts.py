@@ -39,7 +39,7 @@ def test_a_consistency_start_learns_and_plays(tmp_path: Path) -> None:
         f"image_or_video_shape=[1,{FRAMES},16,8,8]",
         f"data_path={encoded(tmp_path / 'clips', 'train', 32)}",
         f"heldout_data_path={encoded(tmp_path / 'heldout', 'heldout', 8)}",
-        *("heldout_videos=8", "heldout_every=50", "max_steps=150", "log_iters=150"),
+        *("heldout_videos=8", "heldout_every=150", "max_steps=150", "log_iters=150"),
         *("total_batch_size=4", "batch_size=4", "device=cpu", "mixed_precision=false"),
     ]
     teacher = load_config(CONFIGS / "teacher_forcing.yaml", words)

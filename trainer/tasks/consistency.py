@@ -1,11 +1,11 @@
 """The task of `model/consistency.py`."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from model.consistency import consistency_grid, consistency_loss
+from model.consistency import consistency_grid, consistency_loss, flow_map_error
 from model.ode_regression import block_levels
 from model.result import LossResult
 from trainer.networks import build_causal_teacher, build_generator
@@ -54,32 +54,45 @@ class Consistency(FlowMatching):
     def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
         self._follow()
-        config, device = self.config, self.world.device
-        latents = self._latents(batch)
-        clean, clean_timesteps = self._clean(latents, draws)
-        places, context = self._places(draws, latents.shape[1])
-        cond, guided = self.text(batch["prompt"]), config.guidance_scale != 0
-        unguided = [config.negative_prompt] * (len(cond) if guided else 0)
-        both = self.text([*batch["prompt"], *unguided])
+        given = self._given(batch, draws)
+        places = given.pop("places")
         with torch.no_grad():
-            target_text = self.target.encode_text(cond)
-            teacher_text = self.teacher.encode_text(both)
+            target_text = self.target.encode_text(self.text(batch["prompt"]))
         return consistency_loss(
             self.generator,
             self.target,
             self.teacher,
-            latents,
-            draws.normal(Purpose.NOISE, latents.shape[1:]).to(device),
-            self.grid[places].to(device),
-            self.grid[places + 1].to(device),
-            student_text=self.generator.encode_text(cond),
+            timesteps=self.grid[places].to(self.world.device),
+            following=self.grid[places + 1].to(self.world.device),
             target_text=target_text,
-            teacher_text=teacher_text,
-            guidance_scale=config.guidance_scale,
-            context=context,
-            clean=clean,
-            clean_timesteps=clean_timesteps,
+            **given,
         )
+
+    def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
+        """See `Task`: how far the student is from the teacher's ODE; see `flow_map_error`."""
+        given = self._given(batch, self._heldout_draws(draws))
+        return flow_map_error(self.generator, self.teacher, grid=self.grid, **given)
+
+    def _given(self, batch: Batch, draws: Draws) -> dict[str, Any]:
+        """What the loss and the held-out one are of."""
+        latents, cond = self._latents(batch), self.text(batch["prompt"])
+        clean, clean_timesteps = self._clean(latents, draws)
+        places, context = self._places(draws, latents.shape[1])
+        unguided = [self.config.negative_prompt] * (len(cond) if self.config.guidance_scale else 0)
+        both = self.text([*batch["prompt"], *unguided])
+        with torch.no_grad():
+            teacher_text = self.teacher.encode_text(both)
+        return {
+            "latents": latents,
+            "noise": draws.normal(Purpose.NOISE, latents.shape[1:]).to(latents.device),
+            "places": places,
+            "student_text": self.generator.encode_text(cond),
+            "teacher_text": teacher_text,
+            "guidance_scale": self.config.guidance_scale,
+            "context": context,
+            "clean": clean,
+            "clean_timesteps": clean_timesteps,
+        }
 
     def flops(self, player: str, draws: Draws) -> int:
         """See `Task`."""

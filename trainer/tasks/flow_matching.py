@@ -70,11 +70,15 @@ class FlowMatching(GeneratorTask):
         )
 
     def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
-        """See `Task`; with window forcing every item has a rollout of its own."""
-        if self.config.window_forcing:
-            (number,) = draws.indices
-            draws = replace(draws, update=draws.update + number)
-        return super().heldout_loss(batch, draws, size)
+        """See `Task`."""
+        return super().heldout_loss(batch, self._heldout_draws(draws), size)
+
+    def _heldout_draws(self, draws: Draws) -> Draws:
+        """With window forcing every item has a rollout of its own."""
+        if not self.config.window_forcing:
+            return draws
+        (number,) = draws.indices
+        return replace(draws, update=draws.update + number)
 
     def flops(self, player: str, draws: Draws) -> int:
         """See `Task`."""
