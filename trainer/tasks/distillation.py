@@ -224,6 +224,8 @@ class Distillation(GeneratorTask):
     def _generator_loss(self, batch: Batch, draws: Draws) -> LossResult:
         cond = self.text(batch["prompt"])
         both = self.text([*batch["prompt"], *[self.config.negative_prompt] * len(cond)])
+        # What is made first is differentiated last: a replay finds no other pass under way.
+        guard = self._guard(batch, cond, draws) if self.config.motion_guard_weight else None
         clip = self._rollout(cond, draws, grad=True)
         timesteps, noise = self._score_inputs(clip, draws)
         samples, drawn = clip.latents.detach(), clip.drawn.shared
@@ -245,9 +247,8 @@ class Distillation(GeneratorTask):
             **{f"generated/{name}": value for name, value in statistics.items()},
             **{f"rollout/{name}": torch.tensor(float(v)) for name, v in shares.items()},
         }
-        if not self.config.motion_guard_weight:
+        if guard is None:
             return LossResult(result.loss, metrics)
-        guard = self._guard(batch, cond, draws)
         metrics["guard/error"] = guard.detach()
         return LossResult(result.loss + self.config.motion_guard_weight * guard, metrics)
 
