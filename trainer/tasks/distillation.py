@@ -241,7 +241,7 @@ class Distillation(GeneratorTask):
             )
         result = generator_loss(clip.latents, scores, clip.counts)
         statistics = latent_statistics(samples)
-        shares = {"rolling": float(drawn.schedule == "rolling"), "blocks": drawn.num_blocks}
+        shares = {"rolling": float(drawn.schedule == "rolling"), "blocks": drawn.end}
         metrics = {
             **result.metrics,
             **{f"generated/{name}": value for name, value in statistics.items()},
