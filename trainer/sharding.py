@@ -162,9 +162,8 @@ def overwrite(
     """
     if isinstance(module, FSDPModule):
         module.reshard()  # else it goes on with the whole ones of its last forward pass
-    ours = [stored[name] for name in weights]
-    pairs = [[local(tensor) for tensor in tensors] for tensors in (ours, weights.values())]
-    torch._foreach_copy_(*pairs)
+    ours = [local(stored[name]) for name in weights]
+    torch._foreach_copy_(ours, [local(tensor) for tensor in weights.values()])
 
 
 def local(tensor: Tensor) -> Tensor:

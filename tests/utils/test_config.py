@@ -69,7 +69,7 @@ def test_what_keys_decide() -> None:
         *("heldout_data_path", "heldout_every", "heldout_videos", "model_root", "i2v"),
         *("wandb_host", "wandb_key", "wandb_entity", "wandb_project"),
         *("step_rule", "sampler", "sampling_steps", "sampling_guidance_scale"),
-        *("vae_dtype", "vae_device", "merge_clean_pass", "sequence_parallel"),
+        *("vae_dtype", "vae_device", "merge_clean_pass", "replayed_backward", "sequence_parallel"),
     } == FREE_KEYS
     assert {"merge_clean_pass"} == ROUNDING_KEYS
 
