@@ -247,7 +247,7 @@ class WanVAE:
     def decode_last(self, latents: Tensor) -> Tensor:
         """The last frame of what `decode` gives, [B, 1, 3, H, W], in the memory of a few frames."""
         stream = self.streaming_decoder()
-        frames = max(1, self.pixels_at_once // (latents.shape[-2] * latents.shape[-1]))
+        frames = max(1, self._pixels() // (latents.shape[-2] * latents.shape[-1]))
         for clip in (latents[:, :1], *latents[:, 1:].split(frames, dim=1)):
             if clip.shape[1]:
                 video = stream.decode(clip)
@@ -265,11 +265,15 @@ class WanVAE:
         """
         mean, std = self.statistics()
         mu = (latents.to(self.device).float() * std + mean).to(self.decoded_dtype)
-        pixels = self.pixels_at_once
-        if pixels is None:
-            pixels = PIXELS_ON_CPU if self.device.type == "cpu" else PIXELS_ON_GPU
+        pixels = self._pixels()
         with self._fast_convolutions():
             return decode_moments(self.model, mu, past, pixels_at_once=pixels, decode=self._decode)
+
+    def _pixels(self) -> int:
+        """See `pixels_at_once`."""
+        if self.pixels_at_once is not None:
+            return self.pixels_at_once
+        return PIXELS_ON_CPU if self.device.type == "cpu" else PIXELS_ON_GPU
 
     def _decode(
         self, model: AutoencoderKLWan, clip: Tensor, past: Features | None
