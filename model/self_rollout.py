@@ -5,6 +5,7 @@ w = r (mod T); a frame's output is its x_0 in its own such window. Self Forcing 
 Alg. 1): every block stops at its level r, where its x_0 is its output and its context.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,11 +118,12 @@ def self_rollout(
     *,
     scored_frames: int,
     grad: bool,
+    before_window: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The student's video `[B, F, C, h, w]`, float32.
 
     With `grad`, windows that touch the last `scored_frames` frames carry gradient; all other
-    frames have their output too, without.
+    frames have their output too, without. What `before_window` raises ends it.
     """
     layout = setup.layout
     total = layout.start(drawn.num_blocks)
@@ -139,6 +141,7 @@ def self_rollout(
         assert window is not None, "every block has its window before the schedule ends"
         chosen = is_output(drawn, setup.levels.num, window)
         touches = layout.start(window.blocks.stop) > total - scored_frames
+        before_window()
         result = rollout.step(grad=grad and chosen and touches)
         assert result is not None
         if chosen:

@@ -55,12 +55,18 @@ class Distillation(GeneratorTask):
             return ("generator", "critic")
         return ("critic",)
 
-    def collect(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    def collect(self, metrics: Mapping[str, Tensor]) -> None:
         """See `Task`: the critic's error at each timestep."""
-        if "critic/errors" not in metrics:
-            return metrics
-        self.errors.add(metrics["critic/timesteps"], metrics["critic/errors"])
-        return {name: value for name, value in metrics.items() if value.ndim == 0}
+        if "critic/errors" in metrics:
+            self.errors.add(metrics["critic/timesteps"], metrics["critic/errors"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {"errors": self.errors.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Task`."""
+        self.errors.load_state_dict(state.get("errors"))
 
     def derive(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """See `Task`: how far the critic is ahead of the teacher, and where it errs."""
@@ -124,6 +130,7 @@ class Distillation(GeneratorTask):
                 drawn,
                 scored_frames=self.frames,
                 grad=grad,
+                before_window=self.look,
             )
             clip, counts = scored_clip(
                 latents,
@@ -163,6 +170,7 @@ class Distillation(GeneratorTask):
         both = self.text([*batch["prompt"], *[self.config.negative_prompt] * len(cond)])
         clip, counts, drawn = self._rollout(cond, draws, grad=True)
         timesteps, noise = self._score_inputs(clip, draws, self._lowest(drawn))
+        self.look()
         with self.timer.phase("scores"), torch.no_grad():
             scores = predict_scores(
                 self.real_score,
@@ -187,6 +195,7 @@ class Distillation(GeneratorTask):
         cond = self.text(batch["prompt"])
         clip, _, drawn = self._rollout(cond, draws, grad=False)
         timesteps, noise = self._score_inputs(clip, draws, self._lowest(drawn))
+        self.look()
         with self.timer.phase("scores"):
             text = self.fake_score.encode_text(cond)
             return critic_loss(self.fake_score, clip, noise, timesteps, text)
