@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.tiny_training import TrainingWorld, states, train
-from trainer.export import Exports, exported
+from trainer.export import Exports, exported, gathered
 from utils.errors import UserError
 from utils.files import write_torch
 from wan.checkpoints import read_state_dict
@@ -47,6 +47,15 @@ def test_an_export_is_written_beside_the_training_one_at_a_time(tmp_path: Path) 
         "checkpoint_model_1000000",
     ]
     assert (tmp_path / "checkpoint_model_000001_best").is_dir(), "a person's copy stays"
+
+
+def test_what_is_copied_does_not_follow_the_training() -> None:
+    """On one CPU the copy was the weights themselves, which go on while they are written."""
+    weights = torch.ones(3)
+    copied = gathered({"w": weights}, is_main=True)
+    weights.zero_()
+    assert torch.equal(copied["w"], torch.ones(3))
+    assert gathered({"w": weights}, is_main=False) == {}
 
 
 def test_weights_are_as_published_and_safetensors_on_request(
