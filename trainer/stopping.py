@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
@@ -64,7 +64,9 @@ class Stopping:
 
         def remember(number: int, frame: FrameType | None) -> None:
             if self._is_main and not self.asked_by:
-                self._say(f"{signal.Signals(number).name}: {self._course(number)}; {otherwise()}")
+                with suppress(OSError):
+                    name = signal.Signals(number).name
+                    self._say(f"{name}: {self._course(number)}; {otherwise()}")
             self.asked_by = self.asked_by or number
             if number == signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)

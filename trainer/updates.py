@@ -45,7 +45,7 @@ class Diagnosis:
     def folder(self, logdir: Path) -> Path:
         """Where it is kept."""
         again = f"_{self.attempt}" if self.attempt else ""
-        return logdir / f"{EMERGENCY}{self.step:06d}{again}"
+        return logdir / f"{EMERGENCY}{self.step:06d}_{self.player}{again}"
 
     def __str__(self) -> str:
         return (

@@ -218,7 +218,7 @@ def test_ranks_share_out_the_sample_videos(two: Runs) -> None:
 
 def test_one_bad_rank_stops_all_before_the_optimiser(two: Runs, one: Path) -> None:
     assert "step 1: critic" in two.ends["poisoned"]
-    folder = two.folder / "poisoned" / "emergency_000001"
+    folder = two.folder / "poisoned" / "emergency_000001_critic"
     diagnosis = json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))
     assert diagnosis["gradients_not_finite"]
     (kept,) = states(two.folder / "poisoned")

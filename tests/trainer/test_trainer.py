@@ -169,7 +169,7 @@ def test_the_very_first_update_may_already_be_broken(
         poison(trainer, "loss", phase="generator")
         with pytest.raises(NonFiniteError, match="step 0: generator"):
             trainer.train()
-    assert (tmp_path / "run" / "emergency_000000" / "state" / ".metadata").is_file()
+    assert (tmp_path / "run" / "emergency_000000_generator" / "state" / ".metadata").is_file()
 
 
 def poison(trainer: Trainer, what: str, phase: str = "critic") -> None:
