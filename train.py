@@ -33,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry_run", action="store_true", help="check config and data, estimate memory, and exit"
     )
     parser.add_argument("--world_size", type=int, help="ranks to estimate for, with --dry_run")
+    parser.add_argument(
+        "--tflops", type=float, help="TFLOP/s of a rank to compute hours from, with --dry_run"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     return parser
 
@@ -47,12 +50,14 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(args.config_path, args.overrides)
     from trainer.metrics import WandbSettings
     from trainer.sharding import open_world
-    from trainer.trainer import NonFiniteError, Trainer
+    from trainer.trainer import Trainer
+    from trainer.updates import NonFiniteError
+    from trainer.watch import LostRanksError, end_alone
 
     if args.dry_run:
-        from trainer.estimate import dry_run_report
+        from trainer.estimate import TFLOPS, dry_run_report
 
-        print(dry_run_report(config, args.world_size or ranks.world))
+        print(dry_run_report(config, args.world_size or ranks.world, tflops=args.tflops or TFLOPS))
         return 0
     wandb = None
     if not args.disable_wandb:
@@ -61,23 +66,27 @@ def main(argv: Sequence[str]) -> int:
         if wandb is None:
             logger.info("no W&B log: set wandb_project=… for one")
     logdir = Path(args.logdir)
+    limit = max(config.first_step_timeout, config.collective_timeout)
     with (
-        open_world(config.device) as world,
+        open_world(config.device, limit=limit) as world,
         locked(logdir, "use another --logdir", is_main=world.is_main),
     ):
-        trainer = Trainer(
-            config,
-            world,
-            logdir,
-            wandb=wandb,
-            save=not args.no_save,
-            visualise=not args.no_visualize,
-        )
         try:
+            trainer = Trainer(
+                config,
+                world,
+                logdir,
+                wandb=wandb,
+                save=not args.no_save,
+                visualise=not args.no_visualize,
+            )
             trainer.train()
         except NonFiniteError as error:
-            print(f"stopped: {error}", file=sys.stderr)
+            if world.is_main:
+                print(f"stopped: {error}", file=sys.stderr)
             return 1
+        except LostRanksError as error:
+            end_alone(f"stopped: {error}")
     return INTERRUPTED if trainer.stopped_by == signal.SIGINT else 0
 
 

@@ -11,7 +11,7 @@ from pipeline.setup import Setup
 from shapes.captions import CaptionReader, caption_loss
 from shapes.dataset import ShapesVideos
 from shapes.world import token_classes, token_labels
-from trainer.export import gathered, weights_of
+from trainer.export import Writer, gathered, weights_of
 from trainer.networks import Player, compute_dtype, make_player
 from trainer.sharding import World, make_mesh, shard_module, strategy_of
 from trainer.tasks.base import Batch, Task, TaskInputs
@@ -19,7 +19,6 @@ from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws
 from utils.errors import UserError
-from utils.files import written_folder
 from wan.folders import TEXT_ENCODER_FILE
 from wan.text_encoder import TokenBatch, WanTextEncoder, clean_prompt, official_umt5_weights
 from wan.weights import save_weights
@@ -75,9 +74,9 @@ class TextEncoderTraining(Task):
     def flops(self, player: str, draws: Draws) -> None:
         """See `Task`."""
 
-    def export(self, folder: Path) -> None:
+    def export(self) -> Writer | None:
         """See `Task`."""
-        export_text_encoder(folder, self.players["text"], is_main=self.world.is_main)
+        return export_text_encoder(self.players["text"], is_main=self.world.is_main)
 
 
 def build_text_encoder(setup: Setup, world: World) -> WanTextEncoder:
@@ -108,15 +107,16 @@ def build_caption_reader(
     return reader
 
 
-def export_text_encoder(folder: Path, player: Player, *, is_main: bool) -> None:
-    """Write `models_t5_umt5-xxl-enc-bf16.pth`, in bf16 as the official file; no probe."""
+def export_text_encoder(player: Player, *, is_main: bool) -> Writer | None:
+    """What writes `models_t5_umt5-xxl-enc-bf16.pth`, in bf16 as the official file; no probe."""
     state = gathered(weights_of(player)["generator"], is_main=is_main)
-    if not is_main:
-        return
     encoder = {
         key.removeprefix("encoder."): value.to(torch.bfloat16)
         for key, value in state.items()
         if key.startswith("encoder.")
     }
-    with written_folder(folder) as partial:
-        save_weights(official_umt5_weights(encoder), partial / TEXT_ENCODER_FILE)
+
+    def write(folder: Path) -> None:
+        save_weights(official_umt5_weights(encoder), folder / TEXT_ENCODER_FILE)
+
+    return write if is_main else None

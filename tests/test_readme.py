@@ -8,18 +8,15 @@ from importlib import import_module
 import pytest
 
 import train
-from model.self_rollout import rollout_flops
 from pipeline.memory import memory_report
 from pipeline.setup import Setup
 from tests import readme
 from tests.golden_cases import load_json
 from trainer.data import split_batches
-from trainer.estimate import planned_setup, sizes_of
-from trainer.tasks.base import rollout_recipe
-from utils.config import ROOT, Config, load_config
+from trainer.estimate import operations
+from utils.config import ROOT, load_config
 from utils.downloads import DOWNLOADS
 from utils.families import FAMILIES
-from wan.flops import forward_flops, training_flops
 from wan.folders import TEXT_ENCODER_FILE, VAE_FILE, ModelFolder
 from wan.geometry import WAN_STRIDES
 
@@ -133,45 +130,31 @@ def test_memory_of_a_24_gb_card(tmp_path):
         assert size in README, report
 
 
-def mean_step(config: Config) -> tuple[float, float, float]:
-    """TF of one video: the student's update, the critic's, and their mean in a step."""
-    setup, updates = planned_setup(config), 300
-    student, teacher = (sizes_of(config, n) for n in (config.generator_name, config.real_name))
-    frames, tokens = config.image_or_video_shape[1], setup.shape.tokens_per_frame
-    recipe, twice = rollout_recipe(config), config.gradient_checkpointing
-    rollouts = [
-        sum(
-            rollout_flops(
-                setup,
-                student,
-                recipe.draw(setup.layout, update),
-                scored_frames=frames,
-                grad=grad,
-                checkpointing=twice,
-            )
-            for update in range(updates)
-        )
-        / updates
-        for grad in (True, False)
-    ]
-    own = forward_flops(student, frames, frames, tokens)
-    generator = rollouts[0] + own + 2 * forward_flops(teacher, frames, frames, tokens)
-    critic = rollouts[1] + training_flops(own, checkpointing=twice)
-    mean = generator / config.dfake_gen_update_ratio + critic
-    return generator / 1e12, critic / 1e12, mean / 1e12
-
-
 def test_time_of_a_training():
     """Operations as the loop counts them, at the rate that the README assumes."""
     config = load_config("configs/rolling_forcing_dmd.yaml")
-    generator, critic, mean = mean_step(config)
+    found = operations(config)
+    generator, critic, mean = (n / 1e12 for n in (found.generator, found.critic, found.step))
     seconds = split_batches(config, 8).accumulation * mean / 400
     for text in (f"{mean:.0f} TF", f"{critic:.0f} for the critic", f"{generator:.0f} for the"):
         assert text in README
     assert f"about {seconds:.0f} s at 400 TFLOP/s" in README
     assert f"{1000 * seconds / 3600:.0f} for every 1,000 steps" in README
-    _, _, mean = mean_step(load_config("configs/self_forcing_dmd.yaml"))
+    mean = operations(load_config("configs/self_forcing_dmd.yaml")).step / 1e12
     assert f"Self Forcing: {mean:.0f} TF, {8 * mean / 400:.0f} s" in README
+
+
+def test_hours_of_each_gpu():
+    """The table of docs/training.md, as --dry_run computes it."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    config = load_config("configs/rolling_forcing_dmd.yaml")
+    rows = re.findall(r"^\| \w+, \d+ GB \| (\d+) \| (.*) \| ([\d.]+) \|", page, re.M)
+    assert len(rows) == 4
+    for rate, seconds, hours in rows:
+        step = operations(config).step / (float(rate) * 1e12)
+        accumulations = (split_batches(config, ranks).accumulation for ranks in (8, 16, 64))
+        assert seconds == " | ".join(f"{step * number:.0f}" for number in accumulations)
+        assert hours == f"{8 * step * 1000 / 3600:.1f}"
 
 
 @pytest.mark.parametrize(

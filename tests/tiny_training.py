@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -380,6 +381,19 @@ def start(
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def two_nodes() -> list[str]:
+    """What torchrun is told on each of two nodes."""
+    launch = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=tiny"]
+    return [*launch, "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:

@@ -44,6 +44,7 @@ from torch.utils._pytree import tree_map_only
 
 from trainer.ema import EMA
 from trainer.networks import Player
+from trainer.sharding import World
 from utils.errors import BAD_INPUT, UserError
 from utils.files import remove_leftovers, replace_folder, told
 
@@ -66,12 +67,12 @@ class CheckpointStore:
     What goes wrong on one rank, also in the background, is raised on all.
     """
 
-    def __init__(self, logdir: Path, *, keep: int, is_main: bool) -> None:
+    def __init__(self, logdir: Path, world: World, *, keep: int) -> None:
         self.folder = logdir / STATES
         self.keep = keep
-        self.is_main = is_main
+        self.is_main = world.is_main
         # A group of its own: the writing thread must not interleave with the training's messages.
-        self._group = dist.new_group(backend="gloo")
+        self._group = world.new_group()
         self._writing: Future[Any] | None = None
         self._partial = self.folder  # of the state being written
 
@@ -335,13 +336,14 @@ def snapshot(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def player_state(player: Player) -> dict[str, Any]:
-    """Weights, optimiser, average and count of a player, as (sharded) tensors by name."""
+    """Weights, optimiser, average and count of a player, as (sharded) tensors by name.
+
+    Before its first update it has no optimiser's state.
+    """
     weights = get_model_state_dict(player.module)
-    state: dict[str, Any] = {
-        "weights": weights,
-        "optimiser": whole_optimiser_state(player, weights),
-        "updates": player.updates,
-    }
+    state: dict[str, Any] = {"weights": weights, "updates": player.updates}
+    if player.optimiser.state:  # to ask one that has made no step for its state is a step
+        state["optimiser"] = whole_optimiser_state(player, weights)
     if player.ema is not None:
         state["ema"] = player.ema.shadow
     return state
@@ -355,8 +357,6 @@ def whole_optimiser_state(player: Player, weights: Mapping[str, Any]) -> dict[st
     """
     whole = cast(dict[str, Any], get_optimizer_state_dict(player.module, player.optimiser))
     states: dict[str, dict[str, Tensor]] = whole["state"]
-    if not states:  # before the first step
-        return whole
     like = next(iter(states.values()))
     names = [name for group in whole["param_groups"] for name in group["params"]]
     for name in [name for name in names if name not in states]:
@@ -370,13 +370,20 @@ def whole_optimiser_state(player: Player, weights: Mapping[str, Any]) -> dict[st
 def restore_player(player: Player, state: Mapping[str, Any]) -> None:
     """Give a player what `player_state` held."""
     set_model_state_dict(player.module, state["weights"])
-    set_optimizer_state_dict(player.module, player.optimiser, state["optimiser"])
+    if "optimiser" in state:
+        set_optimizer_state_dict(player.module, player.optimiser, state["optimiser"])
     player.updates = state["updates"]
     if player.ema is not None:
         player.ema.load(state["ema"])
 
 
-def start_ema(player: Player) -> None:
-    """Make room for a stored average."""
-    assert player.ema_weight is not None
-    player.ema = EMA(player.trained, player.ema_weight)
+def make_room(player: Player, *, ema: bool, moments: bool) -> None:
+    """Make a player hold what a stored one held, so that it can be filled."""
+    player.ema = None
+    if ema:
+        assert player.ema_weight is not None
+        player.ema = EMA(player.trained, player.ema_weight)
+    if moments:
+        get_optimizer_state_dict(player.module, player.optimiser)  # makes what is not there yet
+    else:
+        player.optimiser.state.clear()

@@ -25,66 +25,96 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How the videos of one update are spread: ranks x micro-batches x rows."""
+    """How the videos of one update are spread over micro-batches, and those over ranks.
 
-    per_rank: int
+    As evenly as their number allows: a rank may have a row fewer than another, or none.
+    """
+
+    videos: int
+    batch_size: int
     accumulation: int
     ranks: int
     notes: tuple[str, ...] = ()
 
     @property
-    def videos(self) -> int:
-        """Videos per update."""
-        return self.per_rank * self.accumulation * self.ranks
+    def is_even(self) -> bool:
+        """Whether all ranks have equally many rows in all micro-batches."""
+        return self.videos % (self.accumulation * self.ranks) == 0
 
     def indices(self, micro: int, rank: int) -> tuple[int, ...]:
-        """Indices in the global batch of one micro-batch of one rank."""
-        start = (micro * self.ranks + rank) * self.per_rank
-        return tuple(range(start, start + self.per_rank))
+        """Indices in the global batch of one micro-batch of one rank; perhaps none."""
+        first, count = _part(self.videos, micro, self.accumulation)
+        start, rows = _part(count, rank, self.ranks)
+        return tuple(range(first + start, first + start + rows))
+
+    def weight(self, rows: int) -> float:
+        """Of the mean over so many rows, such that means over the ranks are means over videos."""
+        return rows * self.ranks / self.videos
 
     def describe(self) -> str:
         """The start-up line."""
+        each = f"{self.videos // (self.accumulation * self.ranks)}"
+        if not self.is_even:
+            fewest = min(
+                len(self.indices(micro, rank))
+                for micro in range(self.accumulation)
+                for rank in range(self.ranks)
+            )
+            each = f"{fewest} or {fewest + 1}"
         return (
-            f"{self.ranks} ranks x {self.per_rank} videos x {self.accumulation} micro-batches "
+            f"{self.ranks} ranks x {each} videos x {self.accumulation} micro-batches "
             f"= {self.videos} videos per update"
         )
 
 
+def _part(count: int, number: int, parts: int) -> tuple[int, int]:
+    """Start and length of one of `parts` parts of `count` things, as even as can be."""
+    start, end = number * count // parts, (number + 1) * count // parts
+    return start, end - start
+
+
 def split_batches(config: Config, ranks: int) -> BatchSplit:
-    """Accumulation from `global_batch_size` > `total_batch_size` > the given accumulation."""
+    """Accumulation from `global_batch_size` > `total_batch_size` > the given accumulation.
+
+    Raises:
+        UserError: there are more ranks than videos in an update.
+    """
     notes: list[str] = []
     wanted = config.global_batch_size or config.total_batch_size
     per_step = config.batch_size * ranks
     given = config.gradient_accumulation_steps
-    if wanted is None:
-        accumulation = given or 1
-    else:
-        if wanted % per_step:
-            raise UserError(
-                f"a batch of {wanted} videos cannot be split over {ranks} ranks with batch_size "
-                f"{config.batch_size}; make it a multiple of {per_step}"
-            )
-        accumulation = wanted // per_step
-        disagreeing = [
-            f"{name}={value}"
-            for name, value, meant in (
-                ("total_batch_size", config.total_batch_size, wanted),
-                ("gradient_accumulation_steps", given, accumulation),
-            )
-            if value is not None and value != meant
-        ]
-        if disagreeing:
-            notes.append(
-                f"{' and '.join(disagreeing)} disagree with {wanted} videos per update, "
-                f"which means {accumulation} micro-batches; the latter holds"
-            )
-    split = BatchSplit(config.batch_size, accumulation, ranks)
-    if config.recipe_batch_size and split.videos < config.recipe_batch_size:
+    accumulation = given or 1 if wanted is None else -(-wanted // per_step)
+    videos = wanted or per_step * accumulation
+    if videos < ranks:
+        raise UserError(
+            f"{videos} videos per update are too few for {ranks} ranks: start at most {videos}, or "
+            f"set global_batch_size={ranks}"
+        )
+    disagreeing = [
+        f"{name}={value}"
+        for name, value, meant in (
+            ("total_batch_size", config.total_batch_size, videos),
+            ("gradient_accumulation_steps", given, accumulation),
+        )
+        if value is not None and value != meant
+    ]
+    if disagreeing:
         notes.append(
-            f"{split.videos} videos per update are fewer than the recipe's "
+            f"{' and '.join(disagreeing)} disagree with {videos} videos per update, "
+            f"which means {accumulation} micro-batches; the latter holds"
+        )
+    if config.recipe_batch_size and videos < config.recipe_batch_size:
+        notes.append(
+            f"{videos} videos per update are fewer than the recipe's "
             f"{config.recipe_batch_size}: set global_batch_size={config.recipe_batch_size}"
         )
-    return BatchSplit(config.batch_size, accumulation, ranks, tuple(notes))
+    split = BatchSplit(videos, config.batch_size, accumulation, ranks)
+    if not split.is_even:
+        notes.append(
+            f"{videos} videos are not shared evenly by {ranks} ranks: an update takes the time of "
+            f"{accumulation * per_step}"
+        )
+    return replace(split, notes=tuple(notes))
 
 
 class Batches:
@@ -101,21 +131,30 @@ class Batches:
         self.order = GlobalOrder(len(dataset), seed)
         self.position = 0
 
-    def micro_batch(self, micro: int, draws: Draws) -> tuple[dict[str, Any], Draws]:
-        """This rank's items of one micro-batch of the current update, and their draws."""
-        indices = self.batch_split.indices(micro, self.rank)
+    def micro_batch(
+        self, micro: int, draws: Draws, passed_over: int = 0
+    ) -> tuple[dict[str, Any], Draws, float]:
+        """This rank's items of one micro-batch of the current update, their draws and weight.
+
+        A rank that has no share of it gets an item all the same, of no weight, for its passes with
+        the others. `passed_over`: global batches that gave no update, before this one.
+        """
+        split = self.batch_split
+        share = split.indices(micro, self.rank)
+        indices = share or (self.rank,)
         own = draws.for_indices(indices)
-        rows = [self.order.index(self.position + index) for index in indices]
+        first = self.position + passed_over * split.videos
+        rows = [self.order.index(first + index) for index in indices]
         if isinstance(self.dataset, VideoDataset):
             starts = own.uniform(Purpose.CLIP_START).tolist()
             items = [self.dataset.clip(*at) for at in zip(rows, starts, strict=True)]
         else:
             items = [self.dataset[row] for row in rows]
-        return collate(items), own
+        return collate(items), own, split.weight(len(share))
 
-    def advance(self) -> None:
+    def advance(self, passed_over: int = 0) -> None:
         """The update is done: go on to the next global batch."""
-        self.position += self.batch_split.videos
+        self.position += (1 + passed_over) * self.batch_split.videos
 
 
 def open_training_data(config: Config, setup: Setup) -> Dataset:

@@ -32,3 +32,12 @@ class EMA:
         """Take over stored averages."""
         for name, value in shadow.items():
             self.shadow[name].copy_(value)
+
+    @torch.no_grad()
+    def swap(self, trained: Mapping[str, Tensor]) -> None:
+        """Exchange averages and weights, bit for bit; once more exchanges them back."""
+        for name, parameter in trained.items():
+            shadow, weight = local(self.shadow[name]), local(parameter.detach())
+            before = weight.clone()
+            weight.copy_(shadow)
+            shadow.copy_(before)

@@ -1,20 +1,24 @@
 """What a run needs per rank, from sizes alone: nothing is loaded, nothing is allocated."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from model.lora import add_lora
+from model.self_rollout import rollout_flops
 from pipeline.setup import Setup
 from trainer.data import (
+    BatchSplit,
     open_heldout_data,
     open_training_data,
     split_batches,
 )
 from trainer.sharding import shards_of, strategy_of
 from trainer.tasks import find_task
+from trainer.tasks.base import rollout_recipe
 from utils.config import ROOT, Config, check_training
 from utils.datasets import UNLIMITED
 from utils.downloads import how_to_get
@@ -22,10 +26,12 @@ from utils.errors import UserError
 from utils.packages import split_name
 from wan.checkpoints import empty_dit
 from wan.dit import DiTConfig
+from wan.flops import forward_flops, training_flops
 from wan.folders import ModelFolder
 
 GIB = 2**30
 FP32 = 4
+TFLOPS = 400.0  # per second and rank, assumed where nothing was measured
 
 
 @dataclass(frozen=True)
@@ -127,10 +133,82 @@ def cache_bytes(config: Config, setup: Setup) -> int:
     return cache.num_bytes * (2 if config.replayed_backward else 1)
 
 
-def dry_run_report(config: Config, world: int, local_world: int | None = None) -> str:
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations that one video takes on average.
+
+    In an update of the generator, in one of the critic, and in a step.
+    """
+
+    generator: float
+    critic: float
+    step: float
+
+
+def operations(config: Config) -> Operations:
+    """Of a distillation, as the loop counts them; over the rollouts that its first updates draw."""
+    setup, updates = planned_setup(config), 300
+    student, teacher = (sizes_of(config, n) for n in (config.generator_name, config.real_name))
+    frames, tokens = config.image_or_video_shape[1], setup.shape.tokens_per_frame
+    recipe, twice = rollout_recipe(config), config.gradient_checkpointing
+    drawn = Counter(recipe.draw(setup.layout, update) for update in range(updates))
+
+    def rollout(*, grad: bool) -> float:
+        each = (
+            count
+            * rollout_flops(
+                setup, student, one, scored_frames=frames, grad=grad, checkpointing=twice
+            )
+            for one, count in drawn.items()
+        )
+        return sum(each) / updates
+
+    own = forward_flops(student, frames, frames, tokens)
+    scores = own + 2 * forward_flops(teacher, frames, frames, tokens)
+    generator = rollout(grad=True) + scores
+    critic = rollout(grad=False) + training_flops(own, checkpointing=twice)
+    return Operations(generator, critic, generator / config.dfake_gen_update_ratio + critic)
+
+
+def time_lines(config: Config, split: BatchSplit, tflops: float) -> list[str]:
+    """Operations and time of a step at a rate that is assumed; none where they are not counted."""
+    if config.trainer != "score_distillation":
+        return []
+    per_video = operations(config).step
+    own = per_video * split.accumulation * -(-split.videos // (split.accumulation * split.ranks))
+    seconds = own / (tflops * 1e12)
+    steps = config.max_steps or 1000
+    return [
+        f"a step: {per_video / 1e12:.0f} TFLOP for each video, {seconds:.0f} s at {tflops:g} "
+        f"TFLOP/s per rank (assumed; --tflops); {seconds * steps / 3600:.1f} h for {steps:,} steps"
+    ]
+
+
+def disk_lines(config: Config) -> list[str]:
+    """What a save takes on the disk."""
+    held = {
+        role: network_memory(config, role, name, sizes_of(config, name), 1, 1)
+        for role, name in networks_of(config).items()
+        if role != "real_score"
+    }
+    if not held:
+        return []
+    state = sum(each.weights + each.optimiser + each.average for each in held.values())
+    forms = (1 + config.export_safetensors) * (1 + (config.ema_weight > 0))
+    return [
+        f"disk: {state / GIB:.2f} GiB for each of {config.keep_checkpoints + 1} states, "
+        f"{forms * held['generator'].weights / GIB:.2f} GiB for each export, every "
+        f"{config.log_iters} steps"
+    ]
+
+
+def dry_run_report(
+    config: Config, world: int, local_world: int | None = None, *, tflops: float = TFLOPS
+) -> str:
     """Validate config and data for `world` ranks and describe what a rank will hold.
 
-    What has to be fetched first, weights or data, is said and need not be here.
+    What has to be fetched first, weights or data, is said and need not be here. `tflops`: the rate
+    per rank that the hours are computed from.
     """
     check_training(config)
     batches, setup = split_batches(config, world), planned_setup(config)
@@ -140,6 +218,7 @@ def dry_run_report(config: Config, world: int, local_world: int | None = None) -
         lines += [f"memory per rank of {world} (GiB), without activations:", *memory]
     else:
         lines.append(f"trainer: {config.trainer} holds no transformer; its memory is not estimated")
+    lines += [*time_lines(config, batches, tflops), *disk_lines(config)]
     lines += [
         f"not here yet: {missing} ({how_to_get(missing, ROOT)})"
         for missing in (*missing_weights(config), *missing_data(config))

@@ -1,6 +1,13 @@
-"""Weights of a run in the published forms, for inference and for others."""
+"""Weights of a run in the published forms, for inference and for others.
 
-from collections.abc import Mapping
+They are copied while the training waits, and written behind its back.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -14,46 +21,124 @@ from trainer.networks import Player
 from trainer.sharding import World, full_tensor
 from utils.config import Config
 from utils.datasets import Dataset
+from utils.errors import UserError
 from utils.files import write_tensors, write_torch, written_folder
+from utils.processes import EXPORT_PREFIX, export_folder
 from utils.video import to_float
 from wan.vae import WanVAE, encode_moments
 
 STATISTICS_CLIPS = 64
+_NAME = re.compile(rf"{EXPORT_PREFIX}([0-9]{{6,}})")
+
+logger = logging.getLogger(__name__)
+
+Writer = Callable[[Path], None]
+"""Fills a folder with weights that it holds, on the CPU; runs beside the training."""
 
 
-def export_generator(folder: Path, config: Config, player: Player, *, is_main: bool) -> None:
-    """Write a student's weights; all ranks have to call it.
+class Exports:
+    """The folders of exported weights of one run, written in the background, one at a time.
+
+    A folder has its name when it is whole. One that cannot be written does not end the training,
+    which has its states: it is told, and `close` raises what befell the last one.
+    """
+
+    def __init__(self, logdir: Path, *, keep: int | None) -> None:
+        self.logdir = logdir
+        self.keep = keep
+        self._thread = ThreadPoolExecutor(1, "export")
+        self._writing: Future[None] | None = None
+        self._failure: UserError | None = None  # of the last one
+
+    def holds(self, step: int) -> bool:
+        """Whether the weights of a step are there."""
+        return export_folder(self.logdir, step).is_dir()
+
+    def start(self, step: int, write: Writer) -> None:
+        """Write the weights of a step. `wait` has to come before they are copied."""
+        assert self._writing is None, "an export at a time: their copies fill the host's memory"
+        self._writing = self._thread.submit(self._write, export_folder(self.logdir, step), write)
+
+    def wait(self) -> None:
+        """Until the folder in the making has its name, or could not be written, which is told."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        self._failure = None
+        try:
+            writing.result()
+        except UserError as error:
+            self._failure = error
+            logger.warning("weights were not exported, the training goes on: %s", error)
+
+    def close(self) -> None:
+        """Wait for the last one.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self.wait()
+        self._thread.shutdown()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise UserError(
+                f"the last weights were not exported: {failure}; the same command writes them"
+            )
+
+    def _write(self, folder: Path, write: Writer) -> None:
+        with written_folder(folder) as partial:
+            write(partial)
+        if self.keep is not None:
+            for old in exported(self.logdir)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def exported(logdir: Path) -> list[Path]:
+    """A run's folders of exported weights, oldest first; those that a person renamed are none."""
+    found = {
+        int(name[1]): path
+        for path in (logdir.iterdir() if logdir.is_dir() else ())
+        if (name := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def export_generator(config: Config, player: Player, *, is_main: bool) -> Writer | None:
+    """What writes a student's weights, on the main rank; all ranks have to call it.
 
     `model.pt` holds `generator` and, once there is one, `generator_ema`, with names as published;
-    `generator.safetensors` and `generator_ema.safetensors` hold the official names.
+    with `export_safetensors`, `generator.safetensors` and `generator_ema.safetensors` hold the
+    official names.
     """
     networks = {
-        network: _merged(gathered(weights, is_main=is_main), config)
+        network: gathered(weights, is_main=is_main)
         for network, weights in weights_of(player).items()
     }
-    if not is_main:
-        return
-    published = {
-        network: {f"model.{name}": value for name, value in state.items()}
-        for network, state in networks.items()
-    }
-    with written_folder(folder) as partial:
-        write_torch(partial / "model.pt", published)
-        for network, state in networks.items():
-            write_tensors(partial / f"{network}.safetensors", state)
+
+    def write(folder: Path) -> None:
+        merged = {network: _merged(state, config) for network, state in networks.items()}
+        published = {
+            network: {f"model.{name}": value for name, value in state.items()}
+            for network, state in merged.items()
+        }
+        write_torch(folder / "model.pt", published)
+        if config.export_safetensors:
+            for network, state in merged.items():
+                write_tensors(folder / f"{network}.safetensors", state)
+
+    return write if is_main else None
 
 
-def export_vae(folder: Path, player: Player, data: Dataset, world: World) -> None:
-    """Write `Wan2.1_VAE.pth`: the average if there is one, its latents made standard normal."""
+def export_vae(player: Player, data: Dataset, world: World) -> Writer | None:
+    """What writes `Wan2.1_VAE.pth`: the average if there is one, its latents standard normal."""
     weights = list(weights_of(player).values())[-1]
     state = gathered(weights, is_main=world.is_main)
     if not world.is_main:
-        return
+        return None
     model = cast(Autoencoder, player.module).model
     vae = WanVAE.like(model, {k.removeprefix("model."): v for k, v in state.items()})
     vae.fold_statistics(*latent_moments(vae, data))
-    with written_folder(folder) as partial:
-        vae.save_official(partial / "Wan2.1_VAE.pth")
+    return lambda folder: vae.save_official(folder / "Wan2.1_VAE.pth")
 
 
 @torch.no_grad()
@@ -81,7 +166,8 @@ def gathered(state: Mapping[str, Tensor], *, is_main: bool) -> dict[str, Tensor]
     for name, value in state.items():
         tensor = full_tensor(value.detach())
         if is_main:
-            whole[name] = tensor.cpu().contiguous()
+            copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            whole[name] = copied.copy_(tensor)  # which training does not change
     return whole
 
 

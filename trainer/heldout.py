@@ -44,6 +44,7 @@ class HeldOut:
         sums: dict[str, Tensor] = {}
         with evaluating(player.module for player in self.task.players.values()):
             for first in range(0, items, ranks.world):
+                self.task.look()
                 number = first + ranks.rank
                 weight = ranks.world / items if number < items else 0.0
                 for name, value in self._item(number % items).items():

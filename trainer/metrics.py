@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -120,11 +120,17 @@ class MetricsLog:
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         self._to_sinks(lambda sink: sink.write(step, numbers))
 
-    def video(self, step: int, name: str, path: Path) -> None:
+    def video(self, step: int, name: str, path: Path, caption: str = "") -> None:
         """Show the video file `path` under `name` in TensorBoard (as a GIF) and W&B."""
         if self._is_main and self._file is None:
             self.resume(step)
-        self._to_sinks(lambda sink: sink.video(step, name, path))
+        self._to_sinks(lambda sink: sink.video(step, name, path, caption))
+
+    def figure(self, step: int, name: str, path: Path, caption: str = "") -> None:
+        """Show the PNG file `path` under `name` in TensorBoard and W&B."""
+        if self._is_main and self._file is None:
+            self.resume(step)
+        self._to_sinks(lambda sink: sink.figure(step, name, path, caption))
 
     def close(self) -> None:
         """Finish all files; a later `write` opens them again."""
@@ -211,6 +217,48 @@ def mean_over_ranks(
     return flat | dict(zip([*tensors, *numbers], means, strict=True))
 
 
+class Means:
+    """Means of metrics over the updates between two lines of the log, each over those that had it.
+
+    What is added stays on its device, which nothing waits for, and on its rank until `read`.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+        self._reduced: dict[str, tuple[float, int]] = {}  # sums over updates of means over ranks
+
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Count one update's numbers; every rank has to add the same names."""
+        for name, value in metrics.items():
+            own = value.detach().double() if isinstance(value, Tensor) else float(value)
+            self._sums[name] = self._sums[name] + own if name in self._sums else own
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The means over updates and ranks since the last `read`: every rank has to call it."""
+        self._reduce()
+        means = {name: total / count for name, (total, count) in self._reduced.items()}
+        self._reduced = {}
+        return means
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """What `read` would count, as plain values: every rank has to call it."""
+        self._reduce()
+        return {name: [total, count] for name, (total, count) in self._reduced.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._sums, self._counts = {}, {}
+        self._reduced = {name: (total, int(count)) for name, (total, count) in state.items()}
+
+    def _reduce(self) -> None:
+        for name, total in mean_over_ranks(self._sums).items():
+            before, count = self._reduced.get(name, (0.0, 0))
+            self._reduced[name] = (before + total, count + self._counts[name])
+        self._sums, self._counts = {}, {}
+
+
 @torch.no_grad()
 def latent_statistics(latents: Tensor) -> dict[str, Tensor]:
     """What collapse and stillness show in: 0-d tensors of latents `[B, F, C, H, W]`.
@@ -234,7 +282,8 @@ class TimestepBuckets:
     def __init__(self, buckets: int = 10, highest: float = 1000.0) -> None:
         self._buckets = buckets
         self._width = highest / buckets
-        self._totals: Tensor | None = None  # [2, buckets]: sums of losses, counts
+        self._totals: Tensor | None = None  # [2, buckets]: sums of losses, counts; of this rank
+        self._reduced = torch.zeros(2, buckets, dtype=torch.float64)  # the same of all ranks
 
     @torch.no_grad()
     def add(self, timesteps: Tensor, losses: Tensor) -> None:
@@ -242,9 +291,9 @@ class TimestepBuckets:
         if timesteps.shape != losses.shape:
             raise ValueError(f"{timesteps.shape} timesteps but {losses.shape} losses")
         if self._totals is None:
-            self._totals = torch.zeros(2, self._buckets, device=losses.device)
+            self._totals = torch.zeros_like(self._reduced, device=losses.device)
         bucket = (timesteps.flatten() / self._width).long().clamp(0, self._buckets - 1)
-        loss = losses.flatten().float()
+        loss = losses.flatten().double()
         self._totals.index_add_(1, bucket, torch.stack([loss, torch.ones_like(loss)]))
 
     def read(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
@@ -252,12 +301,28 @@ class TimestepBuckets:
 
         Over the losses of all ranks, each with equal weight: every rank has to call it.
         """
-        totals = torch.zeros(2, self._buckets) if self._totals is None else self._totals
-        sums, counts = _sum_over_ranks(totals.cpu().double(), group)
-        self._totals = None
+        self._reduce(group)
+        sums, counts = self._reduced
+        self._reduced = torch.zeros_like(self._reduced)
         edges = [round(i * self._width) for i in range(self._buckets + 1)]
         names = [f"{low}-{high}" for low, high in pairwise(edges)]
         return dict(zip(names, (sums / counts).tolist(), strict=True))
+
+    def state_dict(self) -> list[list[float]]:
+        """What `read` would count, as plain values: every rank has to call it."""
+        self._reduce(None)
+        return self._reduced.tolist()
+
+    def load_state_dict(self, state: Sequence[Sequence[float]] | None) -> None:
+        """Go on where `state_dict` was taken; without one, from nothing."""
+        empty = torch.zeros_like(self._reduced)
+        self._totals = None
+        self._reduced = empty if state is None else torch.tensor(state, dtype=torch.float64)
+
+    def _reduce(self, group: dist.ProcessGroup | None) -> None:
+        totals = torch.zeros(2, self._buckets) if self._totals is None else self._totals
+        self._reduced = self._reduced + _sum_over_ranks(totals.cpu().double(), group)
+        self._totals = None
 
 
 class Timer:
@@ -271,6 +336,8 @@ class Timer:
         self._device = torch.device(device)
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
+        self.entered = 0  # phases so far
+        self._left_in = ""  # the innermost phase that an error left
         self._whole = False
         self._started = self._since = time.perf_counter()
 
@@ -279,14 +346,23 @@ class Timer:
         """Count the time inside as `name`; with `whole` that of the phases inside, too."""
         self._charge()
         outside = self._whole
+        self.entered += 1
         self._open.append(self._open[-1] if outside else name)
         self._whole = outside or whole
         try:
             yield
+        except BaseException:
+            self._left_in = self._left_in or self._open[-1]
+            raise
         finally:
             self._charge()
             self._open.pop()
             self._whole = outside
+
+    @property
+    def now(self) -> str:
+        """The innermost phase that is open, or that an error left; another thread may ask."""
+        return self._left_in or next(reversed(self._open[:]), "between phases")
 
     def read(self) -> dict[str, float]:
         """Seconds of each phase since the last `read`, and of everything as `step`."""
@@ -347,7 +423,9 @@ class _Sink(Protocol):
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
 
-    def video(self, step: int, name: str, path: Path) -> None: ...
+    def video(self, step: int, name: str, path: Path, caption: str) -> None: ...
+
+    def figure(self, step: int, name: str, path: Path, caption: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -367,12 +445,23 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def video(self, step: int, name: str, path: Path) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
+    def video(self, step: int, name: str, path: Path, caption: str) -> None:
+        self._picture(step, name, caption, *_as_gif(path))
 
-        gif, height, width = _as_gif(path)
-        image = Summary.Image(encoded_image_string=gif, height=height, width=width, colorspace=3)
-        value = Summary.Value(tag=name, image=image)
+    def figure(self, step: int, name: str, path: Path, caption: str) -> None:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self._picture(step, name, caption, path.read_bytes(), image.height, image.width)
+
+    def _picture(
+        self, step: int, name: str, caption: str, data: bytes, height: int, width: int
+    ) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+        image = Summary.Image(encoded_image_string=data, height=height, width=width, colorspace=3)
+        told = SummaryMetadata(display_name=name, summary_description=caption)
+        value = Summary.Value(tag=name, image=image, metadata=told)
         self._writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
     def close(self) -> None:
@@ -424,8 +513,12 @@ class _Wandb:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log({"step": step, **numbers})
 
-    def video(self, step: int, name: str, path: Path) -> None:
-        self._run.log({"step": step, name: self._wandb.Video(str(path), format="mp4")})
+    def video(self, step: int, name: str, path: Path, caption: str) -> None:
+        video = self._wandb.Video(str(path), caption=caption, format="mp4")
+        self._run.log({"step": step, name: video})
+
+    def figure(self, step: int, name: str, path: Path, caption: str) -> None:
+        self._run.log({"step": step, name: self._wandb.Image(str(path), caption=caption)})
 
     def close(self) -> None:
         self._run.finish()
@@ -466,7 +559,7 @@ def _read_tensors(tensors: list[Tensor]) -> list[float]:
     """The values of 0-d tensors; those of an accelerator in one transfer."""
     far = [t.device for t in tensors if t.device.type != "cpu"]
     device = far[0] if far else "cpu"
-    return torch.stack([t.float().to(device) for t in tensors]).tolist() if tensors else []
+    return torch.stack([t.double().to(device) for t in tensors]).tolist() if tensors else []
 
 
 def _world(group: dist.ProcessGroup | None) -> int:

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from model.vae import Autoencoder, init_autoencoder
 from pipeline.setup import Setup
 from pipeline.text import TextSource
 from trainer.ema import EMA
-from trainer.sharding import World, load_full_state, make_mesh, shard_dit, shard_module, strategy_of
+from trainer.sharding import (
+    World,
+    load_full_state,
+    make_mesh,
+    reshard,
+    shard_dit,
+    shard_module,
+    strategy_of,
+)
 from utils.config import Config
 from utils.devices import computes_in_bf16
 from wan.attention import check_backend
@@ -61,6 +70,20 @@ class Player:
             self.ema = EMA(self.trained, self.ema_weight)
         elif moved:
             self.ema.update(self.trained)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The module holds the average meanwhile, if there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.swap(self.trained)
+        reshard(self.module)
+        try:
+            yield
+        finally:
+            self.ema.swap(self.trained)
+            reshard(self.module)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype | None:

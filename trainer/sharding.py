@@ -4,13 +4,15 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -23,17 +25,26 @@ from utils.config import Config
 from utils.devices import choose_device
 from utils.distributed import Ranks
 from utils.errors import BAD_INPUT, UserError
+from utils.files import make_folder, part_path, told
 from wan.dit import WanDiT
 from wan.weights import check_finite, check_keys
 
+MARGIN = 60.0  # seconds: a library's own limit, after which it tells less than `trainer.watch`
 
-@dataclass(frozen=True)
+
+@dataclass
 class World:
-    """This process among all: one rank of one without torchrun, over the same code."""
+    """This process among all: one rank of one without torchrun, over the same code.
+
+    `limit`: seconds that a rank waits for the others.
+    """
 
     ranks: Ranks
     device: torch.device
     local_world: int
+    limit: float = 3600.0
+    meshes: dict[int, DeviceMesh] = field(default_factory=dict)
+    groups: list[dist.ProcessGroup] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -45,10 +56,41 @@ class World:
         """Whether this rank writes what is written once."""
         return self.ranks.is_main
 
+    def mesh(self, shards: int) -> DeviceMesh:
+        """The (copies, shards) mesh; one for all networks that are spread alike."""
+        if shards not in self.meshes:
+            mesh = init_device_mesh(
+                self.device.type, (self.size // shards, shards), mesh_dim_names=("copies", "shards")
+            )
+            self.meshes[shards] = mesh
+            self.groups += mesh.get_all_groups()
+            self.set_limit(self.limit)
+        return self.meshes[shards]
+
+    def new_group(self) -> dist.ProcessGroup:
+        """A group of all ranks between their CPUs, apart from all others' messages."""
+        group = dist.new_group(backend="gloo", timeout=_with_margin(self.limit))
+        assert isinstance(group, dist.ProcessGroup)
+        self.groups.append(group)
+        return group
+
+    def set_limit(self, seconds: float) -> None:
+        """From now on a rank waits so long for the others."""
+        self.limit = seconds
+        for group in (None, *self.groups):
+            _set_pg_timeout(_with_margin(seconds), group)
+
+
+def _with_margin(seconds: float) -> timedelta:
+    return timedelta(seconds=seconds + MARGIN)
+
 
 @contextlib.contextmanager
-def open_world(device_name: str) -> Iterator[World]:
-    """Join (or found) the process group; gloo on CPUs, NCCL between GPUs."""
+def open_world(device_name: str, *, limit: float = 3600.0) -> Iterator[World]:
+    """Join (or found) the process group; gloo on CPUs, NCCL between GPUs.
+
+    `limit`: seconds that a rank waits for the others.
+    """
     ranks = Ranks.from_environment()
     device = choose_device(ranks.device_name(device_name))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -58,12 +100,12 @@ def open_world(device_name: str) -> Iterator[World]:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UserError(f"RANK is set but not {' and '.join(missing)}: start with torchrun")
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_with_margin(limit))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world)))
     try:
-        yield World(ranks, device, local)
+        yield World(ranks, device, local, limit)
     finally:
         dist.destroy_process_group()
 
@@ -86,10 +128,7 @@ def shards_of(strategy: str, world: int, local_world: int, hybrid: int | None) -
 
 def make_mesh(strategy: str, world: World, hybrid: int | None) -> DeviceMesh:
     """The (copies, shards) mesh of a strategy: shards are spread, copies are kept equal."""
-    shards = shards_of(strategy, world.size, world.local_world, hybrid)
-    return init_device_mesh(
-        world.device.type, (world.size // shards, shards), mesh_dim_names=("copies", "shards")
-    )
+    return world.mesh(shards_of(strategy, world.size, world.local_world, hybrid))
 
 
 def strategy_of(config: Config, network: str) -> str:
@@ -131,6 +170,13 @@ def shard_dit(dit: WanDiT, mesh: DeviceMesh, compute_dtype: torch.dtype | None) 
     shard_module(dit, blocks, mesh, compute_dtype)
     for module in (dit, *blocks):
         register_fsdp_forward_method(module, "encode_text")
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop the whole tensors that forward passes left: the next one gathers the shards anew."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def load_full_state(
@@ -205,13 +251,31 @@ def agreed() -> Iterator[None]:
         raise SystemExit(max(filter(None, codes)))
 
 
+def check_shared(folder: Path, world: World) -> None:
+    """UserError unless every rank sees what the main rank writes to a folder."""
+    if world.size == 1:
+        return
+    name = [""]
+    with agreed():
+        if world.is_main:
+            with told(folder):
+                make_folder(folder)
+                mark = part_path(folder / "shared")
+                mark.touch()
+            name = [mark.name]
+    dist.broadcast_object_list(name, src=0)
+    with agreed():
+        if not (folder / name[0]).is_file():
+            raise UserError(
+                f"rank {world.ranks.rank} does not see what the main rank writes to {folder}: "
+                "give a --logdir on a disk that all nodes share"
+            )
+    if world.is_main:
+        mark.unlink(missing_ok=True)
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any rank."""
-    return bool(highest(int(flag), device))
-
-
-def highest(number: int, device: torch.device) -> int:
-    """The highest number that any rank gives."""
-    vote = torch.tensor(number, device=device)
+    vote = torch.tensor(int(flag), device=device)
     dist.all_reduce(vote, dist.ReduceOp.MAX)
-    return int(vote.item())
+    return bool(vote.item())

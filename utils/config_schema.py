@@ -108,6 +108,7 @@ SIZE = Bounds(at_least=1, at_most=16384)
 SIDE = Bounds(at_least=16, at_most=16384, multiple_of=16)
 STEPS = Bounds(at_least=1, at_most=10**9)
 STEPS_OR_NONE = Bounds(at_least=0, at_most=10**9)
+SECONDS = Bounds(at_least=1, at_most=10**7)
 SHARE = Bounds(at_least=0, at_most=1)
 TIMESTEP = Bounds(at_least=0, at_most=1000)
 LEVELS = Bounds(at_least=1, at_most=1000)
@@ -495,8 +496,12 @@ class Config:
     log_iters: int = key(
         100, "steps between checkpoints (the publications' name)", "course", bounds=STEPS
     )
-    keep_checkpoints: int = key(
-        2, "resumable states kept; exported weights are never deleted", "course", bounds=COUNT
+    keep_checkpoints: int = key(2, "resumable states kept", "course", bounds=COUNT)
+    keep_exports: int | None = key(
+        None, "folders of exported weights kept; null: all", "course", bounds=COUNT
+    )
+    export_safetensors: bool = key(
+        False, "exports hold .safetensors beside the published model.pt", "course"
     )
     sample_every: int = key(
         0, "steps between sample videos; 0: none", "course", bounds=STEPS_OR_NONE
@@ -505,6 +510,12 @@ class Config:
         [], "of these prompts; []: the first four of the data", "course"
     )
     sample_latent_frames: int = key(21, "their length", "course", bounds=COUNT)
+    sample_weights: Literal["ema", "live"] = key(
+        "ema", "made with the average, once there is one, or with the weights as they are", "course"
+    )
+    metrics_every: int = key(
+        1, "steps between lines of the log, which are means over these", "course", bounds=STEPS
+    )
     heldout_every: int = key(
         0,
         "steps between measurements of the held-out loss; 0: none",
@@ -515,6 +526,13 @@ class Config:
         16, "of so many items, the first ones of `heldout_data_path`", "course", bounds=COUNT
     )
     resume: Resume = key(Resume, "what to do with a run that is there", "course")
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop",
+        "where a loss or a gradient is not finite; skip: the update is drawn anew",
+        "course",
+    )
+    max_skips_in_a_row: int = key(3, "with skip, then the training ends", "course", bounds=COUNT)
+    max_skips: int = key(30, "the same, of a whole training", "course", bounds=COUNT)
 
     lr: float = key(2e-6, "learning rate", "weights", section="training: optimisation", bounds=RATE)
     lr_critic: float = key(4e-7, "the critic's", "weights", bounds=RATE)
@@ -561,6 +579,12 @@ class Config:
     )
     compile: bool = key(
         False, "torch.compile the transformer blocks, and on a GPU the decoder of the VAE"
+    )
+    collective_timeout: int = key(
+        600, "seconds that a rank waits for the others before it ends", bounds=SECONDS
+    )
+    first_step_timeout: int = key(
+        3600, "the same while weights are loaded and in the first step", bounds=SECONDS
     )
 
     wandb_host: str | None = key(None, "server of Weights & Biases", section="training: logs")

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from utils.noise import philox
 
+ATTEMPT = 2**44  # between the numbers of the first and the second try of an update: no run has more
+
 
 class Purpose(IntEnum):
     """What a draw is for: part of the generator's key, so the numbers are fixed for ever."""

@@ -196,12 +196,17 @@ def check_folder(folder: str | Path, path: str | Path | None = None) -> None:
 
 def require_space(folder: str | Path, size: int, what: str) -> None:
     """UserError, beginning with `what`, unless `size` bytes fit where `folder` is or will be."""
+    free, place = free_space(folder)
+    if size > free:
+        raise UserError(f"{what}, and only {free / 2**20:.0f} MiB are free at {place}; make room")
+
+
+def free_space(folder: str | Path) -> tuple[int, Path]:
+    """Free bytes where `folder` is or will be, and the folder that is there."""
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if size > free:
-        raise UserError(f"{what}, and only {free / 2**20:.0f} MiB are free at {place}; make room")
+    return shutil.disk_usage(place).free, place
 
 
 @contextmanager

@@ -3,20 +3,26 @@
     torchrun … run_jobs.py JOBS.json
 
 Each job: `config`, `logdir`, `visualise`, `poison` (a player whose gradient becomes NaN on the last
-rank alone). Writes `JOBS.done` with how each ended.
+rank alone), `sleep` (seconds before every pass of the second step), `lost` (in the second step the
+last rank is `dead` or `stuck`). Writes `JOBS.done` with how each ended.
 """
 
 import faulthandler
 import json
 import logging
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.sharding import World, open_world
-from trainer.trainer import NonFiniteError, Trainer
+from trainer.trainer import Trainer
+from trainer.updates import NonFiniteError
+from trainer.watch import LostRanksError, end_alone
 from utils.config import load_config
 
 
@@ -29,8 +35,14 @@ def run(job: dict[str, Any], world: World) -> str:
     )
     if "poison" in job:
         poison(trainer, world, job["poison"])
+    if "sleep" in job:
+        slow_down(trainer, job["sleep"])
+    if "lost" in job and world.ranks.rank == world.size - 1:
+        lose(trainer, job["lost"])
     try:
         trainer.train()
+    except LostRanksError as error:
+        end_alone(f"stopped: {error}")
     except NonFiniteError as error:
         return str(error)
     return f"step {trainer.step}"
@@ -47,6 +59,35 @@ def poison(trainer: Trainer, world: World, player: str) -> None:
         return type(result)(result.loss * float("nan"), result.metrics)
 
     trainer.task.loss = broken  # type: ignore[method-assign]
+
+
+def slow_down(trainer: Trainer, seconds: float) -> None:
+    """Passes of the second step take their time, and say that they have begun."""
+    look = trainer.task.look
+
+    def slow() -> None:
+        if trainer.step == 1:
+            (trainer.logdir / "slow").touch()
+            time.sleep(seconds)
+        look()
+
+    trainer.task.look = slow
+
+
+def lose(trainer: Trainer, how: str) -> None:
+    """This rank is dead, or does not answer, in the middle of the second step."""
+    loss = trainer.task.loss
+
+    def lost(*arguments: Any) -> Any:
+        if trainer.step == 1:
+            trainer.store.wait()  # so that there is a state, however fast the other rank is
+        if trainer.step == 1 and how == "dead":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while trainer.step == 1:
+            time.sleep(1)
+        return loss(*arguments)
+
+    trainer.task.loss = lost  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

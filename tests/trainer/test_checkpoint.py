@@ -54,8 +54,8 @@ def test_only_the_newest_states_are_kept_and_every_export(
 def save_states(folder: Path, *steps: int, keep: int = 9) -> list[Path]:
     """Small states of a run that a store finds."""
     run = json.dumps(dict.fromkeys(RUN_KEYS, 0))
-    with open_world("cpu"):
-        store = CheckpointStore(folder, keep=keep, is_main=True)
+    with open_world("cpu") as world:
+        store = CheckpointStore(folder, world, keep=keep)
         for step in steps:
             store.save(step, {"run": run, "w": torch.full((1000,), float(step))})
         store.wait()
@@ -157,8 +157,8 @@ def test_a_damaged_state_is_told_and_runs_no_code(tmp_path: Path, damage: Any) -
     _, older = save_states(tmp_path, 1, 2)
     newest = older.with_name("step_000002")
     damage(newest)
-    with open_world("cpu"):
-        store = CheckpointStore(tmp_path, keep=9, is_main=True)
+    with open_world("cpu") as world:
+        store = CheckpointStore(tmp_path, world, keep=9)
         state: dict[str, Any] = {"run": "", "w": torch.zeros(1000)}
         with pytest.raises(DamagedStateError):
             store.load(newest, state)
@@ -185,8 +185,8 @@ def test_the_state_before_a_damaged_one_is_gone_on_from(
 
 def test_a_saved_state_does_not_follow_the_training(tmp_path: Path) -> None:
     """What is written is what was there when `save` returned: weights, moments, averages."""
-    with open_world("cpu"):
-        store = CheckpointStore(tmp_path, keep=2, is_main=True)
+    with open_world("cpu") as world:
+        store = CheckpointStore(tmp_path, world, keep=2)
         weights = torch.arange(200_000.0)
         state = {"weights": weights, "optimiser": {"exp_avg": weights * 2}, "ema": weights[::2]}
         expected = {"/weights": weights.clone(), "/optimiser/exp_avg": weights * 2}
@@ -267,7 +267,8 @@ def test_failing_to_write_is_said_at_the_next_save(
 @pytest.mark.parametrize("file", ["model.pt", "safetensors"])
 def test_exports_load_as_they_are(file: str, training_world: TrainingWorld, tmp_path: Path) -> None:
     """`model.<official name>` in the .pt, official names in safetensors; both networks."""
-    train(training_world.config(tmp_path, max_steps=3), tmp_path / "run")
+    config = training_world.config(tmp_path, max_steps=3, export_safetensors=True)
+    train(config, tmp_path / "run")
     state = final_state(tmp_path / "run")
     folder = tmp_path / "run" / "checkpoint_model_000003"
     assert not list((tmp_path / "run").glob("*.partial"))

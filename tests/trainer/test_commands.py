@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import socket
 import time
 from functools import cache
 from pathlib import Path
@@ -21,9 +20,11 @@ from tests.tiny_training import (
     course,
     final_state,
     finish,
+    free_port,
     start,
     states,
     train,
+    two_nodes,
 )
 from trainer.estimate import GIB, network_memory
 from utils.cli import run_main
@@ -36,12 +37,6 @@ from wan.dit import DiTConfig
 
 def flags(config: Path, logdir: Path) -> list[str]:
     return ["--config_path", str(config), "--logdir", str(logdir), "--disable-wandb"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- without training ---------------------------------------------------------------------------
@@ -59,6 +54,8 @@ def test_dry_run_says_what_a_rank_will_hold_and_writes_nothing(
     for role, name in (("generator", "Student"), ("real_score", "Teacher"), ("fake_score", "C")):
         assert re.search(rf"^{role} +{name}", said, re.MULTILINE), said
     assert "all together" in said
+    assert re.search(r"a step: \d+ TFLOP for each video, \d+ s at 400 TFLOP/s per rank", said)
+    assert re.search(r"disk: [\d.]+ GiB for each of 3 states", said)
     assert not (tmp_path / "run").exists()
 
 
@@ -66,7 +63,7 @@ def test_dry_run_says_what_a_rank_will_hold_and_writes_nothing(
     ("override", "said"),
     [
         ("dfake_gen_update_ratios=5", "did you mean 'dfake_gen_update_ratio'"),
-        ("global_batch_size=5", "5 videos cannot be split over 2 ranks"),
+        ("global_batch_size=1", "1 videos per update are too few for 2 ranks"),
         ("real_name=Missing", "Missing does not exist"),
         ("trainer=gan", "trainer"),
         ("trainer=ode", "prompts.txt holds no trajectories"),
@@ -184,8 +181,7 @@ def test_a_folder_takes_one_run_at_a_time(
 def test_two_nodes(training_world: TrainingWorld, tmp_path: Path) -> None:
     """Two torchrun agents that meet at one address; hybrid means one copy per node then."""
     config = training_world.write(tmp_path / "c.yaml", max_steps=3)
-    launch = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=tiny"]
-    launch += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    launch = two_nodes()
     command = ["train.py", "--", *flags(config, tmp_path / "run")]
     nodes = [start(command, 1, *launch) for _ in range(2)]
     ends = [finish(node) for node in nodes]
@@ -268,7 +264,7 @@ def test_every_objective_trains_in_the_default_precision(
 ) -> None:
     """The VAE's convolutions got float32 videos beside bf16 weights: a crash, with the defaults."""
     if kind == "vae":  # to plan the first update of its many sharded tensors takes seconds
-        monkeypatch.setattr("trainer.trainer.clip_grad_norm_", lambda *given: torch.ones(()))
+        monkeypatch.setattr("trainer.updates.clip_grad_norm_", lambda *given: torch.ones(()))
         monkeypatch.setattr("trainer.networks.Player.apply", lambda player: None)
     changes = getattr(training_world, kind)() | {"mixed_precision": mixed, "max_steps": 1}
     changes |= {"batch_size": 1, "global_batch_size": 1}

@@ -84,15 +84,52 @@ def test_fewer_videos_than_the_recipe_are_said(
     assert not split_batches(enough, 2).notes
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(
-    training_world: TrainingWorld, tmp_path: Path
+@pytest.mark.parametrize(
+    ("videos", "ranks", "batch_size", "micro_batches", "each"),
+    [
+        (64, 24, 1, 3, "0 or 1"),
+        (64, 24, 2, 2, "1 or 2"),
+        (16, 2, 3, 3, "2 or 3"),
+        (5, 5, 4, 1, "1"),
+        (7, 2, 1, 4, "0 or 1"),
+    ],
+)
+def test_any_number_of_ranks_shares_an_update(
+    videos: int,
+    ranks: int,
+    batch_size: int,
+    micro_batches: int,
+    each: str,
+    training_world: TrainingWorld,
+    tmp_path: Path,
 ) -> None:
-    config = training_world.config(tmp_path, batch_size=3, global_batch_size=16)
-    with pytest.raises(UserError, match=r"16 videos cannot be split over 2 ranks .* multiple of 6"):
-        split_batches(config, 2)
+    """24 ranks were refused 64 videos. Every video counts once, and equally much."""
+    keys = {"batch_size": batch_size, "global_batch_size": videos}
+    split = split_batches(training_world.config(tmp_path, **keys), ranks)
+    assert split.accumulation == micro_batches
+    assert f"x {each} videos x" in split.describe()
+    dealt: Counter[int] = Counter()
+    weights: Counter[int] = Counter()
+    for micro in range(split.accumulation):
+        for rank in range(ranks):
+            rows = split.indices(micro, rank)
+            assert len(rows) <= batch_size
+            dealt.update(rows)
+            for row in rows:  # of the mean over the rows, then of that over the ranks
+                weights[row] += split.weight(len(rows)) / len(rows) / ranks
+    assert dealt == dict.fromkeys(range(videos), 1)
+    assert list(weights.values()) == pytest.approx([1 / videos] * videos)
+    even = videos % (micro_batches * ranks) == 0
+    assert any("not shared evenly" in note for note in split.notes) is not even
 
 
-@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 1), (2, 1), (1, 2), (2, 3), (3, 2)])
+def test_more_ranks_than_videos_are_refused(training_world: TrainingWorld, tmp_path: Path) -> None:
+    config = training_world.config(tmp_path, batch_size=1, global_batch_size=16)
+    with pytest.raises(UserError, match="start at most 16, or set global_batch_size=24"):
+        split_batches(config, 24)
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 1), (2, 1), (1, 2), (2, 3), (3, 2), (5, 2)])
 def test_every_item_comes_once_per_epoch_however_it_is_dealt(
     ranks: int, batch_size: int, training_world: TrainingWorld, tmp_path: Path
 ) -> None:
@@ -105,7 +142,8 @@ def test_every_item_comes_once_per_epoch_however_it_is_dealt(
         row: dict[int, str] = {}
         for batches in dealt:
             for micro in range(plan.accumulation):
-                batch, draws = batches.micro_batch(micro, Draws(0, update, ()))
+                batch, draws, _ = batches.micro_batch(micro, Draws(0, update, ()))
+                assert draws.indices == plan.indices(micro, batches.rank)
                 row |= dict(zip(draws.indices, batch["prompt"], strict=True))
             batches.advance()
         assert sorted(row) == list(range(12))

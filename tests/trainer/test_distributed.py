@@ -1,13 +1,20 @@
 """Several ranks give the training of one: sharded, copied, in bf16, for every task."""
 
 import json
+import random
 import shutil
+import signal
+import subprocess
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import load_pipeline
 from tests.tiny_training import (
@@ -15,6 +22,7 @@ from tests.tiny_training import (
     TrainingWorld,
     assert_close_states,
     assert_same_course,
+    assert_same_state,
     course,
     final_state,
     finish,
@@ -23,7 +31,9 @@ from tests.tiny_training import (
     states,
     tensors,
     train,
+    two_nodes,
 )
+from trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +58,15 @@ def run_jobs(
     world: TrainingWorld, folder: Path, ranks: int, jobs: dict[str, dict[str, Any]]
 ) -> Runs:
     """Each job: changes of the experiment; `job` holds what is for the worker."""
+    file = write_jobs(world, folder, jobs)
+    code, said = finish(start([WORKER, file], ranks), timeout=200)
+    assert code == 0, said
+    ends = json.loads(file.with_suffix(".done").read_text(encoding="utf-8"))
+    return Runs(folder, dict(zip(jobs, ends, strict=True)), said)
+
+
+def write_jobs(world: TrainingWorld, folder: Path, jobs: dict[str, dict[str, Any]]) -> Path:
+    """What `run_jobs.py` reads."""
     listed = []
     for name, changes in jobs.items():
         for_worker = changes.get("job", {})
@@ -56,10 +75,7 @@ def run_jobs(
         listed.append({"config": str(config), "logdir": str(folder / name), **for_worker})
     file = folder / "jobs.json"
     file.write_text(json.dumps(listed), encoding="utf-8")
-    code, said = finish(start([WORKER, file], ranks), timeout=200)
-    assert code == 0, said
-    ends = json.loads(file.with_suffix(".done").read_text(encoding="utf-8"))
-    return Runs(folder, dict(zip(jobs, ends, strict=True)), said)
+    return file
 
 
 def variants(world: TrainingWorld) -> dict[str, dict[str, Any]]:
@@ -84,6 +100,9 @@ def variants(world: TrainingWorld) -> dict[str, dict[str, Any]]:
         "consistency": world.consistency(
             **LORA, sharding_strategy="full", heldout_data_path=str(world.latents), **measured
         ),
+        "uneven": {"sharding_strategy": "full", "global_batch_size": 3, **measured}
+        | {"heldout_data_path": str(world.prompts)},
+        "uneven ode": world.ode() | {"global_batch_size": 3, "sharding_strategy": "full"},
     }
 
 
@@ -91,10 +110,11 @@ def variants(world: TrainingWorld) -> dict[str, dict[str, Any]]:
 def two(training_world: TrainingWorld, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("two")
     bf16 = {"mixed_precision": True, "max_steps": 3}
-    sampling = {"sample_every": 1, "sample_prompts": ["grass"]}
+    sampling = {"sample_every": 1, "sample_prompts": ["grass", "the sea"]}
     jobs = variants(training_world) | {
         "bf16": bf16 | sampling | {"job": {"visualise": True}},
         "poisoned": {"log_iters": 1, "job": {"poison": "critic"}},
+        "sampled": sampling | {"sharding_strategy": "full", "job": {"visualise": True}},
     }
     return run_jobs(training_world, folder, 2, jobs)
 
@@ -108,7 +128,11 @@ def one(training_world: TrainingWorld, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize(
-    "name", ["full", "none", "mixed", "lora", "ode", "diffusion", "options", "consistency"]
+    "name",
+    [
+        *("full", "none", "mixed", "lora", "ode", "diffusion", "uneven", "uneven ode"),
+        *("options", "consistency"),
+    ],
 )
 def test_two_ranks_train_as_one_with_accumulation(name: str, one: Path, two: Runs) -> None:
     assert two.ends[name] == "step 4"
@@ -186,15 +210,25 @@ def test_bf16_compute_trains_fp32_weights_that_inference_loads(
 
 
 def test_ranks_share_out_the_sample_videos(two: Runs) -> None:
-    """Two ranks and one prompt: the second rank takes part and writes nothing."""
+    """Two ranks, two prompts: the main one writes and logs both, with the average's weights.
+
+    The second rank's videos were in no log. Samples change nothing, bit for bit: weights that a
+    pass had gathered stayed those of the average.
+    """
+    expected = tensors(two.state("full"))
+    for name, value in tensors(two.state("sampled")).items():
+        assert torch.equal(value, expected[name]), name
+    assert course(two.folder / "sampled") == course(two.folder / "full")
+    tags = EventAccumulator(str(two.folder / "sampled" / "tensorboard")).Reload().Tags()["images"]
+    assert {"samples/00 grass", "samples/01 the sea"} <= set(tags)
     videos = sorted(path.name for path in (two.folder / "bf16" / "samples").rglob("*"))
     steps = [f"step_{step:06d}" for step in (1, 2, 3)]
-    assert videos == sorted(["00 grass.mp4"] * 3 + steps)
+    assert videos == sorted(["00 grass.mp4", "01 the sea.mp4"] * 3 + steps)
 
 
 def test_one_bad_rank_stops_all_before_the_optimiser(two: Runs, one: Path) -> None:
     assert "step 1: critic" in two.ends["poisoned"]
-    folder = two.folder / "poisoned" / "emergency_000001"
+    folder = two.folder / "poisoned" / "emergency_000001_critic"
     diagnosis = json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))
     assert diagnosis["gradients_not_finite"]
     (kept,) = states(two.folder / "poisoned")
@@ -206,3 +240,107 @@ def test_one_bad_rank_stops_all_before_the_optimiser(two: Runs, one: Path) -> No
 def test_nobody_is_warned_of_views(two: Runs) -> None:
     assert "view tensor" not in two.said
     assert "UserWarning" not in two.said, two.said
+
+
+@pytest.mark.parametrize(
+    ("how", "sentences"),
+    [
+        ("dead", ["rank 0 lost another one in "]),
+        ("stuck", ["waiting for rank 1, which is in", "rank 1 has stood in "]),
+    ],
+)
+def test_a_lost_rank_ends_the_others_within_the_limit(
+    how: str, sentences: list[str], training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """They waited for half an hour, and then told the address of a socket."""
+    jobs = {"lost": {"log_iters": 1, "collective_timeout": 3, "job": {"lost": how}}}
+    file = write_jobs(training_world, tmp_path, jobs)
+    began = time.monotonic()
+    code, said = finish(start([WORKER, file], 2), timeout=80)
+    assert code != 0
+    assert time.monotonic() - began < 40
+    for sentence in sentences:
+        assert sentence in said, said
+    assert "step_000001" in said
+    assert [path.name for path in states(tmp_path / "lost")] == ["step_000001"]
+
+
+def test_sigterm_inside_a_slow_step_under_torchrun(
+    one: Path, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """torchrun kills after 30 s; a step of 40 s was finished first, and nothing was saved."""
+    changes = {"sharding_strategy": "full", "max_steps": 4}
+    file = write_jobs(training_world, tmp_path, {"full": {**changes, "job": {"sleep": 1.0}}})
+    process = start([WORKER, file], 2)
+    wait_for(tmp_path / "full" / "slow", process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, said = finish(process, timeout=60)
+    assert time.monotonic() - began < 15
+    assert "SIGTERM: stopping before the next pass, then a state is written" in said
+    assert "asked to stop: saved at step 1" in said
+    assert "going on at step 1" in run_jobs(training_world, tmp_path, 2, {"full": changes}).said
+    assert_close_states(final_state(tmp_path / "full"), final_state(one / "full" / "run"))
+
+
+def test_a_signal_on_one_of_two_nodes_stops_both(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Only the ranks of the node that goes away are told; the others have to learn of it."""
+    changes = {"max_steps": 4, "job": {"sleep": 1.0}}
+    file, launch = write_jobs(training_world, tmp_path, {"run": changes}), two_nodes()
+    nodes = [start([WORKER, file], 1, *launch) for _ in range(2)]
+    wait_for(tmp_path / "run" / "slow", nodes[0])
+    nodes[1].send_signal(signal.SIGTERM)
+    wait_for(file.with_suffix(".done"), nodes[0])
+    nodes[0].send_signal(signal.SIGTERM)  # which waits for minutes for the other torchrun
+    ends = [finish(node, timeout=60) for node in nodes]
+    assert any("asked to stop: saved at step 1" in said for _, said in ends), ends
+    assert [path.name for path in states(tmp_path / "run")] == ["step_000001"]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until a process has written a file."""
+    deadline = time.monotonic() + 90
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.long
+def test_sigterm_at_twenty_random_moments_loses_nothing(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Each time the same command goes on, and at the end the weights are those of one that ran."""
+    changes = {
+        "sharding_strategy": "full",
+        "max_steps": 60,
+        "log_iters": 7,
+        "sample_every": 10,
+        "sample_prompts": ["grass"],
+        "heldout_every": 8,
+        "heldout_videos": 2,
+        "heldout_data_path": str(training_world.prompts),
+        "job": {"visualise": True},
+    }
+    for name in ("once", "often"):
+        (tmp_path / name).mkdir()
+    once = run_jobs(training_world, tmp_path / "once", 2, {"run": changes})
+    file = write_jobs(training_world, tmp_path / "often", {"run": changes})
+    draw, stops = random.Random(5), 0
+    step = mean(line["seconds/step"] for line in read_metrics(once.folder / "run")[1:])
+    for _ in range(20):
+        begun = tmp_path / "often" / "run" / "config.yaml"
+        begun.unlink(missing_ok=True)
+        process = start([WORKER, file], 2)
+        wait_for(begun, process)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(0, 4 * step))
+        process.send_signal(signal.SIGTERM)
+        _, said = finish(process)
+        stops += "asked to stop" in said
+    assert stops > 10
+    often = run_jobs(training_world, tmp_path / "often", 2, {"run": changes})
+    assert_same_state(often.state("run"), once.state("run"))
+    assert course(often.folder / "run") == course(once.folder / "run")

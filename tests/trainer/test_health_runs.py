@@ -21,7 +21,8 @@ from tests.tiny_training import (
     write_training_world,
 )
 from trainer.sharding import open_world
-from trainer.trainer import NonFiniteError, Trainer
+from trainer.trainer import Trainer
+from trainer.updates import NonFiniteError
 from utils.datasets import write_shard
 from wan.checkpoints import read_state_dict
 
@@ -43,7 +44,7 @@ def trained_world(tmp_path_factory: pytest.TempPathFactory) -> TrainingWorld:
     write_shard(world.latents / "a.safetensors", 0.8 * still + 0.6 * moving, PROMPTS)
     changes = world.flow(max_steps=150, lr=3e-3, ema_weight=0.0, prompt_dropout=0.1)
     train(world.config(root / "pretraining", **changes), root / "pretrained")
-    weights = root / "pretrained" / "checkpoint_model_000150" / "generator.safetensors"
+    weights = root / "pretrained" / "checkpoint_model_000150" / "model.pt"
     for name in ("Student", "Teacher", "Critic"):
         state = read_state_dict(weights)
         write_dit_folder(world.models / name, TINY_DIT | SIZES, dict(state))

@@ -20,6 +20,7 @@ from tests.tiny_training import (
 from trainer.networks import build_generator
 from trainer.sharding import open_world
 from wan.checkpoints import read_state_dict
+from wan.weights import Network
 
 LORA = {"lora": {"rank": 2, "alpha": 6, "targets": ["q", "v", "ffn.0"]}, "keep_checkpoints": 9}
 WEIGHTS = "/players/generator/weights/"
@@ -56,8 +57,9 @@ def test_export_is_base_plus_scaled_product(training_world: TrainingWorld, tmp_p
     train(training_world.config(tmp_path, max_steps=3, **LORA), tmp_path / "run")
     state = final_state(tmp_path / "run")
     export = tmp_path / "run" / "checkpoint_model_000003"
-    for network, part in (("generator", "weights"), ("generator_ema", "ema")):
-        merged = read_state_dict(export / f"{network}.safetensors")
+    parts: dict[Network, str] = {"generator": "weights", "generator_ema": "ema"}
+    for network, part in parts.items():
+        merged = read_state_dict(export / "model.pt", network)
         layer = "blocks.1.self_attn.q"
         base = state[f"{WEIGHTS}{layer}.base_layer.weight"]
         down = state[f"/players/generator/{part}/{layer}.lora_A.default.weight"]

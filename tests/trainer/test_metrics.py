@@ -11,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.tiny_pipeline import write_config
 from trainer.metrics import (
@@ -140,7 +142,10 @@ def test_tensorboard_gets_numbers_and_videos_and_hides_what_is_done_again(tmp_pa
         log.write(step, {"critic": {"loss": step, "none": math.nan}})
     log.resume(2)
     log.write(2, {"critic/loss": 20.0})
-    log.video(2, "sample", tmp_path / "a.mp4")
+    log.video(2, "sample", tmp_path / "a.mp4", "a red ball")
+    figure = np.zeros((20, 30, 3), dtype=np.uint8)
+    Image.fromarray(figure).save(tmp_path / "f.png")
+    log.figure(2, "health", tmp_path / "f.png", "healthy: so far")
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("critic/loss")] == [(0, 0), (1, 1), (2, 20)]
@@ -148,6 +153,9 @@ def test_tensorboard_gets_numbers_and_videos_and_hides_what_is_done_again(tmp_pa
     image = events.Images("sample")[0]
     assert (image.step, image.width, image.height) == (2, 48, 32)
     assert image.encoded_image_string.startswith(b"GIF89a")
+    assert (events.Images("health")[0].width, events.Images("health")[0].height) == (30, 20)
+    told = {tag: events.SummaryMetadata(tag).summary_description for tag in ("sample", "health")}
+    assert told == {"sample": "a red ball", "health": "healthy: so far"}, "captions"
 
 
 WANDB_RUN = """

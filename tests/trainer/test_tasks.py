@@ -400,7 +400,7 @@ def test_the_guard_of_motion_adds_the_error_on_true_clips(
         with trainer_of(training_world, tmp_path / f"{weight}", **changes) as trainer:
             task = trainer.task
             assert isinstance(task, Distillation)
-            batch, draws = trainer.batches["generator"].micro_batch(0, Draws(0, 2, ()))
+            batch, draws, _ = trainer.batches["generator"].micro_batch(0, Draws(0, 2, ()))
             found.append(task.loss("generator", batch, draws))
             noise = draws.normal(Purpose.GUARD_NOISE, (FRAMES, *LATENT))
             levels = task.setup.levels.tensor()[draws.integers(Purpose.GUARD_LEVEL, 3)]
@@ -448,7 +448,7 @@ def test_consistency_moves_along_the_guided_teacher(
         assert isinstance(task, Consistency)
         for _ in range(4):
             trainer.train_step()
-        batch, draws = trainer.batches["generator"].micro_batch(0, Draws(0, 9, ()))
+        batch, draws, _ = trainer.batches["generator"].micro_batch(0, Draws(0, 9, ()))
         result = task.loss("generator", batch, draws)
         places, context = task._places(draws, FRAMES)
         x, noise = batch["latents"], draws.normal(Purpose.NOISE, (FRAMES, *LATENT))

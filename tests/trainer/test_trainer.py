@@ -22,7 +22,8 @@ from tests.tiny_training import (
     train,
 )
 from trainer.sharding import open_world
-from trainer.trainer import NonFiniteError, Trainer
+from trainer.trainer import Trainer
+from trainer.updates import NonFiniteError
 from utils.errors import UserError
 
 
@@ -177,7 +178,7 @@ def test_the_very_first_update_may_already_be_broken(
         poison(trainer, "loss", phase="generator")
         with pytest.raises(NonFiniteError, match="step 0: generator"):
             trainer.train()
-    assert (tmp_path / "run" / "emergency_000000" / "state" / ".metadata").is_file()
+    assert (tmp_path / "run" / "emergency_000000_generator" / "state" / ".metadata").is_file()
 
 
 def poison(trainer: Trainer, what: str, phase: str = "critic") -> None:
@@ -198,30 +199,33 @@ def poison(trainer: Trainer, what: str, phase: str = "critic") -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_between_steps_saves_and_the_same_command_goes_on(
-    number: signal.Signals, training_world: TrainingWorld, tmp_path: Path
+def test_a_second_ctrl_c_is_not_waited_for(
+    number: signal.Signals,
+    training_world: TrainingWorld,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Ctrl-C lost everything since the last save; a second one is not waited for."""
+    """Ctrl-C lost everything since the last save; without --no_save, what is left is said."""
     config = training_world.config(tmp_path, max_steps=2)
     before = signal.getsignal(number)
     with open_world("cpu") as world:
-        trainer = Trainer(config, world, tmp_path / "run", visualise=False)
-        loss, calls = trainer.task.loss, []
+        trainer = Trainer(config, world, tmp_path / "run", visualise=False, save=False)
+        loss = trainer.task.loss
 
         def interrupted(*arguments: Any) -> Any:
-            calls.append(arguments)
-            if len(calls) == 3:
-                os.kill(os.getpid(), number)
-                second = signal.getsignal(number)
-                assert (second == signal.SIG_DFL) == (number == signal.SIGINT)
+            os.kill(os.getpid(), number)
+            second = signal.getsignal(number)
+            assert (second == signal.SIG_DFL) == (number == signal.SIGINT)
             return loss(*arguments)
 
         trainer.task.loss = interrupted  # type: ignore[method-assign]
         trainer.train()
-    assert (trainer.step, trainer.stopped_by) == (1, number)
+    assert (trainer.step, trainer.stopped_by) == (0, number)
     assert signal.getsignal(number) is before
-    assert [path.name for path in states(tmp_path / "run")] == ["step_000001"]
-    assert train(config, tmp_path / "run", save=False).step == 2
+    said = capfd.readouterr().err
+    assert f"{number.name}: stopping before the next pass" in said
+    assert ("Ctrl-C once more" in said) == (number == signal.SIGINT)
+    assert not states(tmp_path / "run")
 
 
 def test_an_error_leaves_the_state_its_name_and_the_log_closed(
@@ -269,7 +273,7 @@ def test_another_config_is_refused_by_the_names_of_its_keys(
     assert "guidance_scale (3.0 -> 7.0)" in said
     assert "max_steps" not in said
     assert "log_iters" not in said
-    with pytest.raises(UserError, match=r"videos per update \(4 -> 8\)"):
+    with pytest.raises(UserError, match=r"videos per update \(4 -> 8; global_batch_size=4"):
         train(training_world.config(tmp_path, global_batch_size=8), tmp_path / "run")
     free = {"sampling_steps": 7, "step_rule": "renoise", "dtype": "bfloat16", "device": "auto"}
     train(training_world.config(tmp_path, max_steps=1, **free), tmp_path / "run", save=False)
@@ -341,7 +345,7 @@ def test_weights_that_a_kill_kept_from_being_exported_are_when_the_run_goes_on(
     """Killed between the last state and its export, a finished run never had its weights."""
     config = training_world.config(tmp_path, max_steps=1)
     train(config, tmp_path / "run")
-    export = tmp_path / "run" / "checkpoint_model_000001" / "generator.safetensors"
+    export = tmp_path / "run" / "checkpoint_model_000001" / "model.pt"
     whole = export.read_bytes()
     shutil.rmtree(export.parent)
     train(config, tmp_path / "run", save=False)

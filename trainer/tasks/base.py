@@ -4,9 +4,8 @@ The objectives themselves are in `model/`; a task feeds them with networks, text
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from model.self_rollout import RolloutRecipe
 from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline
 from trainer.data import BatchSplit, check_embeddings
-from trainer.export import export_generator
+from trainer.export import Writer, export_generator
 from trainer.metrics import Timer
 from trainer.networks import Player, build_generator, build_text, build_vae
 from trainer.sharding import World
@@ -42,6 +41,8 @@ class TaskInputs:
     batch_split: BatchSplit
     timer: Timer
     data: Dataset
+    look: Callable[[], None]
+    """Stands between passes, on all ranks alike: leaves the training where it is to stop."""
 
 
 class Task(ABC):
@@ -58,6 +59,7 @@ class Task(ABC):
         self.batch_split = given.batch_split
         self.timer = given.timer
         self.data = given.data
+        self.look = given.look
         if self.config.i2v:
             raise UserError("training starts from noise, not from images: set i2v=false")
 
@@ -91,18 +93,24 @@ class Task(ABC):
         """Whether the player's next update, after that of a step, is on the same batch."""
         return False
 
-    def collect(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keep what is no number (0-d) of a micro-batch of training for `derive`; the others."""
-        return metrics
+    def collect(self, metrics: Mapping[str, Tensor]) -> None:  # noqa: B027 - most keep nothing
+        """Keep for `derive` what is no number (0-d) in a micro-batch of an update that was made."""
 
     def derive(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """What follows from the metrics of a step, which are means over the ranks.
+        """What follows from the metrics of a line of the log, which are means over the ranks.
 
         All ranks have to call it.
         """
         if len(self.players) > 1:
             return {}
         return {"loss": metrics[f"{next(iter(self.players))}/loss"]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `collect` has kept, as plain values of all ranks, which have to call it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - as `collect`
+        """Go on where `state_dict` was taken."""
 
     @abstractmethod
     def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
@@ -132,8 +140,11 @@ class Task(ABC):
         """Floating-point operations of one video's share of an update; None: not known."""
 
     @abstractmethod
-    def export(self, folder: Path) -> None:
-        """Write the weights in the published form; all ranks have to call it."""
+    def export(self) -> Writer | None:
+        """Copy the weights; what writes them in the published form, on the main rank.
+
+        All ranks have to call it.
+        """
 
     def sampler(self) -> VideoPipeline | None:
         """What makes sample videos of the student as it is, if it can."""
@@ -161,9 +172,10 @@ class GeneratorTask(Task):
         self.text = build_text(config, setup, world)
         self.vae = build_vae(setup, world) if self._needs_vae() else None
 
-    def export(self, folder: Path) -> None:
+    def export(self) -> Writer | None:
         """See `Task`."""
-        export_generator(folder, self.config, self.players["generator"], is_main=self.world.is_main)
+        player = self.players["generator"]
+        return export_generator(self.config, player, is_main=self.world.is_main)
 
     def sampler(self) -> VideoPipeline:
         """See `Task`."""

@@ -25,7 +25,7 @@ from trainer.networks import build_score, make_player
 from trainer.tasks.base import Batch, GeneratorTask, TaskInputs, rollout_recipe
 from utils.config import Config
 from utils.datasets import Dataset
-from utils.draws import Draws, Purpose, TrainingNoise
+from utils.draws import ATTEMPT, Draws, Purpose, TrainingNoise
 from utils.errors import UserError
 from wan.flops import forward_flops, training_flops
 from wan.flow import add_noise, shift_timesteps
@@ -89,12 +89,18 @@ class Distillation(GeneratorTask):
         config = self.config
         return step % config.dfake_gen_update_ratio % config.critic_updates_per_rollout
 
-    def collect(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    def collect(self, metrics: Mapping[str, Tensor]) -> None:
         """See `Task`: the critic's error at each timestep."""
-        if "critic/errors" not in metrics:
-            return metrics
-        self.errors.add(metrics["critic/timesteps"], metrics["critic/errors"])
-        return {name: value for name, value in metrics.items() if value.ndim == 0}
+        if "critic/errors" in metrics:
+            self.errors.add(metrics["critic/timesteps"], metrics["critic/errors"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {"errors": self.errors.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Task`."""
+        self.errors.load_state_dict(state.get("errors"))
 
     def derive(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """See `Task`: how far the critic is ahead of the teacher, and where it errs."""
@@ -121,7 +127,12 @@ class Distillation(GeneratorTask):
         return self._critic_loss(cond, self._rollout(cond, draws, grad=False), draws)
 
     def _first_use(self, draws: Draws) -> Draws:
-        """The draws of the critic's update for which its rollouts were made."""
+        """The draws of the critic's update for which its rollouts were made.
+
+        An update that is tried again has rollouts of its own.
+        """
+        if draws.update >= ATTEMPT:
+            return draws
         names = list(self.players)
         earlier = self._use(draws.update // len(names))
         return replace(draws, update=draws.update - earlier * len(names))
@@ -131,7 +142,9 @@ class Distillation(GeneratorTask):
         grad, config = player == "generator", self.config
         frames, tokens = self.frames, self.shape.tokens_per_frame
         split, rank = self.batch_split, self.world.ranks.rank
-        own = (draws.for_indices(split.indices(m, rank)) for m in range(split.accumulation))
+        own = (
+            draws.for_indices(split.indices(m, rank) or (rank,)) for m in range(split.accumulation)
+        )
         batches = [self._drawn(each) for each in own]
         rollout = sum(
             batches.count(drawn)
@@ -187,6 +200,7 @@ class Distillation(GeneratorTask):
                 scored_frames=self.frames,
                 grad=grad,
                 replayed=self.config.replayed_backward,
+                before_window=self.look,
             )
             clip, counts = scored_clip(
                 latents,
@@ -229,6 +243,7 @@ class Distillation(GeneratorTask):
         clip = self._rollout(cond, draws, grad=True)
         timesteps, noise = self._score_inputs(clip, draws)
         samples, drawn = clip.latents.detach(), clip.drawn.shared
+        self.look()
         with self.timer.phase("scores"), torch.no_grad():
             scores = predict_scores(
                 self.real_score,
@@ -284,6 +299,7 @@ class Distillation(GeneratorTask):
 
     def _critic_loss(self, embeddings: Tensor, clip: Clip, draws: Draws) -> LossResult:
         timesteps, noise = self._score_inputs(clip, draws)
+        self.look()
         with self.timer.phase("scores"):
             text = self.fake_score.encode_text(embeddings)
             return critic_loss(self.fake_score, clip.latents, noise, timesteps, text)

@@ -37,10 +37,9 @@ class OdeInitialisation(GeneratorTask):
 
     def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
-        counted = self._noisy_frames(draws.for_indices(range(self.batch_split.videos)))
-        return self._regression(
-            batch, draws, counted / (self.batch_split.ranks * self.batch_split.accumulation)
-        )
+        videos = self.batch_split.videos
+        counted = self._noisy_frames(draws.for_indices(range(videos)))
+        return self._regression(batch, draws, counted * len(draws.indices) / videos)
 
     def heldout_size(self, prompts: Sequence[str], draws: Draws) -> float:
         """See `Task`: noisy frames."""

@@ -1,12 +1,10 @@
 """The task of `model/vae.py`."""
 
-from pathlib import Path
-
 from model.result import LossResult
 from model.vae import vae_loss
 from pipeline.setup import Setup
 from trainer.data import check_videos
-from trainer.export import export_vae
+from trainer.export import Writer, export_vae
 from trainer.networks import build_trained_vae, make_player
 from trainer.tasks.base import Batch, Task, TaskInputs
 from utils.config import Config
@@ -47,6 +45,6 @@ class VaeTraining(Task):
     def flops(self, player: str, draws: Draws) -> None:
         """See `Task`."""
 
-    def export(self, folder: Path) -> None:
+    def export(self) -> Writer | None:
         """See `Task`."""
-        export_vae(folder, self.players["vae"], self.data, self.world)
+        return export_vae(self.players["vae"], self.data, self.world)
