@@ -105,6 +105,7 @@ def run(stage: Stage, out: Path) -> Outcome:
     """One stage in a process of its own, which is ended with all its children at the limit."""
     file = out / f"{stage.name.replace(' ', '_')}.json"
     told = ("--json", str(file)) if stage.json else ()
+    file.unlink(missing_ok=True)
     begin = time.monotonic()
     with file.with_suffix(".log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
