@@ -58,7 +58,7 @@ PATH_SECONDS = 0.5
 # scenes of two shapes over five minutes at most 1 s and 3.1 s.
 HIDDEN_SECONDS = 1.5
 UNCLEAR_SECONDS = 4.0
-METER_VERSION = 3
+METER_VERSION = 4
 """Raised when a measure is new or its formula another: results of two versions are never mixed."""
 
 _CHUNK = 32  # frames read at a time
@@ -303,7 +303,7 @@ class ShapeMeter:
     def __init__(self, prompt: Attributes | str, *, unsaid: bool = UNSAID) -> None:
         """Raises UserError if the caption is none of this world."""
         self.prompt = parse_caption(prompt) if isinstance(prompt, str) else prompt
-        self._allowed = allowed(unsaid)
+        self.unsaid, self._allowed = unsaid, allowed(unsaid)
         expected = self._allowed.shades[[_index(COLOURS, s.colour) for s in self.prompt.shapes]]
         self._observer = Observer(expected.mean(1), unsaid=unsaid)
 
