@@ -4,12 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
+from evaluation.keeping import Property, Traces, trace
 from evaluation.statistics import (
     BLOCK_FRAMES,
     FIRST_FRAMES,
     VERSION,
     Frames,
+    FrameStatistics,
     VideoMeter,
+    VideoReport,
     report_statistics,
     to_json,
 )
@@ -33,9 +38,11 @@ class Measuring(Protocol):
     def add(self, frames: Frames) -> None:
         """The next frames, uint8 [n, H, W, 3]; UserError if they are not such frames."""
 
-    def report(self, *, fps: float, first: int, block: int) -> Any:
-        """The video is over: what was measured, a dataclass or plain data with `seconds` and
-        `per_second`; `first` and `block` are the frames of its first and of its later blocks.
+    def report(self, *, fps: float, first: int, block: int, given: int = 0) -> Any:
+        """The video is over: what was measured, a dataclass or plain data with `seconds`,
+        `per_second` and, of the meter's `properties`, `kept` (`keeping.Traces`). `first` and
+        `block` are the frames of its first and of its later blocks, `given`, if there are any,
+        those that were not generated.
 
         UserError if it had too few frames, in all or per second.
         """
@@ -59,6 +66,10 @@ class Meter(Protocol):
     @property
     def curves(self) -> Mapping[str, Curve]:
         """Those of `per_second` and of `extra_curves` to draw, by name."""
+
+    @property
+    def properties(self) -> Mapping[str, Property]:
+        """What a video should keep as it began, by name."""
 
     @property
     def least_fps(self) -> float:
@@ -106,6 +117,14 @@ class FrameMeter:
             "change": Curve("change between frames (grey levels)"),
         }
     )
+    properties: Mapping[str, Property] = field(
+        default_factory=lambda: {
+            "colour": Property("mean colour"),
+            "contrast": Property("standard deviation of each channel, as logarithm"),
+            "sharpness": Property("variance of the luma's Laplacian, as logarithm"),
+            "texture": Property("detail lost in halving the luma, three times, as logarithm"),
+        }
+    )
 
     def start(self, prompt: str, *, height: int, width: int) -> Measuring:
         """See `Meter`; it measures any video."""
@@ -124,15 +143,39 @@ class FrameMeter:
         return {}
 
 
+@dataclass(frozen=True)
+class _Report(VideoReport):
+    """What was measured of a video, and what it kept."""
+
+    kept: Traces
+
+
 class _Statistics(VideoMeter):
     """See `Measuring`."""
 
-    def report(self, *, fps: float, first: int, block: int) -> Any:
+    def report(self, *, fps: float, first: int, block: int, given: int = 0) -> _Report:
         """See `Measuring`."""
-        return report_statistics(self.statistics(), fps=fps, first=first, block=block)
+        seen = self.statistics()
+        report = report_statistics(seen, fps=fps, first=first, block=block)
+        return _Report(**vars(report), kept=traces(seen, fps=fps, given=given))
 
 
 FRAMES = FrameMeter()
+
+
+def traces(seen: FrameStatistics, *, fps: float, given: int = 0) -> Traces:
+    """Of the properties of `FRAMES`, in one video (`keeping.trace`).
+
+    Logarithms make a half as far as the double; a grey level is added to each before.
+    """
+    values = {
+        "colour": seen.mean,
+        "contrast": np.log(seen.std + 1),
+        "sharpness": np.log(seen.sharpness[:, None] + 1),
+        "texture": np.log(seen.texture + 1),
+    }
+    known = FRAMES.properties
+    return {n: [trace(values[n], known[n], fps=fps, given=given)] for n in known}
 
 
 def meter_settings(truth: Meter | None) -> dict[str, Any]:
@@ -158,11 +201,16 @@ class Judge:
         truth: Meter | None = None,
         first: int = FIRST_FRAMES,
         block: int = BLOCK_FRAMES,
+        given: int = 0,
     ) -> None:
-        """`first` and `block`: frames of its first and later blocks, for the flicker."""
+        """`first` and `block`: frames of its first and later blocks, for the flicker; `given`:
+        frames that it continues, which what it keeps is held against.
+        """
         self.prompt = prompt
         self.kind = FRAMES.name
-        self._truth, self._blocks = truth, {"first": first, "block": block}
+        self._truth, self._spans = truth, {"first": first, "block": block}
+        if given:
+            self._spans["given"] = given
         self._measuring: Measuring | None = None
 
     def add(self, frames: Frames) -> None:
@@ -175,7 +223,7 @@ class Judge:
         """The video is over, of that rate: its report as plain data; UserError as `Measuring`."""
         if self._measuring is None:
             raise UserError("A video without frames cannot be measured.")
-        return to_json(self._measuring.report(fps=fps, **self._blocks))
+        return to_json(self._measuring.report(fps=fps, **self._spans))
 
     def _start(self, frames: Frames) -> Measuring:
         if self._truth is not None and frames.ndim == 4:

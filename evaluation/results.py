@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.keeping import FORMULAS, keeping, spread_of
 from evaluation.meters import Meter, Result
 from evaluation.statistics import mean, to_json
 from utils.files import make_folder, told, whole_files
@@ -20,8 +21,9 @@ def summarise(results: Sequence[Result], meter: Meter) -> dict[str, Any]:
     """Figures of results of one kind, that of this meter.
 
     `measures`: see `means`. `per_second`: of every curve, second by second, `mean` over all videos
-    and `spread`. Values that a video does not have do not count. What the meter adds: its
-    `extra_curves` by name, and under `groups` the `videos` and `measures` of each of its groups.
+    and `spread`. Values that a video does not have do not count. `kept`: see `kept_by`. What the
+    meter adds: its `extra_curves` by name, and under `groups` the `videos` and `measures` of each
+    of its groups.
     """
     seeds = [result["seed"] for result in results]
     curves = {}
@@ -35,6 +37,7 @@ def summarise(results: Sequence[Result], meter: Meter) -> dict[str, Any]:
         "seeds": len(set(seeds)),
         "measures": means(results, meter),
         "per_second": curves,
+        "kept": kept_by(results, meter),
         **meter.extra_curves(results),
     }
     groups = meter.groups(results)
@@ -60,6 +63,24 @@ def means(results: Sequence[Result], meter: Meter) -> dict[str, dict[str, float]
     return measures
 
 
+def kept_by(results: Sequence[Result], meter: Meter) -> dict[str, dict[str, Any]]:
+    """Of every property of the meter that all results have: the `spread` that its distances are
+    over, `drift`, `gain` and `variety` second by second (`keeping.Keeping`), and by the name of
+    each published formula the mean distance of the ends of a video.
+    """
+    kept = {}
+    reports = [result["report"].get("kept", {}) for result in results]
+    for name in (n for n in meter.properties if all(n in report for report in reports)):
+        known, videos = meter.properties[name], [report[name] for report in reports]
+        spread = spread_of(videos, known)
+        ends = {}
+        for formula in FORMULAS:
+            apart = np.array([trace[formula] for video in videos for trace in video], float)
+            ends[formula] = float(mean(apart)) / spread
+        kept[name] = {"spread": spread, **keeping(videos, known, spread)._asdict(), **ends}
+    return kept
+
+
 def measures_of(result: Result, meter: Meter) -> dict[str, float]:
     """All numbers of one result: those of its report, those that its meter makes of it, timings."""
     extra = meter.extra_measures(result)
@@ -71,7 +92,7 @@ def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     flat: dict[str, float] = {}
     for name, value in report.items():
         if isinstance(value, Mapping):
-            if name != "per_second":
+            if name not in ("per_second", "kept"):
                 flat |= numbers(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = math.nan if value is None else float(value)
@@ -163,6 +184,9 @@ class ResultLog:
 # For people
 
 
+KEPT = ("drift", "gain", "variety")
+
+
 def summary_text(summary: Mapping[str, Any], meter: Meter) -> str:
     """The main figures of a summary: mean, and spread over the seeds; of all videos, then of the
     groups.
@@ -184,6 +208,13 @@ def summary_text(summary: Mapping[str, Any], meter: Meter) -> str:
             shown = "".join(f"{_shown(column.get(name)):>18}" for column in columns)
             label = name.split(".")[-1] if title not in ("flicker",) else name.split(".")[0]
             lines.append(f"  {label.replace('_', ' '):<22}{shown}")
+    if summary.get("kept"):
+        titles = "".join(f"{head:>18}" for head in KEPT)
+        lines.append(f"{'kept, in the last second':<24}{titles}")
+    for title, kept in summary.get("kept", {}).items():
+        last = [kept[head][-1] for head in KEPT]
+        cells = "".join(f"{'-' if value is None else f'{value:.3f}':>18}" for value in last)
+        lines.append(f"  {title:<22}{cells}")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from wan.geometry import WAN_STRIDES
 Array = NDArray[np.floating]
 Frames = NDArray[np.uint8]
 
-VERSION = 3
+VERSION = 4
 """Raised when a measure is new or its formula another, as is then that of every meter built on it:
 results of two versions are never mixed.
 """
@@ -33,16 +33,19 @@ _STILL = 0.5  # grey levels, too little to see: the flicker of a still video is 
 
 @dataclass(frozen=True)
 class FrameStatistics:
-    """Per frame: colour mean and spread [F, 3]; contrast, sharpness, change, brightness [F].
+    """Per frame: colour mean and spread [F, 3]; texture [F, 3]; contrast, sharpness, change,
+    brightness [F].
 
-    Contrast is the standard deviation of the luma; sharpness the variance of its Laplacian;
-    change the mean absolute difference to the frame before (NaN for the first frame).
+    Contrast is the standard deviation of the luma; sharpness the variance of its Laplacian; texture
+    the standard deviation of what is lost when the luma is halved in size (means over 2 x 2), once,
+    twice, three times; change the mean absolute difference to the frame before (NaN for the first).
     """
 
     mean: Array
     std: Array
     contrast: Array
     sharpness: Array
+    texture: Array
     change: Array
 
     @property
@@ -148,7 +151,8 @@ class VideoMeter:
             luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
             flat = pixels.reshape(-1, 3)
             change = np.nan if self._before is None else np.abs(pixels - self._before).mean()
-            row = (flat.mean(0), flat.std(0), luma.std(), _laplacian(luma).var(), change)
+            detail = _laplacian(luma).var(), _texture(luma)
+            row = (flat.mean(0), flat.std(0), luma.std(), *detail, change)
             self._rows.append(row)
             self._before = pixels
 
@@ -244,6 +248,17 @@ def to_json(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return to_json(value.tolist())
     return None if isinstance(value, float) and value != value else value
+
+
+def _texture(luma: Array) -> list[float]:
+    bands = []
+    for _ in range(3):
+        high, wide = (side // 2 for side in luma.shape)
+        even = luma[: 2 * high, : 2 * wide]
+        luma = even.reshape(high, 2, wide, 2).mean((1, 3))
+        lost = even - luma.repeat(2, 0).repeat(2, 1)
+        bands.append(float(lost.std()) if lost.size else 0.0)
+    return bands
 
 
 def _laplacian(luma: Array) -> Array:

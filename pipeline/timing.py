@@ -14,7 +14,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.passes import Pass, Plan
-from pipeline.stream import Stream
+from pipeline.stream import Stream, directed
 from pipeline.text_to_video import VideoPipeline
 from utils.background import Background
 from utils.video import VideoWriter
@@ -39,7 +39,6 @@ MOST_BLOCKS_IN_PARTS = 20  # enough for a mean
 MOST_BLOCKS_ENCODED = 5  # kept in memory to be encoded alone
 BLOCKS_FOR_P99 = 100
 SECONDS_BETWEEN_LINES = 1.0
-PARTS = ("window", "clean", "decode", "copy")
 
 
 # --- clocks --------------------------------------------------------------------------------------
@@ -87,23 +86,24 @@ class Stopwatch:
 
 
 @contextmanager
-def in_parts(stream: Stream, watch: Stopwatch) -> Iterator[None]:
-    """Meanwhile `watch` is told the parts of the stream's blocks, which are `PARTS`.
+def in_parts(stream: Stream, passes: Stopwatch, decoding: Stopwatch) -> Iterator[None]:
+    """Meanwhile the watches are told the parts of the stream's blocks.
 
-    A clean pass that shares its forward with a window is part of `window`.
+    `passes` hears of `window` and `clean`, `decoding` of `decode` and `copy`. A clean pass that
+    shares its forward with a window is part of `window`.
     """
 
     def before(dit: nn.Module, arguments: tuple[Any, ...]) -> None:
         context = arguments[3]  # latents, timesteps, text, context
         alone = isinstance(context, CachedContext) and context.destination is not None
-        watch.start("clean" if alone else "window")
+        passes.start("clean" if alone else "window")
 
     dit = stream.rollout.dit
     hooks = [
         dit.register_forward_pre_hook(before),
-        dit.register_forward_hook(lambda *_: watch.stop()),
+        dit.register_forward_hook(lambda *_: passes.stop()),
     ]
-    stream.measure = watch.measure
+    stream.measure = decoding.measure
     try:
         yield
     finally:
@@ -279,13 +279,17 @@ class Measured:
     late: Late | None = None
 
 
-@dataclass
 class Counter:
-    """Asks a stream for blocks and times each, from the request to its frames on the host."""
+    """Asks a stream for blocks, as a video in a file does, and times each until it is there.
 
-    stream: Stream
-    count: Callable[[], object]
-    seconds: list[float] = field(default_factory=list)
+    A VAE on a device of its own decodes meanwhile the block before.
+    """
+
+    def __init__(self, stream: Stream, count: Callable[[], object]) -> None:
+        nothing: dict[str, Tensor] = {}  # nobody changes the prompt
+        self._blocks = directed(stream, (), nothing.__getitem__)
+        self._count = count
+        self._seconds: list[float] = []
 
     def blocks(self, number: int) -> Iterator[Tensor]:
         """The next ones, uint8 `[n, H, W, 3]`."""
@@ -300,14 +304,14 @@ class Counter:
     def block(self) -> Tensor:
         """The next one."""
         begin = time.perf_counter()
-        frames = next(self.stream)
-        self.seconds.append(time.perf_counter() - begin)
-        self.count()
+        frames = next(self._blocks)
+        self._seconds.append(time.perf_counter() - begin)
+        self._count()
         return frames
 
     def taken(self) -> list[float]:
         """The times since the last call."""
-        found, self.seconds = self.seconds, []
+        found, self._seconds = self._seconds, []
         return found
 
 
@@ -326,8 +330,9 @@ def run(pipe: VideoPipeline, asked: Asked, last: Callable[[Stream], T]) -> tuple
         counter.skip(asked.skipped - 1)
         counter.taken()
         frames, checksum = hashed(counter.blocks(asked.blocks))
-        whole, memory, watch = counter.taken(), Memory.of(device), Stopwatch(device)
-        with in_parts(stream, watch):
+        whole, memory = counter.taken(), Memory.of(device)
+        passes, decoding = Stopwatch(device), Stopwatch(pipe.vae.device)
+        with in_parts(stream, passes, decoding):
             counter.skip(in_pieces)
         pieces, filed, late = counter.taken(), None, None
         if asked.file is not None:
@@ -342,7 +347,10 @@ def run(pipe: VideoPipeline, asked: Asked, last: Callable[[Stream], T]) -> tuple
         whole,
         frames,
         checksum,
-        parts={name: watch.seconds(name) for name in PARTS},
+        parts={
+            **{name: passes.seconds(name) for name in ("window", "clean")},
+            **{name: decoding.seconds(name) for name in ("decode", "copy")},
+        },
         block_in_parts=pieces,
         first_frame={"cold": cold, "warm": warm},
         memory=memory,

@@ -32,6 +32,7 @@ MODULES = (
     "shapes.ablate",
     "shapes.continuation",
     "shapes.direction",
+    "shapes.drift",
     "shapes.starts",
     "shapes.init",
 )

@@ -169,12 +169,12 @@ def _shape_name(queries: int, keys: int) -> str:
 
 
 def _convolutions(pipe: VideoPipeline) -> dict[str, float]:
-    """Of the decoder's largest convolutions, in both orders of memory."""
+    """Of the decoder's convolutions at three of its sizes, in both orders of memory."""
     import torch
 
     channels, found = int(pipe.vae.model.config["base_dim"]), {}
     device, dtype = pipe.device, pipe.vae.decoded_dtype
-    for shrink in (1, 2):
+    for shrink in (1, 2, 4):
         c, height, width = channels * shrink, pipe.shape.height, pipe.shape.width
         shape = (1, c, 6, height // shrink, width // shrink)
         conv = torch.nn.Conv3d(c, c, 3, dtype=dtype, device=device).requires_grad_(False)

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run by its path: the tree that it lies in comes first
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from pipeline import VideoPipeline
     from wan.vae import WanVAE
+
+UPDATES = 2
 
 
 def machine(pipe: VideoPipeline) -> dict[str, Any]:
@@ -127,6 +130,58 @@ def training(pipe: VideoPipeline) -> dict[str, Any]:
     }
 
 
+def sharded(device: str | None) -> dict[str, Any]:
+    """Two updates of DMD and of an ODE initialisation in the shapes world, under FSDP2."""
+    with TemporaryDirectory() as folder:
+        pairs = Path(folder) / "pairs"
+        write_pairs(pairs)
+        given = {"dmd": ("rolling_forcing", []), "ode": ("ode_init", [f"data_path={pairs}"])}
+        return {
+            "updates": {
+                name: updates(config, [*words, f"device={device or 'auto'}"], Path(folder) / name)
+                for name, (config, words) in given.items()
+            }
+        }
+
+
+SMALL_TRAINING = (
+    f"max_steps={UPDATES} sharding_strategy=full batch_size=1 total_batch_size=1 "
+    "num_training_frames=9 image_or_video_shape=[1,9,16,8,8] heldout_every=0 ema_start_step=0 "
+    "dfake_gen_update_ratio=1"
+)
+
+
+def updates(config_name: str, words: Sequence[str], logdir: Path) -> list[dict[str, float]]:
+    """The numbers that each update of a training of the shapes world logs."""
+    from trainer.metrics import flatten, read_metrics
+    from trainer.sharding import open_world
+    from trainer.trainer import Trainer
+    from utils.config import load_config
+
+    given = [*SMALL_TRAINING.split(), *words]
+    config = load_config(f"configs/shapes/{config_name}.yaml", given)
+    with open_world(config.device) as world:
+        Trainer(config, world, logdir, save=False, visualise=False).train()
+    numbers = (flatten(line).items() for line in read_metrics(logdir))
+    return [{key: x for key, x in line if isinstance(x, int | float)} for line in numbers]
+
+
+def write_pairs(folder: Path) -> None:
+    """Trajectories of noise, as good as a teacher's for the speed of a training on them."""
+    import torch
+
+    from pipeline.setup import Setup
+    from utils.config import load_config
+    from utils.datasets import write_shard
+
+    config = load_config("configs/shapes/ode_init.yaml", SMALL_TRAINING.split())
+    levels = Setup.of(config).levels.tensor().tolist()
+    drawn = torch.randn(2, len(levels) + 1, *config.image_or_video_shape[1:])
+    folder.mkdir()
+    prompts = ["a small red circle", "a large blue square"]
+    write_shard(folder / "0.safetensors", drawn, prompts, timesteps=[*levels, 0.0])
+
+
 STAGES: dict[str, Callable[[VideoPipeline], dict[str, Any]]] = {
     "machine": machine,
     "ceilings": ceilings,
@@ -175,7 +230,7 @@ def _steady(pipe: VideoPipeline) -> Any:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("stage", choices=[*STAGES, "sharded"])
     parser.add_argument("--config_path", required=True, help="experiment file")
     parser.add_argument("--model", help="preset of sizes (default: that of the config)")
     parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")
@@ -190,7 +245,10 @@ def main(argv: Sequence[str]) -> int:
     """Run one stage."""
     args = parse_command(build_parser(), argv)
     set_up_logging(quiet=True)
-    found = STAGES[args.stage](open_pipeline(args))
+    if args.stage == "sharded":
+        found = sharded(args.device)
+    else:
+        found = STAGES[args.stage](open_pipeline(args))
     print(found)
     if args.json is not None:
         write_json(args.json, found)

@@ -28,13 +28,20 @@ from typing import Any
 if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts._compare import row as compared_row
 from utils.cli import parse_command, run_main
 from utils.errors import UserError
 from utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST_SECONDS = 15  # below which the long run is left out
-SHARE_OF_BLOCKS = 0.5  # of the long run's time; the rest starts it and fills its context
+SHARE_OF_BLOCKS = 0.4  # of the long run's time; the rest starts it, and measures its first blocks
+LONG_BLOCKS = 10  # that are compared with the last ones
+VARIANTS = (
+    "compile=false merge_clean_pass=false",
+    "compile=true merge_clean_pass=false",
+    "compile=true merge_clean_pass=true",
+)
 
 
 @dataclass(frozen=True)
@@ -63,27 +70,23 @@ def stages(args: argparse.Namespace) -> list[Stage]:
     given = flags(args)
     timed = (*bench, "--random_weights", *given, "--blocks", str(args.blocks))
     return [
-        Stage("machine", 30, (*own, "machine", *given)),
-        Stage("ceilings", 45, (*own, "ceilings", *given)),
-        Stage("tests", 110, ("-m", "pytest", "-m", "gpu", "tests/test_gpu.py"), json=False),
-        Stage("eager 1", 45, timed),
-        Stage("compiled 1", 110, (*timed, "compile=true")),
-        Stage("eager 2", 45, timed),
-        Stage("compiled 2", 60, (*timed, "compile=true")),
-        Stage("decoding", 45, (*own, "decoding", *given)),
-        Stage("profile", 45, (*own, "profile", *given)),
-        Stage("training", 60, (*own, "training", *given)),
+        Stage("machine", 20, (*own, "machine", *given)),
+        Stage("ceilings", 40, (*own, "ceilings", *given)),
+        Stage("tests", 100, ("-m", "pytest", "-m", "gpu", "tests/test_gpu.py"), json=False),
+        Stage("variants", 240, (*timed, "--turns", str(args.turns), "--compare", *VARIANTS)),
+        Stage("decoding", 40, (*own, "decoding", *given)),
+        Stage("profile", 30, (*own, "profile", *given)),
+        Stage("training", 45, (*own, "training", *given)),
+        Stage("sharded", 40, (*own, "sharded", *given)),
     ]
 
 
-def long_run(args: argparse.Namespace, outcomes: Sequence[Outcome], left: float) -> Stage | None:
-    """As many blocks as fit into the seconds that are left; None where that is nothing."""
-    eager = [o.figures for o in outcomes if o.name.startswith("eager") and o.figures]
-    if not eager or left < LEAST_SECONDS:
+def long_run(args: argparse.Namespace, left: float) -> Stage | None:
+    """A stream for the seconds that are left; None where that is nothing."""
+    if left < LEAST_SECONDS:
         return None
-    blocks = int(left * SHARE_OF_BLOCKS / eager[0]["seconds"]["block_interval"])
-    flag = ("--blocks", str(max(1, blocks)))
-    command = ("scripts/benchmark.py", "--random_weights", *flags(args), *flag)
+    minutes = ("--long", f"{SHARE_OF_BLOCKS * left / 60:.3f}", "--blocks", str(LONG_BLOCKS))
+    command = ("scripts/benchmark.py", "--random_weights", *flags(args), *minutes)
     return Stage("long", left, command)
 
 
@@ -102,6 +105,7 @@ def run(stage: Stage, out: Path) -> Outcome:
     """One stage in a process of its own, which is ended with all its children at the limit."""
     file = out / f"{stage.name.replace(' ', '_')}.json"
     told = ("--json", str(file)) if stage.json else ()
+    file.unlink(missing_ok=True)
     begin = time.monotonic()
     with file.with_suffix(".log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -121,44 +125,68 @@ def run(stage: Stage, out: Path) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     figures = None
-    if stage.json and state == "done":
+    if stage.json and file.is_file():  # of variants what is there is written after each run
         figures = json.loads(file.read_text(encoding="utf-8"))
     return Outcome(stage.name, state, time.monotonic() - begin, figures)
 
 
 def row(outcome: Outcome) -> str:
-    """A line of the table."""
-    said, figures = "", outcome.figures or {}
+    """What the table says of a stage: a line, or one more for each variant."""
+    said, *others = told(outcome.figures or {})
+    first = f"{outcome.name:12} {outcome.state:12} {outcome.seconds:6.1f} s  {said}".rstrip()
+    return "\n".join([first, *(f"{'':14}{other}" for other in others)])
+
+
+def told(figures: dict[str, Any]) -> list[str]:
+    """Figures of a stage in words; one piece at least."""
+    if "summary" in figures:
+        return ["", *(compared_row(*found) for found in figures["summary"].items())]
     if "fps" in figures:
-        fps, seconds = figures["fps"], figures["seconds"]
-        said = (
-            f"{fps['dit_only']:.2f} FPS DiT, {fps['end_to_end']:.2f} end to end, "
-            f"p99 {1000 * seconds['block_interval_p99']:.0f} ms, "
-            f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB"
-        )
-    elif "copy_gb_per_second" in figures:
+        fps, end = figures["fps"], figures["long"] or {}
+        said = f"{fps['dit_only']:.2f} FPS DiT, {fps['end_to_end']:.2f} end to end, "
+        said += f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB"
+        if end:
+            said += f"; block {end['blocks']} takes {end['against_the_first']:.3f} of the first"
+        return [said]
+    if "copy_gb_per_second" in figures:
         said = f"copy {figures['copy_gb_per_second']:.0f} GB/s"
-        said += "".join(f", {k} {v:.0f} TFLOP/s" for k, v in figures["matmul_tflops"].items())
-    elif "seconds" in figures:
-        said = ", ".join(f"{k} {1000 * v:.0f} ms" for k, v in figures["seconds"].items())
-    elif "device" in figures:
-        said = f"{figures['device']}, torch {figures['torch']}"
-    return f"{outcome.name:12} {outcome.state:12} {outcome.seconds:6.1f} s  {said}".rstrip()
+        return [
+            said + "".join(f", {k} {v:.0f} TFLOP/s" for k, v in figures["matmul_tflops"].items())
+        ]
+    if "updates" in figures:
+        return [", ".join(f"{len(steps)} of {name}" for name, steps in figures["updates"].items())]
+    if "seconds" in figures:
+        return [", ".join(f"{k} {1000 * v:.0f} ms" for k, v in figures["seconds"].items())]
+    if "device" in figures:
+        return [f"{figures['device']}, torch {figures['torch']}"]
+    return [""]
+
+
+def speeds_of(outcomes: Sequence[Outcome]) -> dict[str, tuple[float, float]]:
+    """Frames per second, DiT only and end to end, of the variants and the long run."""
+    found = {}
+    for figures in (outcome.figures or {} for outcome in outcomes):
+        for name, one in figures.get("summary", {}).items():
+            found[name] = one["fps_dit_only"]["median"], one["fps_end_to_end"]["median"]
+        if "fps" in figures:
+            found["long run"] = figures["fps"]["dit_only"], figures["fps"]["end_to_end"]
+    return found
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     """Frames per second of the runs, as bars."""
-    speeds = {o.name: o.figures["fps"] for o in outcomes if o.figures and "fps" in o.figures}
+    speeds = speeds_of(outcomes)
     if not speeds or find_spec("matplotlib") is None:
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.add_subplot()
-    for offset, (key, label) in enumerate({"dit_only": "DiT", "end_to_end": "end to end"}.items()):
+    for offset, label in enumerate(("DiT", "end to end")):
         places = [place + 0.4 * offset for place in range(len(speeds))]
-        axes.bar(places, [fps[key] for fps in speeds.values()], 0.4, label=label)
-    axes.set_xticks([place + 0.2 for place in range(len(speeds))], list(speeds))
+        axes.bar(places, [fps[offset] for fps in speeds.values()], 0.4, label=label)
+    names = [name.replace(" ", "\n") for name in speeds]
+    axes.set_xticks([place + 0.2 for place in range(len(speeds))], names)
     axes.set_ylabel("frames per second")
     axes.legend()
     figure.savefig(path)
@@ -169,7 +197,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=10, help="for all stages (default: 10)")
-    parser.add_argument("--blocks", type=int, default=20, help="of each short run (default: 20)")
+    parser.add_argument("--blocks", type=int, default=12, help="of each short run (default: 12)")
+    parser.add_argument("--turns", type=int, default=2, help="of the variants (default: 2)")
     parser.add_argument(
         "--config_path", default="configs/rolling_forcing_dmd.yaml", help="experiment file"
     )
@@ -182,8 +211,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run all stages; 1 if one of them did not end well."""
     args = parse_command(build_parser(), argv)
-    if not 0 < args.minutes <= 1440 or args.blocks < 1:
-        raise UserError("--minutes must be from 0 to 1440 and --blocks at least 1")
+    if not 0 < args.minutes <= 1440 or min(args.blocks, args.turns) < 1:
+        raise UserError("--minutes must be from 0 to 1440, --blocks and --turns at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     return check(args, stages(args))
 
@@ -202,7 +231,7 @@ def check(args: argparse.Namespace, planned: Sequence[Stage]) -> int:
 
     for stage in planned:
         finish(stage)
-    last = long_run(args, outcomes, end - time.monotonic())
+    last = long_run(args, end - time.monotonic())
     if last is not None:
         finish(last)
     plot(outcomes, args.out / "gpu_check.png")

@@ -5,6 +5,7 @@ frame; `report` sums a video up. Lengths are in units of the world (pixels at si
 grey levels (0 to 255), distances between colours Euclidean in RGB.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -27,6 +28,7 @@ from evaluation.statistics import (
     mean,
     per_second,
 )
+from shapes.ground import Allowed, allowed, distance, dot, fit_ground, outside
 from shapes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -36,8 +38,10 @@ from shapes.world import (
     RUN_UP_SECONDS,
     SIZES,
     SPEEDS,
+    UNSAID,
     WORLD,
     Attributes,
+    Shape,
     ShapeAttributes,
     coverage,
     parse_caption,
@@ -48,16 +52,13 @@ from utils.errors import UserError
 Bools = NDArray[np.bool_]
 Indices = NDArray[np.integer]
 
-PALETTE = np.array(list(COLOURS.values()), np.float32)
-EDGES = np.array(list(BACKGROUNDS.values()), np.float32)  # [backgrounds, top and bottom, 3]
-
 ACCURACY_SECONDS = 5.0
 PATH_SECONDS = 0.5
 # How long true shapes are hidden from `observe` behind another, and less than half visible: in 80
 # scenes of two shapes over five minutes at most 1 s and 3.1 s.
 HIDDEN_SECONDS = 1.5
 UNCLEAR_SECONDS = 4.0
-METER_VERSION = 3
+METER_VERSION = 4
 """Raised when a measure is new or its formula another: results of two versions are never mixed."""
 
 _CHUNK = 32  # frames read at a time
@@ -97,14 +98,17 @@ class Observation:
     """What a video shows; all but `fps` and `shapes` are per frame [F].
 
     background: index into `BACKGROUNDS`; edges [F, 2, 3]: its colours at the top and the bottom;
-    count: number of shapes; artefacts: share of pixels that are neither background nor shape nor a
-    mix of two; sharpness: inverse width of the outlines (see docs/shapes.md); brightness: mean
-    grey level; change [F - 1]: mean absolute difference of background to the frame before.
+    grating [F, 3]: height (grey levels), direction and phase of its wave, as in `Ground`, NaN where
+    captions leave nothing open; count: number of shapes; artefacts: share of pixels that are
+    neither background nor shape nor a mix of two; sharpness: inverse width of the outlines (see
+    docs/shapes.md); brightness: mean grey level; change [F - 1]: mean absolute difference of
+    background to the frame before.
     """
 
     fps: float
     background: Indices
     edges: Array
+    grating: Array
     count: Indices
     artefacts: Array
     sharpness: Array
@@ -277,14 +281,18 @@ def curve(measures: Measures, name: str) -> Array:
 # Against the prompt
 
 
-def measure(frames: Frames, prompt: Attributes | str, *, fps: float = FPS) -> Measures:
+def measure(
+    frames: Frames, prompt: Attributes | str, *, fps: float = FPS, unsaid: bool = UNSAID
+) -> Measures:
     """Compare a video uint8 [F, S, S, 3] with the attributes, or the caption, that it should show.
+
+    `unsaid`: whether captions leave something open; what they allow is then no error.
 
     Raises:
         UserError: if the frames are no square video, or the caption is none of this world.
     """
     _check_square(frames, 2)
-    meter = ShapeMeter(prompt)
+    meter = ShapeMeter(prompt, unsaid=unsaid)
     meter.add(frames)
     return meter.measures(fps)
 
@@ -292,11 +300,12 @@ def measure(frames: Frames, prompt: Attributes | str, *, fps: float = FPS) -> Me
 class ShapeMeter:
     """`measure` for a video that comes in pieces: the same measures, without keeping the frames."""
 
-    def __init__(self, prompt: Attributes | str) -> None:
+    def __init__(self, prompt: Attributes | str, *, unsaid: bool = UNSAID) -> None:
         """Raises UserError if the caption is none of this world."""
         self.prompt = parse_caption(prompt) if isinstance(prompt, str) else prompt
-        expected = PALETTE[[_index(COLOURS, shape.colour) for shape in self.prompt.shapes]]
-        self._observer = Observer(expected)
+        self.unsaid, self._allowed = unsaid, allowed(unsaid)
+        expected = self._allowed.shades[[_index(COLOURS, s.colour) for s in self.prompt.shapes]]
+        self._observer = Observer(expected.mean(1), unsaid=unsaid)
 
     def add(self, frames: Frames) -> None:
         """The next frames, uint8 [n, S, S, 3]; UserError if they are not square."""
@@ -310,12 +319,13 @@ class ShapeMeter:
         background = _index(BACKGROUNDS, self.prompt.background)
         hidden = _hidden(seen.shapes, self.prompt.shapes, seen.fps)
         parts = zip(seen.shapes, self.prompt.shapes, hidden, strict=True)
+        least, greatest = self._allowed.edges[background].swapaxes(0, 1)
         return Measures(
             prompt=self.prompt,
             seen=seen,
             background_right=(seen.background == background).astype(float),
-            background_error=_distance(seen.edges, EDGES[background]).mean(1),
-            shapes=tuple(_measure_shape(*part, seen.fps) for part in parts),
+            background_error=outside(seen.edges, least, greatest).mean(1),
+            shapes=tuple(_measure_shape(*part, seen.fps, self._allowed) for part in parts),
         )
 
 
@@ -329,13 +339,13 @@ def _hidden(
         covered = np.zeros(len(track.present), bool)
         for other in range(len(tracks)):
             reach = shapes[one].radius + shapes[other].radius
-            covered |= (other != one) & (_distance(paths[one], paths[other]) < reach)
+            covered |= (other != one) & (distance(paths[one], paths[other]) < reach)
         hidden.append(~track.present & covered)
     return hidden
 
 
 def _measure_shape(
-    track: ShapeTrack, shape: ShapeAttributes, hidden: Bools, fps: float
+    track: ShapeTrack, shape: ShapeAttributes, hidden: Bools, fps: float, known: Allowed
 ) -> ShapeMeasures:
     colour = _index(COLOURS, shape.colour)
     absent = ~track.present & ~hidden
@@ -347,11 +357,18 @@ def _measure_shape(
         colour_right=np.where(hidden, np.nan, track.colour == colour),
         kind_right=np.where(unclear, np.nan, kind_right),
         size_right=np.where(unclear, np.nan, size_right),
-        colour_error=_distance(track.rgb, PALETTE[colour]),
+        colour_error=_off_shade(track.rgb, known.shades[colour]),
         area_ratio=track.area / (np.pi * shape.radius**2),
         motion=np.where(absent, 0.0, _speed(track.position, fps) / SPEEDS[shape.speed]),
-        path=_path(track.position, hidden, shape, fps),
+        path=_path(track.position, hidden, _as_large(shape, track.radius, known), fps),
     )
+
+
+def _as_large(shape: ShapeAttributes, seen: Array, known: Allowed) -> Shape:
+    """The shape with the radius that is seen, as far as its caption allows it."""
+    ratio = _median(seen) / shape.radius
+    scale = 1.0 if math.isnan(ratio) else min(max(ratio, known.scales[0]), known.scales[-1])
+    return Shape(**vars(shape), position=(0.0, 0.0), scale=scale)
 
 
 def _short_stretches(marked: Bools, longest: int) -> Bools:
@@ -368,12 +385,12 @@ def _speed(position: Array, fps: float) -> Array:
     half = max(1, round(fps / 8))
     speed = np.full(len(position), np.nan)
     if len(position) > 2 * half:
-        moved = _distance(position[2 * half :], position[: -2 * half])
+        moved = distance(position[2 * half :], position[: -2 * half])
         speed[half:-half] = moved * fps / (2 * half)
     return speed
 
 
-def _path(position: Array, hidden: Bools, shape: ShapeAttributes, fps: float) -> Array:
+def _path(position: Array, hidden: Bools, shape: Shape, fps: float) -> Array:
     """How well each half second follows the law of the world [F], from 0 (as a still shape) to 1.
 
     From each position the law (the prompt's speed along each axis, reflection at the walls) says
@@ -452,17 +469,6 @@ def _index(values: dict, name: str) -> int:
     return list(values).index(name)
 
 
-def _distance(a: Array, b: Array) -> Array:
-    difference = a - b
-    return np.sqrt(_dot(difference, difference))
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return np.einsum(
-        "...c,...c->...", a, b
-    )  # several times faster than a sum over so short an axis
-
-
 # Reading frames
 
 
@@ -470,6 +476,7 @@ class _Reading(NamedTuple):
     """What a chunk of frames shows; K slots for the shapes that are followed."""
 
     edges: Array  # [F, 2, 3]
+    grating: Array  # [F, 3]
     num_shapes: Indices  # [F]
     artefacts: Array  # [F]
     sharpness: Array  # [F]
@@ -482,7 +489,9 @@ class _Reading(NamedTuple):
     visible: Array  # [F, K]
 
 
-def observe(frames: Frames, *, fps: float = FPS, colours: Array | None = None) -> Observation:
+def observe(
+    frames: Frames, *, fps: float = FPS, colours: Array | None = None, unsaid: bool = UNSAID
+) -> Observation:
     """Read a video uint8 [F, S, S, 3].
 
     Shapes are told apart by colour: each of `colours` [K, 3] follows the shape nearest to it.
@@ -492,7 +501,8 @@ def observe(frames: Frames, *, fps: float = FPS, colours: Array | None = None) -
         UserError: if the frames are no square video of two frames or more.
     """
     _check_square(frames, 2)
-    observer = Observer(_fullest(frames[:16]) if colours is None else colours)
+    followed = _fullest(frames[:16], allowed(unsaid)) if colours is None else colours
+    observer = Observer(followed, unsaid=unsaid)
     observer.add(frames)
     return observer.observation(fps)
 
@@ -500,8 +510,9 @@ def observe(frames: Frames, *, fps: float = FPS, colours: Array | None = None) -
 class Observer:
     """`observe` for a video that comes in pieces, whatever their lengths: at most 32 are kept."""
 
-    def __init__(self, colours: Array) -> None:
+    def __init__(self, colours: Array, *, unsaid: bool = UNSAID) -> None:
         """`colours` [K, 3] are followed, as in `observe`."""
+        self._allowed = allowed(unsaid)
         self._followed = np.asarray(colours, np.float32)
         self._waiting: list[Frames] = []  # fewer than a chunk
         self._last: tuple[Frames, Bools] | None = None  # the frame before, and where it is clear
@@ -527,21 +538,25 @@ class Observer:
         if len(self._brightness) < 2:
             raise UserError(f"A meter needs at least 2 frames, not {len(self._brightness)}.")
         seen = _Reading(*(np.concatenate(parts) for parts in zip(*self._readings, strict=True)))
-        differences = _distance(seen.edges[:, None], EDGES).mean(2)  # [F, backgrounds]
+        edges, (least, greatest) = seen.edges[:, None], self._allowed.edges.transpose(2, 0, 1, 3)
+        differences = outside(edges, least, greatest).mean(2)  # [F, backgrounds]
         return Observation(
             fps=fps,
             background=differences.argmin(1),
             edges=seen.edges,
+            grating=seen.grating,
             count=seen.num_shapes,
             artefacts=seen.artefacts,
             sharpness=seen.sharpness,
             brightness=np.array(self._brightness),
             change=np.array(self._change),
-            shapes=tuple(_track(seen, slot, fps) for slot in range(len(self._followed))),
+            shapes=tuple(
+                _track(seen, slot, fps, self._allowed) for slot in range(len(self._followed))
+            ),
         )
 
     def _take(self, frames: Frames) -> None:
-        reading, clear = _read(frames, self._followed)
+        reading, clear = _read(frames, self._followed, self._allowed)
         self._readings.append(reading)
         self._brightness += [frame.mean() for frame in frames]
         if self._last is not None:
@@ -559,9 +574,9 @@ def _check_square(frames: Frames, at_least: int) -> None:
         raise UserError(f"Shapes are measured from {_LEAST_SIZE} pixels on, not {frames.shape[1]}.")
 
 
-def _track(seen: _Reading, slot: int, fps: float) -> ShapeTrack:
+def _track(seen: _Reading, slot: int, fps: float, known: Allowed) -> ShapeTrack:
     present, rgb, position = seen.present[:, slot], seen.rgb[:, slot], seen.position[:, slot]
-    nearest = _distance(rgb[:, None], PALETTE).argmin(1)
+    nearest = np.stack([_off_shade(rgb, ends) for ends in known.shades], 1).argmin(1)
     return ShapeTrack(
         present=present,
         colour=np.where(present, nearest, -1),
@@ -583,20 +598,19 @@ def _background_change(frames: Frames, clear: Bools) -> list[float]:
     return changes
 
 
-def _fullest(frames: Frames) -> Array:
+def _fullest(frames: Frames, known: Allowed) -> Array:
     """Colours [1 or 2, 3] of the shapes in the frame with most of them; black if there is none."""
     pixels = frames.astype(np.float32)
-    rgb, present = _find_shapes(pixels, _rows(_fit_background(pixels), frames.shape[1]))
+    rgb, present = _find_shapes(pixels, fit_ground(pixels, known).colours, known)
     best = present.sum(1).argmax()
     return np.nan_to_num(rgb[best, : max(1, min(2, present[best].sum()))])
 
 
-def _read(frames: Frames, followed: Array) -> tuple[_Reading, Bools]:
+def _read(frames: Frames, followed: Array, known: Allowed) -> tuple[_Reading, Bools]:
     """What the frames show, and which pixels [F, S, S] are background alone."""
     pixels = frames.astype(np.float32)
-    edges = _fit_background(pixels)
-    base = _rows(edges, frames.shape[1])
-    rgb, present = _find_shapes(pixels, base)
+    edges, grating, base = fit_ground(pixels, known)
+    rgb, present = _find_shapes(pixels, base, known)
     order = _match(rgb, present, followed)
     rgb = np.take_along_axis(rgb, order[:, :, None], 1)
     present = np.take_along_axis(present, order, 1)
@@ -605,46 +619,18 @@ def _read(frames: Frames, followed: Array) -> tuple[_Reading, Bools]:
     firm = np.clip((cover - 0.5) / 0.7 + 0.5, 0, 1)  # below 0.15 is noise, above 0.85 is all
     reading = _Reading(
         edges=edges,
+        grating=grating,
         num_shapes=present.sum(1),
         artefacts=unexplained.mean((1, 2)),
         sharpness=_sharpness(cover.sum(1)),
         present=present[:, :keep],
         rgb=rgb[:, :keep],
-        **_fit_outlines(firm[:, :keep], present[:, :keep])._asdict(),
+        **_fit_outlines(firm[:, :keep], present[:, :keep], known.scales)._asdict(),
     )
     return reading, (firm == 0).all(1) & ~unexplained
 
 
-def _fit_background(pixels: Array) -> Array:
-    """Colours [F, 2, 3] at the top and the bottom, linear in between, shapes being outliers.
-
-    Starts from the likeliest known background; then least squares, weighting each pixel at colour
-    distance d from the last fit by 1 / (1 + (d / 25)^2)^2.
-    """
-    thin = pixels[:, ::2, ::2]
-    size = pixels.shape[1]
-    down = ((np.arange(size, dtype=np.float32) + 0.5) / size)[::2]
-    basis = np.stack([1 - down, down], 1)  # [S/2, 2]
-    known = np.einsum("hk,bkc->bhc", basis, EDGES)[:, :, None]  # [backgrounds, S/2, 1, 3]
-    likeness = [(25 / (25 + _distance(thin, rows))).mean((1, 2)) for rows in known]
-    edges = EDGES[np.argmax(likeness, axis=0)]
-    for _ in range(4):
-        fitted = np.einsum("hk,fkc->fhc", basis, edges)[:, :, None]
-        off = thin - fitted
-        weight = 1 / (1 + _dot(off, off) / 25**2) ** 2  # [F, S/2, S/2]
-        normal = np.einsum("fh,hi,hj->fij", weight.sum(2), basis, basis)
-        target = np.einsum("fhc,hi->fic", (weight[..., None] * thin).sum(2), basis)
-        edges = np.linalg.solve(normal, target)
-    return edges
-
-
-def _rows(edges: Array, size: int) -> Array:
-    """Background colours [F, size, 1, 3] between edges [F, 2, 3]."""
-    down = ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None]
-    return (edges[:, None, 0] * (1 - down) + edges[:, None, 1] * down)[:, :, None]
-
-
-def _find_shapes(pixels: Array, base: Array) -> tuple[Array, Bools]:
+def _find_shapes(pixels: Array, base: Array, known: Allowed) -> tuple[Array, Bools]:
     """Colours [F, 3, 3] of up to three shapes per frame, largest first, and which are present.
 
     The core of a shape is where a pixel and its four neighbours are nearest to one colour of the
@@ -652,7 +638,7 @@ def _find_shapes(pixels: Array, base: Array) -> tuple[Array, Bools]:
     of it and the background, belongs to it; then the next.
     """
     label = np.concatenate(
-        [_distance(pixels, base)[None], [_distance(pixels, colour) for colour in PALETTE]]
+        [distance(pixels, base)[None], [distance(pixels, colour) for colour in known.palette]]
     ).argmin(0)
     padded = np.pad(label, ((0, 0), (1, 1), (1, 1)), mode="edge")
     core = label > 0
@@ -666,10 +652,10 @@ def _find_shapes(pixels: Array, base: Array) -> tuple[Array, Bools]:
     rgb = np.full((len(pixels), _SLOTS, 3), np.nan, np.float32)
     present = np.zeros((len(pixels), _SLOTS), bool)
     for slot in range(_SLOTS):
-        counts = np.stack([(core & (label == i)).sum((1, 2)) for i in range(1, len(PALETTE) + 1)])
+        counts = np.stack([(core & (label == i)).sum((1, 2)) for i in range(1, len(COLOURS) + 1)])
         commonest = counts.argmax(0)[:, None, None] + 1
         seed = _mean_colour(pixels, core & (label == commonest))
-        same = core & (_distance(pixels, seed[:, None, None]) < _SAME)
+        same = core & (distance(pixels, seed[:, None, None]) < _SAME)
         found = same.mean((1, 2)) >= _MIN_CORE
         colour = _mean_colour(pixels, same)
         rgb[found, slot], present[found, slot] = colour[found], True
@@ -687,17 +673,22 @@ def _mean_colour(pixels: Array, mask: Bools) -> Array:
 def _mix(pixels: Array, start: Array, end: Array) -> tuple[Array, Array]:
     """The best mix of two colours for each pixel: the share of `end` (0 to 1), and the miss."""
     span = end - start
-    share = np.clip(_dot(pixels - start, span) / np.maximum(_dot(span, span), 1e-6), 0, 1)
-    return share, _distance(pixels, start + share[..., None] * span)
+    share = np.clip(dot(pixels - start, span) / np.maximum(dot(span, span), 1e-6), 0, 1)
+    return share, distance(pixels, start + share[..., None] * span)
+
+
+def _off_shade(pixels: Array, ends: Array) -> Array:
+    """How far each pixel is from a colour, whatever its shade between the two `ends`."""
+    return _mix(pixels, *ends)[1] if (ends[0] != ends[1]).any() else distance(pixels, ends[0])
 
 
 def _match(rgb: Array, present: Bools, followed: Array) -> Indices:
     """The order [F, 3] of the shapes of each frame that fits the followed colours [K, 3] best."""
-    distance = _distance(rgb[:, :, None], followed)  # [F, 3, K]
-    distance = np.where(present[:, :, None], distance, 500.0)
+    apart = distance(rgb[:, :, None], followed)  # [F, 3, K]
+    apart = np.where(present[:, :, None], apart, 500.0)
     orders = np.array(list(permutations(range(_SLOTS))))
     slots = np.arange(len(followed))
-    costs = np.stack([distance[:, order[slots], slots].sum(1) for order in orders])
+    costs = np.stack([apart[:, order[slots], slots].sum(1) for order in orders])
     return orders[costs.argmin(0)]
 
 
@@ -708,7 +699,7 @@ def _unmix(pixels: Array, base: Array, rgb: Array, present: Bools) -> tuple[Arra
     missed by more than `_ARTEFACT` are unexplained, and covered by no shape.
     """
     cover = np.zeros((len(pixels), _SLOTS, *pixels.shape[1:3]), np.float32)
-    least = _distance(pixels, base)
+    least = distance(pixels, base)
     seen = [slot for slot in range(_SLOTS) if present[:, slot].any()]
     for back, front in combinations([-1, *seen], 2):
         start = base if back < 0 else rgb[:, None, None, back]
@@ -757,7 +748,7 @@ class _Outlines(NamedTuple):
 _RADII = np.arange(2.0, 20.0, 0.25)
 
 
-def _fit_outlines(cover: Array, present: Bools) -> _Outlines:
+def _fit_outlines(cover: Array, present: Bools, scales: Sequence[float]) -> _Outlines:
     """Kind, area, position, visible share of the shapes that cover [F, K, S, S].
 
     Each is matched with the world's own drawing of every kind at the measured area. Of two, the
@@ -775,9 +766,8 @@ def _fit_outlines(cover: Array, present: Bools) -> _Outlines:
             rows = np.flatnonzero((behind == k) & present.all(1))
             if not len(rows):
                 continue
-            radii = np.insert(
-                np.tile(list(SIZES.values()), (len(rows), 1)), 0, measured[rows, k, 0], 1
-            )
+            sizes = [radius * scale for radius in SIZES.values() for scale in scales]
+            radii = np.insert(np.tile(sizes, (len(rows), 1)), 0, measured[rows, k, 0], 1)
             again = _best_template(cover[rows, k], 1 - cover[rows, 1 - k], radii)
             for old, new in zip(fits[k], again, strict=True):
                 old[rows] = new

@@ -6,28 +6,42 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from evaluation.keeping import Property, Traces
 from evaluation.meters import Curve, Result
-from evaluation.statistics import mean
-from shapes import meter
-from shapes.world import parse_caption
+from evaluation.statistics import mean, per_second
+from shapes import kept, meter
+from shapes.world import UNSAID, parse_caption
 from utils.errors import UserError
 
 SURVIVAL_SECONDS = (5, 60, 300)
 GROUPS = {1: "one shape", 2: "two shapes"}
 
 
+@dataclass(frozen=True)
+class _Report(meter.ShapesReport):
+    """A video summed up, and what it kept of what its caption leaves open."""
+
+    kept: Traces
+
+
 class _Measuring(meter.ShapeMeter):
     """See `evaluation.meters.Measuring`."""
 
-    def report(self, *, fps: float, first: int, block: int) -> meter.ShapesReport:
+    def report(self, *, fps: float, first: int, block: int, given: int = 0) -> meter.ShapesReport:
         """See `Measuring`; UserError if the frame rate is too low to see motion."""
-        return meter.report(self.measures(fps), first=first, block=block)
+        measures = self.measures(fps)
+        report = meter.report(measures, first=first, block=block)
+        if not self.unsaid:
+            return report
+        report.per_second["grating"] = per_second(kept.wave_height(measures), fps).tolist()
+        return _Report(**vars(report), kept=kept.traces(measures, given=given))
 
 
 @dataclass(frozen=True)
 class ShapesTruth:
     """See `evaluation.meters.Meter`: square videos whose prompt is a caption of this world."""
 
+    unsaid: bool = UNSAID
     name: str = "shapes"
     version: int = meter.METER_VERSION
     least_fps: float = meter.LEAST_FPS
@@ -74,10 +88,15 @@ class ShapesTruth:
         }
     )
 
+    @property
+    def properties(self) -> Mapping[str, Property]:
+        """See `Meter`: what captions leave open, if they do."""
+        return kept.PROPERTIES if self.unsaid else {}
+
     def start(self, prompt: str, *, height: int, width: int) -> _Measuring | None:
         """See `Meter`."""
         square_caption = height == width and is_caption(prompt)
-        return _Measuring(prompt) if square_caption else None
+        return _Measuring(prompt, unsaid=self.unsaid) if square_caption else None
 
     def extra_measures(self, result: Result) -> Mapping[str, float]:
         """See `Meter`: for each N of `SURVIVAL_SECONDS` that the video is long enough for,

@@ -302,7 +302,7 @@ def sample_scene(seed: int, index: int, *, split: Split = "train", unsaid: bool 
 
 def _with_unsaid(scene: Scene, rng: random.Random, places: Sequence[tuple[float, float]]) -> Scene:
     """The scene with all that its caption leaves open."""
-    top, bottom = (_sample_tint(rng, name) for name in _edge_names(scene.background))
+    top, bottom = (_sample_tint(rng, name) for name in edge_names(scene.background))
     if " to " not in scene.background:
         bottom = top
     ground = Ground(top, bottom, math.pi * rng.random(), 2 * math.pi * rng.random())
@@ -317,7 +317,7 @@ def _with_unsaid(scene: Scene, rng: random.Random, places: Sequence[tuple[float,
             return replace(scene, shapes=shapes, ground=ground)
 
 
-def _edge_names(background: str) -> tuple[str, str]:
+def edge_names(background: str) -> tuple[str, str]:
     """Names of the colours of its top and bottom."""
     top, _, bottom = background.partition(" to ")
     return top, bottom or top

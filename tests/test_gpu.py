@@ -247,6 +247,19 @@ def test_a_steady_block_waits_for_its_frames_alone(tmp_path: Path, method: str) 
     assert all(x.device == CPU and x.is_contiguous() and x.shape[0] == 12 for x in frames)
 
 
+def test_frames_lie_in_pinned_memory_that_is_used_again(tmp_path: Path) -> None:
+    """Not in that of frames that somebody holds."""
+    stream = opened(made_pipe(tmp_path, "rolling_forcing", GPU, torch.bfloat16))
+    held = next(stream)
+    before = held.clone()
+    for _ in range(STEADY):
+        next(stream)
+    made = torch.cuda.host_memory_stats()["num_host_alloc"]
+    assert all(next(stream).is_pinned() for _ in range(6))
+    assert torch.cuda.host_memory_stats()["num_host_alloc"] == made
+    assert torch.equal(held, before)
+
+
 def test_memory_does_not_grow_and_is_given_back(tmp_path: Path) -> None:
     pipe = made_pipe(tmp_path, "rolling_forcing", GPU, torch.bfloat16)
     opened(pipe).close()

@@ -27,12 +27,17 @@ def tiny(tmp_path: Path) -> list[str]:
     return ["--config_path", str(config), "--model", str(preset), "--device", "cpu"]
 
 
-@pytest.mark.parametrize("stage", gpu_stages.STAGES)
+@pytest.mark.parametrize("stage", [*gpu_stages.STAGES, "sharded"])
 def test_a_stage_gives_figures(tmp_path: Path, tiny: list[str], stage: str) -> None:
     file = tmp_path / "out.json"
     assert run_main(gpu_stages.main, [stage, *tiny, "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
     assert figures
+    if stage == "sharded":
+        assert {name: len(found) for name, found in figures["updates"].items()} == {
+            "dmd": gpu_stages.UPDATES,
+            "ode": gpu_stages.UPDATES,
+        }
     if "seconds" in figures:
         assert min(figures["seconds"].values()) > 0
 
@@ -44,24 +49,38 @@ def test_commands_of_the_stages_are_understood(tmp_path: Path, tiny: list[str]) 
         "scripts/benchmark.py": benchmark.build_parser(),
         "scripts/_gpu_stages.py": gpu_stages.build_parser(),
     }
-    interval = {"seconds": {"block_interval": 0.5}}
-    done = gpu_check.Outcome("eager 1", "done", 1.0, interval)
-    last = gpu_check.long_run(args, [done], left=100)
+    last = gpu_check.long_run(args, left=100)
     assert last is not None
-    for stage in [*gpu_check.stages(args), last]:
+    planned = gpu_check.stages(args)
+    assert sum(stage.limit for stage in planned) <= 600
+    for stage in [*planned, last]:
         if stage.command[0] in parsers:
             found = parse_command(parsers[stage.command[0]], stage.command[1:])
             assert "seed=1" in found.overrides
-    assert parse_command(parsers["scripts/benchmark.py"], last.command[1:]).blocks == 100
-    assert gpu_check.long_run(args, [done], left=1) is None
-    assert gpu_check.long_run(args, [], left=100) is None
+            if stage.name == "variants":
+                assert tuple(found.compare) == gpu_check.VARIANTS
+    minutes = parse_command(parsers["scripts/benchmark.py"], last.command[1:]).long
+    assert 0 < 60 * minutes < 50
+    assert gpu_check.long_run(args, left=1) is None
 
 
 FIGURES = {
     "fps": {"dit_only": 2.5, "end_to_end": 2},
-    "seconds": {"block_interval": 9, "block_interval_p99": 9},
+    "long": {"blocks": 90, "against_the_first": 1.25},
     "peak_memory_bytes": 1,
 }
+SPREAD = {"median": 2, "min": 1, "max": 3}
+SUMMARY = {
+    "summary": {
+        "compile=true": {
+            **dict.fromkeys(("block_interval_p50", "fps_end_to_end", "fps_dit_only"), SPREAD),
+            **dict.fromkeys(("faster_than_the_first", "start_seconds", "compile_seconds"), SPREAD),
+            "peak_memory_bytes": 1,
+            "same_frames_as_the_first": True,
+        }
+    }
+}
+HANGS = f"import json, sys, time; json.dump({SUMMARY}, open(sys.argv[-1], 'w')); time.sleep(60)"
 WRITES = f"import json, sys; json.dump({FIGURES}, open(sys.argv[-1], 'w'))"
 
 
@@ -71,9 +90,9 @@ def test_a_stage_takes_no_time_of_the_next(
     """Results are there after each stage, whatever became of it."""
     args = parse_command(gpu_check.build_parser(), ["--out", str(tmp_path), "--minutes", "0.1"])
     planned = [
-        Stage("eager 1", 5, ("-c", WRITES)),
+        Stage("long", 5, ("-c", WRITES)),
         Stage("fails", 5, ("-c", "raise SystemExit(3)")),
-        Stage("hangs", 0.3, ("-c", "import time; time.sleep(60)"), json=False),
+        Stage("variants", 1, ("-c", HANGS)),
     ]
     begin = time.monotonic()
     assert gpu_check.check(args, planned) == 1
@@ -81,5 +100,10 @@ def test_a_stage_takes_no_time_of_the_next(
     results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert [one["state"] for one in results] == ["done", "failed", "out of time"]
     assert results[0]["figures"]["fps"]["end_to_end"] == 2
-    assert "2.50 FPS DiT" in capsys.readouterr().out
+    variants = results[2]["figures"]["summary"]["compile=true"]
+    assert variants["fps_dit_only"]["median"] == 2  # what was there when its time was over
+    said = capsys.readouterr().out
+    assert "2.50 FPS DiT" in said
+    assert "block 90 takes 1.250 of the first" in said
+    assert "compile=true: 2000.00 ms a block" in said
     assert (tmp_path / "gpu_check.png").is_file()

@@ -1,0 +1,119 @@
+"""Videos that go on from true clips: the protocol, its table on true clips, and the command."""
+
+import json
+
+import numpy as np
+import pytest
+
+from evaluation.meters import Judge
+from shapes import drift
+from shapes.drift import TRUTH, Protocol, drift_rows, main, margin, spans, table
+from shapes.kept import ERRORS, PROPERTIES
+from shapes.world import render, sample_scene
+from utils.cli import run_main
+
+
+def test_a_length_is_told_over_the_seconds_of_that_clip():
+    """Seconds that were given are the reference, and never counted."""
+    assert dict(spans(101, 5.0, 0.0)) == {
+        1: slice(1, 5),
+        2: slice(5, 10),
+        5: slice(20, 25),
+        10: slice(45, 50),
+        20: slice(95, 100),
+    }
+    assert dict(spans(10, 5.0, 1.3)) == {1: slice(2, 5), 2: slice(5, 10)}
+
+
+def test_the_interval_is_that_of_the_mean():
+    values = np.random.default_rng(0).normal(0, 1, 400)
+    assert margin(values) == pytest.approx(1.96 / 20, rel=0.1)
+    assert margin(np.r_[values, np.nan]) == margin(values)
+    assert np.isnan(margin(values[:1]))
+
+
+@pytest.fixture(scope="module")
+def true_results():
+    protocol = Protocol()
+    results = []
+    for number in range(4):
+        scene = protocol.scene(number)
+        judge = Judge(scene.caption, truth=TRUTH, given=9)
+        judge.add(render(scene, 64))
+        results.append({"prompt": scene.caption, "seed": 0, "report": judge.report(16)})
+    return results
+
+
+def test_true_clips_keep_everything(true_results):
+    rows = drift_rows(true_results, clip_seconds=2.0, given_seconds=9 / 16)
+    assert set(rows) == set(PROPERTIES)
+    for name, row in rows.items():
+        assert row["error"] == ERRORS[name]
+        assert set(row) == {"error", "1x", "2x"}
+        assert row["2x"]["drift"] < 2 * ERRORS[name], name
+        assert row["2x"]["gain"] == pytest.approx(1, abs=0.02)
+    lines = table(rows).splitlines()
+    assert len(lines) == 1 + len(PROPERTIES)
+    assert lines[0].split()[-2:] == ["1x", "2x"]
+
+
+def test_scenes_are_none_that_training_draws():
+    ours = {Protocol().scene(number).shapes for number in range(16)}
+    others = {sample_scene(0, n, split="heldout", unsaid=True).shapes for n in range(200)}
+    assert not ours & others
+
+
+def run(tiny_world, out, *more):
+    words = ["--config_path", tiny_world.config, "--checkpoint_path", tiny_world.checkpoint]
+    words += [*more, "--clip", 6, "--times", 2, "--json", out, "width=32", "device=cpu"]
+    return run_main(main, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("given", [1, 0], ids=["from true frames", "from noise"])
+def test_the_command_measures_each_scene_once(tiny_world, tmp_path, monkeypatch, capsys, given):
+    """In batches or alone, and on from where it was stopped, each gives the same figures."""
+    out = tmp_path / "out.json"
+    assert run(tiny_world, out, "--scenes", 2, "--given", given) == 0
+    together = json.loads(out.read_text())
+    assert together["settings"]["given"] == given
+    assert [len(video["report"]["kept"]["tint"][0]["seconds"]) for video in together["videos"]] == [
+        3,
+        3,
+    ]
+    assert "tint (meter" in capsys.readouterr().out
+    made = []
+    whole = drift.continued
+    monkeypatch.setattr(drift, "continued", lambda *a: (made.append(a[2]), whole(*a))[1])
+    assert run(tiny_world, out, "--scenes", 3, "--given", given, "--batch", 1) == 0
+    assert made == [[2]]
+    assert json.loads(out.read_text())["videos"][:2] == together["videos"]
+    alone = tmp_path / "alone.json"
+    assert run(tiny_world, alone, "--scenes", 1, "--given", given, "--batch", 1) == 0
+    (video,) = json.loads(alone.read_text())["videos"]
+    assert video["prompt"] == together["videos"][0]["prompt"]
+
+
+def test_a_batch_changes_no_video(tiny_world, tmp_path):
+    """Each goes on from its own frames with its own noise."""
+    reports = []
+    for batch in (2, 1):
+        out = tmp_path / f"{batch}.json"
+        assert run(tiny_world, out, "--scenes", 2, "--batch", batch) == 0
+        videos = json.loads(out.read_text())["videos"]
+        reports.append([video["report"]["per_second"]["background_error"] for video in videos])
+    assert reports[0][0] == pytest.approx(reports[1][0], abs=1)
+    assert reports[0][1] == pytest.approx(reports[1][1], abs=1)
+    assert reports[0][0] != pytest.approx(reports[0][1], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--scenes", "0"], "must be at least 1"),
+        (["--given", "-1"], "--given 0"),
+        (["--given", "4"], "leaves nothing"),
+    ],
+)
+def test_wrong_flags_are_told_before_anything_is_made(tiny_world, tmp_path, wrong, said, capsys):
+    assert run(tiny_world, tmp_path / "out.json", *wrong) == 2
+    assert said in capsys.readouterr().err
