@@ -16,12 +16,13 @@ from threading import get_ident
 from typing import TYPE_CHECKING
 
 from utils.cli import parse_command, run_main, set_up_logging
-from utils.config import Config, find_file, load_config
+from utils.config import Config, find_file
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.families import add_model_choice, family, fetched_checkpoint
 from utils.files import locked
 from utils.packages import offered, offers
+from utils.profiles import add_profile_choice, load_with_profile
 from utils.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    add_profile_choice(model)
     place = parser.add_argument_group("address")
     place.add_argument(
         "--server_name",
@@ -140,7 +142,8 @@ def read_config(args: argparse.Namespace) -> Config:
     """The experiment file with the flags and overrides on top."""
     given = [f"{key}={vars(args)[key]}" for key in ("device", "dtype") if vars(args)[key]]
     small = ["height=64", "width=96"] if args.random_weights else []
-    return load_config(args.config_path, [*small, *args.overrides, *given])
+    overrides = [*small, *args.overrides, *given]
+    return load_with_profile(args.config_path, overrides, args.profile)
 
 
 def read_ranks(config: Config) -> Ranks:

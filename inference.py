@@ -7,17 +7,17 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import check_picture, parse_command, run_main, set_up_logging
-from utils.config import Config, find_file, load_config
+from utils.config import Config, find_file
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.families import add_model_choice, family, fetched_checkpoint
 from utils.packages import offered, offers
+from utils.profiles import add_profile_choice, load_with_profile
 
 if TYPE_CHECKING:
     from pipeline.batch import BatchRun, Job
@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    add_profile_choice(machine)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
     return parser
 
@@ -157,7 +158,7 @@ def read_config(args: argparse.Namespace, ranks: Ranks) -> Config:
     for key in ("seed", "num_samples", "fps", "dtype"):
         if (value := vars(args)[key]) is not None:
             overrides.append(f"{key}={value}")
-    config = load_config(args.config_path, overrides)
+    config = load_with_profile(args.config_path, overrides, args.profile)
     config.device = ranks.device_name(args.device or config.device)
     config.i2v = config.i2v or args.i2v
     return config
@@ -190,6 +191,7 @@ def main(argv: Sequence[str]) -> int:
     config = read_config(args, ranks)
 
     from pipeline.batch import BatchRun, Outputs, list_jobs
+    from pipeline.memory import fitted, memory_in_words
     from pipeline.setup import Setup
 
     if demo:
@@ -215,7 +217,7 @@ def main(argv: Sequence[str]) -> int:
         prefix_frames=args.prefix_frames,
         overwrite=args.overwrite,
     )
-    setup = Setup.of(config)
+    setup = fitted(Setup.of(config))
 
     def lead(teamwork: "Teamwork | None") -> None:
         run = BatchRun(
@@ -227,7 +229,7 @@ def main(argv: Sequence[str]) -> int:
             changes=changes,
             teamwork=teamwork,
         )
-        with memory_in_words():
+        with memory_in_words(setup):
             run(jobs)
         show(run, jobs, args, demo)
 
@@ -244,11 +246,12 @@ def make_videos(
     use_ema: bool,
 ) -> None:
     """Run `lead` on every rank, or on the first one of each team."""
+    from pipeline.memory import memory_in_words
     from pipeline.teamwork import in_team
     from pipeline.text_to_video import load_generator
 
     def load(teamwork: "Teamwork") -> "VideoPipeline":
-        with memory_in_words():
+        with memory_in_words(setup):
             return load_generator(setup, checkpoint, use_ema=use_ema, teamwork=teamwork)
 
     in_team(ranks, setup.machine.sequence_parallel, setup.machine.device, lead, load)
@@ -270,6 +273,7 @@ def replay(args: argparse.Namespace, ranks: Ranks) -> int:
     checkpoint = told.find_checkpoint(args.checkpoint_path)
 
     from pipeline.batch import BatchRun, Job, Outputs
+    from pipeline.memory import fitted, memory_in_words
     from pipeline.setup import Setup
 
     image, video = (
@@ -284,7 +288,7 @@ def replay(args: argparse.Namespace, ranks: Ranks) -> int:
         prefix_frames=told.prefix_frames,
         overwrite=args.overwrite,
     )
-    setup = Setup.of(config)
+    setup = fitted(Setup.of(config))
 
     def lead(teamwork: "Teamwork | None") -> None:
         run = BatchRun(
@@ -297,7 +301,7 @@ def replay(args: argparse.Namespace, ranks: Ranks) -> int:
             teamwork=teamwork,
         )
         told.check(run.settings_of(job))
-        with memory_in_words():
+        with memory_in_words(setup):
             run([job])
         show(run, [job], args, None)
         for path, record in run.made([job]).items():
@@ -305,20 +309,6 @@ def replay(args: argparse.Namespace, ranks: Ranks) -> int:
 
     make_videos(setup, ranks, lead, checkpoint, use_ema=told.use_ema)
     return 0
-
-
-@contextmanager
-def memory_in_words() -> Iterator[None]:
-    """One sentence where the GPU's memory ends."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the GPU has too little memory for this model; close other programs, or use a smaller "
-            "resolution (height=… width=…)"
-        ) from error
 
 
 def show(run: "BatchRun", jobs: "Sequence[Job]", args: argparse.Namespace, demo: Any) -> None:

@@ -36,7 +36,8 @@ from pipeline.records import (
 from pipeline.setup import Setup
 from pipeline.stream import PrefixFrames, directed
 from pipeline.teamwork import Teamwork
-from pipeline.text_to_video import VideoPipeline, load_generator
+from pipeline.text import TextSource
+from pipeline.text_to_video import VideoPipeline, check_generator, load_checked, text_source
 from utils.background import Background
 from utils.config import find_file, save_resolved
 from utils.distributed import Ranks
@@ -333,17 +334,22 @@ class BatchRun:
     # --- making ---------------------------------------------------------------------------------
 
     def _make_all(self, jobs: Sequence[Job], watch: Callable[[Job], Sequence[Watcher]]) -> None:
-        """Load, then encode the prompts of a group of videos and make these, group by group."""
+        """Encode the prompts of a group of videos and make these, group by group."""
         self._check_prefixes(jobs)
         self.folder.require(self.folder.vae)
         if not self.setup.text_embeddings:
             self.folder.require(self.folder.text_encoder, self.folder.tokenizer)
-        pipe = load_generator(
+        checked = check_generator(
             self.setup, self.checkpoint, use_ema=self.use_ema, teamwork=self.teamwork
         )
-        index = 0
+        text = text_source(self.setup, checked.device, checked.dtype, room=0)
+        pipe, index = None, 0
         for group in groups_of_prompts(jobs, PROMPTS_AT_ONCE):
-            texts = self._encode(pipe, group)
+            texts = self._encode(text if pipe is None else pipe, group)
+            if pipe is None:  # not before: the text encoder had its memory
+                pipe = load_checked(
+                    self.setup, checked, self.checkpoint, text, teamwork=self.teamwork
+                )
             pipe.load_vae()  # not in the time of the first video
             for job in group:
                 index += 1
@@ -351,12 +357,14 @@ class BatchRun:
                 if index == 1 and self.ranks.is_main and self.outputs.keep_config:
                     save_resolved(self.setup.resolved, self._folder / "config.yaml")
 
-    def _encode(self, pipe: VideoPipeline, jobs: Sequence[Job]) -> dict[str, Tensor]:
+    def _encode(
+        self, encoder: TextSource | VideoPipeline, jobs: Sequence[Job]
+    ) -> dict[str, Tensor]:
         """The text embeddings of some jobs; the text encoder is freed again."""
         prompts = list(dict.fromkeys([*(job.prompt for job in jobs), *self._later_prompts]))
         shown = self.ranks.is_main and len(prompts) > 1
         with tqdm(prompts, "encoding prompts", disable=not shown, leave=False) as bar:
-            return pipe.encode_once(bar)
+            return encoder.encode_once(bar)
 
     def _make(
         self,

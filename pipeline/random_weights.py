@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline, prepared_vae
@@ -14,6 +14,7 @@ from utils.errors import UserError
 from wan.attention import check_backend
 from wan.checkpoints import empty_dit
 from wan.dit import DiTConfig, WanDiT
+from wan.float8 import use_float8
 from wan.vae import WanVAE
 
 
@@ -26,11 +27,20 @@ def random_pipeline(setup: Setup, base_dim: int) -> VideoPipeline:
         torch.manual_seed(setup.seed)
         dit = random_dit(setup.sizes, device, dtype)
     dit.attention_backend = check_backend(machine.attention_backend, device, dtype)
+    if machine.linear_dtype == "float8":
+        use_float8(dit.blocks)
     vae = WanVAE.random(base_dim=base_dim, z_dim=setup.sizes.in_dim)
     pipe = VideoPipeline(setup, dit, vae=prepared_vae(vae.to(device), setup, dtype))
     if machine.compile:
         pipe.compile()
     return pipe
+
+
+def random_text(pipe: VideoPipeline) -> Tensor:
+    """Text embeddings `[1, L, dim]`, always the same."""
+    sizes = pipe.dit.config
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, sizes.text_len, sizes.text_dim, generator=generator)
 
 
 def read_preset(path: Path) -> dict[str, Any]:

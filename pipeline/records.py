@@ -100,6 +100,7 @@ def replay_config(setup: Setup) -> dict[str, Any]:
         **decide,
         "dtype": str(dtype).removeprefix("torch."),
         "merge_clean_pass": setup.merges_clean_pass,
+        "vae_frugal": setup.machine.vae_frugal,
     }
 
 

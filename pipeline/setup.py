@@ -67,8 +67,11 @@ class Machine:
     compile: bool
     vae_dtype: str
     vae_device: str
+    vae_frugal: bool
     merge_clean_pass: bool | None
     sequence_parallel: int
+    linear_dtype: str
+    kv_cache_dtype: str
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,11 @@ class Setup:
                 config.compile,
                 config.vae_dtype,
                 config.vae_device,
+                config.vae_frugal,
                 config.merge_clean_pass,
                 config.sequence_parallel,
+                config.linear_dtype,
+                config.kv_cache_dtype,
             ),
         )
 
@@ -266,6 +272,7 @@ class Setup:
             dtype=dtype,
             device=device,
             share=share,
+            in_float8=self.machine.kv_cache_dtype == "float8",
         )
 
     def rollout(

@@ -1,6 +1,7 @@
 """Prompts to text embeddings: stored ones, or from the text encoder, loaded when it is needed."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
 import torch
@@ -8,17 +9,23 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from pipeline.setup import Setup
-from utils.devices import choose_device
+from utils.devices import choose_device, free_bytes
 from utils.embeddings import EmbeddingStore, pad_batch, trim
 from utils.errors import UserError
+from wan.folders import file_bytes
 from wan.text_encoder import WanTextEncoder
 
+logger = logging.getLogger(__name__)
+
 REMEMBERED_BYTES = 2 * 2**30  # of embeddings kept
+WORKING_BYTES = 2**29  # beside the weights of an encoder that encodes
 
 
 class TextSource:
     """Embeddings of prompts, on the device of whoever asks; the newest ones are remembered.
 
+    With `text_encoder_device: auto` the encoder is where the generator is; on the CPU, which is
+    said, if a GPU cannot hold it beside what is still to come there: `room` bytes.
     A sharded encoder has to run on all ranks at once: then `remembers` is False, so that every
     rank encodes equally often.
     """
@@ -30,16 +37,19 @@ class TextSource:
         text_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        room: int | None = None,
     ) -> None:
-        """`dtype` is the encoder's; `text_encoder_device: auto` puts it on `device`."""
+        """`dtype` is the encoder's, `device` the generator's. `room` None: it is not asked."""
+        self.room = room
         self._setup = setup
         self._text_len = text_len
         self._dtype = dtype
         self._device = device
-        name = setup.machine.text_encoder_device
-        self._encoder_device = device if name == "auto" else choose_device(name)
+        wish = setup.machine.text_encoder_device
+        self._place = None if wish == "auto" else choose_device(wish)
         self._stored = EmbeddingStore(setup.text_embeddings) if setup.text_embeddings else None
         self._encoder: WanTextEncoder | None = None
+        self._negative: Tensor | None = None
         self._remembered: LRUCache[str, Tensor] = LRUCache(REMEMBERED_BYTES, attrgetter("nbytes"))
         self.remembers = True
 
@@ -48,6 +58,23 @@ class TextSource:
         if not prompts:
             raise UserError("there is no prompt to encode")
         return pad_batch([self._one(prompt) for prompt in prompts]).to(self._device)
+
+    def negative(self) -> Tensor:
+        """Embedding `[1, L, dim]` of the negative prompt; encoded once and kept."""
+        if self._negative is None:
+            self._negative = self([self._setup.negative_prompt])
+        return self._negative
+
+    def encode_once(self, prompts: Iterable[str]) -> dict[str, Tensor]:
+        """Embeddings `[1, L, dim]` by prompt, on the CPU; the text encoder is then freed.
+
+        The negative prompt of a model that needs one is remembered.
+        """
+        texts = {prompt: self([prompt]).cpu() for prompt in prompts}
+        if not self._setup.distilled:
+            self.negative()
+        self.free()
+        return texts
 
     def free(self) -> None:
         """Drop the text encoder from memory; it is loaded again when it is needed."""
@@ -75,8 +102,23 @@ class TextSource:
             self._encoder = WanTextEncoder.from_official(
                 folder.text_encoder,
                 folder.tokenizer,
-                device=self._encoder_device,
+                device=self.place(),
                 dtype=self._dtype,
                 text_len=self._text_len,
             )
         return self._encoder
+
+    def place(self) -> torch.device:
+        """Where the encoder is to be, now and later."""
+        if self._place is None:
+            self._place = self._chosen_place()
+        return self._place
+
+    def _chosen_place(self) -> torch.device:
+        if self._device.type != "cuda" or self.room is None:
+            return self._device
+        needed = file_bytes(self._setup.require_folder().text_encoder) + WORKING_BYTES
+        if needed + self.room <= free_bytes(self._device):
+            return self._device
+        logger.info("the text encoder is on the CPU: the GPU has no room for it")
+        return torch.device("cpu")

@@ -3,18 +3,19 @@
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import inputs
 from pipeline.changes import Timeline
-from pipeline.memory import memory_report
+from pipeline.memory import memory_report, room_for_videos
 from pipeline.prefix import Frames, Prefix, encode_prefix, image_clip, video_clip
 from pipeline.records import ModelSource, model_settings
 from pipeline.schedule import BlockLayout
@@ -27,13 +28,15 @@ from utils.devices import (
     choose_decoding_dtype,
     choose_device,
     choose_dtype,
+    release_memory,
 )
 from utils.errors import UserError
 from utils.families import warn_of_other_settings
 from utils.noise import NoiseSource, RecordedNoise
-from wan.attention import check_backend
-from wan.checkpoints import Network, load_dit
+from wan.attention import Backend, check_backend
+from wan.checkpoints import Network, check_dit, load_dit
 from wan.dit import WanDiT
+from wan.float8 import check_compiled_float8, use_float8
 from wan.folders import find_checkpoint
 from wan.geometry import VideoShape
 from wan.vae import WanVAE
@@ -78,6 +81,17 @@ def load_pipeline(
     return load_generator(Setup.of(config), checkpoint, use_ema=use_ema, teamwork=teamwork)
 
 
+@dataclass(frozen=True)
+class Checked:
+    """Weights of a generator that are there and fit, where they go and how they run."""
+
+    source: Path
+    network: Network
+    device: torch.device
+    dtype: torch.dtype
+    backend: Backend
+
+
 def load_generator(
     setup: Setup,
     checkpoint: str | Path | None = None,
@@ -89,26 +103,56 @@ def load_generator(
 
     `teamwork` of the ranks that make each stream together; they load while this one does.
     """
+    checked = check_generator(setup, checkpoint, use_ema=use_ema, teamwork=teamwork)
+    return load_checked(setup, checked, checkpoint, teamwork=teamwork)
+
+
+def check_generator(
+    setup: Setup,
+    checkpoint: str | Path | None = None,
+    *,
+    use_ema: bool = False,
+    teamwork: Teamwork | None = None,
+) -> Checked:
+    """Everything that can be wrong with a generator and its machine, before it takes memory."""
     machine, folder = setup.machine, setup.require_folder()
     check_team(setup, teamwork)
-    if teamwork is not None and teamwork.leads:
-        teamwork.load()
     device = choose_device(machine.device)
     dtype = choose_dtype(machine.dtype, device)
     backend = check_backend(machine.attention_backend, device, dtype)
     choose_device(machine.vae_device)
+    if machine.compile and machine.kv_cache_dtype == "float8":
+        check_compiled_float8(device)
     source = folder.path if checkpoint is None else find_checkpoint(checkpoint)
+    network: Network = "generator_ema" if use_ema else "generator"
+    check_dit(setup.sizes, source, network)
     logger.info(memory_report(setup, dtype))
     if checkpoint is not None:
         warn_of_other_settings(setup.resolved, source)
     elif setup.distilled:
         logger.warning("no checkpoint given: the weights in %s are not distilled", folder.path)
-    network: Network = "generator_ema" if use_ema else "generator"
-    dit = load_dit(setup.sizes, source, network=network, device=device, dtype=dtype)
-    dit.attention_backend = backend
-    source_of_dit = ModelSource(None if checkpoint is None else source, use_ema)
-    pipe = VideoPipeline(setup, dit, source=source_of_dit, teamwork=teamwork)
-    if machine.compile:
+    return Checked(source, network, device, dtype, backend)
+
+
+def load_checked(
+    setup: Setup,
+    checked: Checked,
+    checkpoint: str | Path | None,
+    text: TextSource | None = None,
+    *,
+    teamwork: Teamwork | None = None,
+) -> "VideoPipeline":
+    """The pipeline of weights that were checked; `text`: where its embeddings come from."""
+    if teamwork is not None and teamwork.leads:
+        teamwork.load()
+    source, device, dtype = checked.source, checked.device, checked.dtype
+    dit = load_dit(setup.sizes, source, network=checked.network, device=device, dtype=dtype)
+    dit.attention_backend = checked.backend
+    if setup.machine.linear_dtype == "float8":
+        use_float8(dit.blocks)
+    own = ModelSource(None if checkpoint is None else source, checked.network == "generator_ema")
+    pipe = VideoPipeline(setup, dit, text=text, source=own, teamwork=teamwork)
+    if setup.machine.compile:
         pipe.compile()
     return pipe
 
@@ -116,13 +160,25 @@ def load_generator(
 def prepared_vae(vae: WanVAE, setup: Setup, dtype: torch.dtype) -> WanVAE:
     """The VAE as the setup wants it to decode beside a generator of this dtype; in place."""
     vae.decode_in(choose_decoding_dtype(setup.machine.vae_dtype, dtype, vae.device))
+    vae.frugal = setup.machine.vae_frugal
     if setup.machine.compile and vae.device.type == "cuda":
-        frames = setup.layout.block_frames
+        frames = 1 if setup.machine.vae_frugal else setup.layout.block_frames
         vae.compile_decoder(frames)
         decoder = vae.streaming_decoder()  # its graph is there before the first stream
         for _ in range(2):
             decoder.decode(torch.zeros(1, frames, *setup.shape.latent, device=vae.device))
     return vae
+
+
+def text_source(setup: Setup, device: torch.device, dtype: torch.dtype, room: int) -> TextSource:
+    """Embeddings for a generator; `room`: see `TextSource`."""
+    return TextSource(
+        setup,
+        text_len=setup.sizes.text_len,
+        dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        device=device,
+        room=room,
+    )
 
 
 class VideoPipeline:
@@ -160,17 +216,16 @@ class VideoPipeline:
         if teamwork is not None:
             dit.share = teamwork.share
         self._vae = vae
-        self._text = text or TextSource(
-            setup,
-            text_len=dit.config.text_len,
-            dtype=torch.bfloat16 if dit.dtype == torch.bfloat16 else torch.float32,
-            device=self.device,
-        )
+        if text is None:
+            room = 0 if setup.folder is None else room_for_videos(setup, dit.dtype)
+            text = text_source(setup, self.device, dit.dtype, room)
+        self._text = text
 
     def variant(self, overrides: Sequence[str]) -> "VideoPipeline":
         """The same networks under other settings: `key=value`, such as `model_kwargs.sink_size=0`.
 
-        Raises UserError for a key that there is not, or a value that it cannot have.
+        Raises UserError for a key that there is not, or a value that it cannot have, or that is of
+        the networks.
         """
         config = config_of(self.setup.resolved, "this pipeline", overrides)
         setup = Setup.of(
@@ -179,6 +234,9 @@ class VideoPipeline:
             sizes=self.setup.sizes,
             strides=self.setup.shape.strides,
         )
+        own, wish = self.setup.machine, setup.machine
+        if (own.dtype, own.linear_dtype) != (wish.dtype, wish.linear_dtype):
+            raise UserError("dtype and linear_dtype are of the networks: load them another time")
         return VideoPipeline(
             setup,
             self.dit,
@@ -402,13 +460,36 @@ class VideoPipeline:
     def encode_once(self, prompts: Iterable[str]) -> dict[str, Tensor]:
         """Text embeddings `[1, L, text_dim]` by prompt, on the CPU; the text encoder is then freed.
 
-        The negative prompt of a model that needs one is remembered.
+        The negative prompt of a model that needs one is remembered. The networks give way
+        meanwhile where a GPU would have to hold all of them.
         """
-        texts = {prompt: self.encode_prompts([prompt]).cpu() for prompt in prompts}
+        with self._aside():
+            return self._text.encode_once(map(inputs.text_of, prompts))
+
+    def encode_negative(self) -> None:
+        """Encode the negative prompt now, if there is one, and not when a stream is opened."""
         if not self.setup.distilled:
-            self.encode_prompts([self.setup.negative_prompt])
-        self.free_text_encoder()
-        return texts
+            self._text.negative()
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The networks are on the CPU meanwhile, if the text encoder needs their GPU."""
+        device = self.device
+        if device.type != "cuda" or self._text.place() != device:
+            yield
+            return
+        vae = self._vae if self._vae is not None and self._vae.device == device else None
+        try:
+            self._move(vae, torch.device("cpu"))
+            yield
+        finally:
+            self._move(vae, device)
+
+    def _move(self, vae: WanVAE | None, device: torch.device) -> None:
+        nn.Module.to(self.dit, device)
+        if vae is not None:
+            vae.to(device)
+        release_memory()
 
     def free_text_encoder(self) -> None:
         """Drop the text encoder from memory; it is loaded again when it is needed."""
@@ -518,8 +599,7 @@ class VideoPipeline:
         return self.setup.counter_noise(seed) if noise is None else noise
 
     def _negative(self, batch: int) -> Tensor:
-        negative = self.encode_prompts([self.setup.negative_prompt])
-        return negative.expand(batch, -1, -1)
+        return self._text.negative().expand(batch, -1, -1)
 
     def _say_what_is_dropped(self, num_latent_frames: int | None) -> None:
         limit = self.setup.policy.max_frames

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.passes import Pass, Plan
+from pipeline.random_weights import random_text
 from pipeline.stream import Stream, directed
 from pipeline.text_to_video import VideoPipeline
 from utils.background import Background
@@ -317,9 +318,7 @@ class Counter:
 
 def run(pipe: VideoPipeline, asked: Asked, last: Callable[[Stream], T]) -> tuple[Measured, T]:
     """Stream blocks as `asked`, give the stream to `last`; then start a second stream."""
-    dit, device = pipe.dit, pipe.device
-    length, channels = dit.config.text_len, dit.config.text_dim
-    text = torch.randn(1, length, channels, generator=torch.Generator().manual_seed(0))
+    dit, device, text = pipe.dit, pipe.device, random_text(pipe)
     Memory.forget_peak(device)
     in_pieces = min(asked.blocks, MOST_BLOCKS_IN_PARTS)
     total = asked.skipped + asked.blocks + in_pieces + (asked.blocks if asked.file else 0)

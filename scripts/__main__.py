@@ -24,6 +24,8 @@ MODULES = (
     "scripts.benchmark",
     "scripts.gpu_check",
     "scripts.predict",
+    "scripts.quality",
+    "scripts.cards",
     "scripts.attention_maps",
     "scripts.plot_run",
     "scripts.live_client",

@@ -67,6 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
         help='overrides in quotes, measured in turns, as in --compare "" "compile=true"',
     )
     parser.add_argument("--turns", type=int, default=3, help="of --compare (default: 3)")
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="of float8 and the like: compare with exact videos (see scripts/quality.py)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
@@ -117,11 +122,17 @@ def measure(args: argparse.Namespace, begin: float) -> int:
     about = setting(pipe, args, steady)
     result = report(pipe, args, steady, load)
     print(table(about, result))
+    if args.quality:
+        from scripts.quality import quality_of
+
+        found = quality_of(pipe.setup, args.checkpoint_path, preset=args.preset)
+        result["quality"] = found.record()
+        print(f"\n{found.table()}")
     if args.json is not None:
         write_json(args.json, {"setting": about, **result})
     if args.plot is not None:
         plot(result, args.plot)
-    return 0
+    return 1 if result.get("quality", {}).get("faults") else 0
 
 
 def report(

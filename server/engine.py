@@ -3,15 +3,19 @@
 Everything here runs in threads: texts are encoded in one, sessions are touched in another.
 """
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import OutOfMemoryError, Tensor
+from torch import Tensor
 
 from pipeline import VideoPipeline
 from pipeline.changes import Change, Policy, Timeline
+from pipeline.memory import what_fits
 from pipeline.session import Block, BranchPoint, Session
+from pipeline.setup import Setup
+from utils.devices import is_out_of_memory
 from utils.errors import UserError
 
 
@@ -37,6 +41,10 @@ class Engine(Protocol):
         """A new session; `sink`: latent frames of its attention sink, by default the model's."""
         ...
 
+    def advice(self) -> str:
+        """What whoever runs the server can do where memory ends."""
+        ...
+
 
 class PipelineEngine:
     """The engine of a `VideoPipeline`."""
@@ -51,6 +59,7 @@ class PipelineEngine:
 
     def encode(self, prompt: str) -> Tensor:
         """See `Engine`."""
+        self._pipe.encode_negative()  # here, not in the thread of the steps
         return self._pipe.encode_prompts([prompt])
 
     def start(
@@ -64,6 +73,15 @@ class PipelineEngine:
         """See `Engine`; UserError for a sink that is not one of `sinks`."""
         pipe = self._pipe if sink is None else self._with_sink(sink)
         return Session.start(pipe, prompt, seed=seed, seconds=seconds, text=text)
+
+    @property
+    def setup(self) -> Setup:
+        """What its videos are made by."""
+        return self._pipe.setup
+
+    def advice(self) -> str:
+        """See `Engine`."""
+        return what_fits(self.setup)
 
     def _with_sink(self, frames: int) -> VideoPipeline:
         if frames not in self.sinks:
@@ -127,6 +145,8 @@ def take_step(session: Session, requests: Sequence[Request]) -> Step:
         block = session.step()
     except Exception as error:
         failed = error
+        if is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # which hold what the step had made
     changes = () if block is None else block.applied
     line = session.timeline
     return Step(
@@ -160,10 +180,16 @@ def told_of(change: Change, timeline: Timeline, fps: int) -> dict[str, Any]:
     }
 
 
-def in_words(error: Exception) -> str:
-    """An exception as a sentence for a client: its own words only where they are meant for it."""
+def in_words(error: Exception, advice: Callable[[], str] | None = None) -> str:
+    """An exception as a sentence for a client: its own words only where they are meant for it.
+
+    `advice`: see `Engine`.
+    """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OutOfMemoryError | MemoryError):
-        return "there is too little memory for this now; try again when fewer people watch"
+    if is_out_of_memory(error):
+        otherwise = f", or start the server otherwise: {advice()}" if advice else ""
+        return (
+            f"there is too little memory for this now; try again when fewer people watch{otherwise}"
+        )
     return f"this failed ({type(error).__name__}); the server's log says more"

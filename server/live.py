@@ -16,12 +16,22 @@ from server.engine import Request, Step, in_words
 from server.playback import Pace, Playback
 from server.protocol import ProtocolError, Update
 from server.recording import Recording, thumbnail
+from utils.devices import is_out_of_memory
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 State = Literal["playing", "paused", "stopped"]
-Reason = Literal["stopped", "ended", "disk_full", "recording_failed", "idle", "room", "shutdown"]
+Reason = Literal[
+    "stopped",
+    "ended",
+    "disk_full",
+    "recording_failed",
+    "out_of_memory",
+    "idle",
+    "room",
+    "shutdown",
+]
 
 BLOCKS_AT_ONCE = 2  # made and not yet encoded
 CHANGES_AT_ONCE = 16  # asked for and not yet applied
@@ -65,10 +75,13 @@ class LiveSession:
         lead: float,
         block_seconds: float,
         clock: Callable[[], float],
+        words: Callable[[Exception], str] = in_words,
     ) -> None:
+        """`words`: an exception as a sentence for the client."""
         self.name, self.session, self.recording = name, session, recording
         self.address, self.policy, self.lead = address, policy, lead
         self.fps, self.block_seconds, self.clock = recording.fps, block_seconds, clock
+        self.words = words
         self.seed, self.prompt = session.seed, session.first_prompt  # that the video begins with
         self.state: State = "playing"
         self.left = False  # for a branch: it gives way when there is no room
@@ -219,6 +232,11 @@ class LiveSession:
         return self.frames_made / self.fps
 
     @property
+    def out_of_memory(self) -> bool:
+        """Whether a step has ended it so: what it holds is to be freed at once."""
+        return self._stop_reason == "out_of_memory"
+
+    @property
     def stopped(self) -> bool:
         """Whether it is over, and all of it is in the recording."""
         return self.state == "stopped"
@@ -281,10 +299,12 @@ class LiveSession:
         self._settle()
 
     def _fail(self, error: Exception) -> None:
-        """A step failed: wait until the client says to go on."""
+        """A step failed: wait until the client says to go on. Without memory nothing can go on."""
         logger.error("session %s: a step failed", self.name, exc_info=error)
-        self.tell(ProtocolError("step_failed", in_words(error)).reply())
-        if self.state == "playing" and self._stop_reason is None:
+        self.tell(ProtocolError("step_failed", self.words(error)).reply())
+        if is_out_of_memory(error):
+            self.stop("out_of_memory")
+        elif self.state == "playing" and self._stop_reason is None:
             self.pause()
 
     # --- delivery --------------------------------------------------------------------------------
@@ -336,7 +356,7 @@ class LiveSession:
         self.undelivered -= 1
         code: Reason = "disk_full" if isinstance(error, UserError) else "recording_failed"
         logger.error("session %s: a block was not recorded", self.name, exc_info=error)
-        self.tell(ProtocolError(code, in_words(error)).reply())
+        self.tell(ProtocolError(code, self.words(error)).reply())
         self.stop(code)
         self._settle()
 

@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import VideoPipeline, load_pipeline
+from pipeline import VideoPipeline
+from pipeline.memory import fitted, memory_in_words
 from pipeline.random_weights import random_pipeline, read_preset
 from pipeline.setup import Setup
 from pipeline.teamwork import Teamwork, check_team
 from pipeline.text import TextSource
-from server.engine import Engine
+from pipeline.text_to_video import load_generator
+from server.engine import PipelineEngine
 from utils.config import Config
-from utils.devices import choose_device
+from utils.devices import choose_device, free_bytes
 from utils.errors import UserError
 from wan.checkpoints import networks_in
 from wan.dit import DiTConfig
-from wan.folders import ModelFolder, find_checkpoint
+from wan.folders import ModelFolder, file_bytes, find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +50,12 @@ def open_model(
     device = choose_device(config.device)
     if config.text_encoder_device == "auto" and device.type == "cuda":
         folder = ModelFolder.find(config.model_root, config.generator_name)
-        size = sum(file.stat().st_size for file in _files(folder.text_encoder))
-        if size > TEXT_SHARE * free_bytes(device):
+        if file_bytes(folder.text_encoder) > TEXT_SHARE * free_bytes(device):
             logger.info("the text encoder stays on the CPU; text_encoder_device=cuda moves it")
             config = replace(config, text_encoder_device="cpu")
-    use_ema = use_ema and checkpoint is not None
-    return load_pipeline(config, checkpoint, use_ema=use_ema, teamwork=teamwork)
-
-
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else list(path.glob("*.safetensors"))
+    setup, use_ema = fitted(Setup.of(config)), use_ema and checkpoint is not None
+    with memory_in_words(setup):
+        return load_generator(setup, checkpoint, use_ema=use_ema, teamwork=teamwork)
 
 
 def open_random_model(
@@ -92,30 +90,20 @@ class RandomText(TextSource):
         return torch.randn(self._size, generator=torch.Generator().manual_seed(seed))
 
 
-def warm_up(engine: Engine) -> int:
+def warm_up(engine: PipelineEngine) -> int:
     """Run everything once, so that the first viewer waits for nothing; bytes of that session."""
-    session = engine.start(WARM_UP_PROMPT, 0, None, engine.encode(WARM_UP_PROMPT))
-    try:
-        session.step()
-        return session.num_bytes
-    finally:
-        session.close()
+    with memory_in_words(engine.setup):
+        session = engine.start(WARM_UP_PROMPT, 0, None, engine.encode(WARM_UP_PROMPT))
+        try:
+            session.step()
+            return session.num_bytes
+        finally:
+            session.close()
 
 
 def places(session_bytes: int, device: torch.device) -> int:
     """How many sessions of this size the free memory holds."""
     return max(1, min(MOST_SESSIONS, int(SHARE_OF_MEMORY * free_bytes(device) / session_bytes)))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    about = Path("/proc/meminfo")
-    for line in about.read_text().splitlines() if about.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 4 * 2**30  # where nobody tells
 
 
 def read_composer(setup: Setup) -> Mapping[str, Any] | None:

@@ -25,6 +25,7 @@ from server.live import LiveSession, Reason
 from server.protocol import Branch, ProtocolError, Start, Update
 from server.recording import Recording
 from server.storage import Storage
+from utils.devices import release_memory
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class SessionPool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.storage, self.options, self.clock = engine, storage, options, clock
+        self._words = partial(in_words, advice=engine.advice)
         self._live: dict[str, LiveSession] = {}
         self._turns: deque[LiveSession] = deque()
         self._starting: list[str] = []  # addresses of sessions that are being begun
@@ -164,6 +166,8 @@ class SessionPool:
         except Exception:  # its video is kept all the same
             logger.exception("session %s has no record", live.name)
         await self._in(self._steps, live.session.close)
+        if reason == "out_of_memory":
+            await self._in(self._steps, release_memory)
         if delivery := self._deliveries.pop(live.name, None):
             await self._delivered(live, delivery)
         try:
@@ -202,7 +206,7 @@ class SessionPool:
         except Exception as error:
             if not isinstance(error, UserError):
                 logger.exception("a session could not be begun")
-            raise ProtocolError("start_failed", in_words(error)) from error
+            raise ProtocolError("start_failed", self._words(error)) from error
         finally:
             self._starting.remove(address)
         self._live[live.name] = live
@@ -233,6 +237,7 @@ class SessionPool:
             lead=options.lead,
             block_seconds=engine.block_frames / engine.fps,
             clock=self.clock,
+            words=self._words,
         )
 
     async def _make_room(self, address: str, stays: LiveSession | None) -> None:
@@ -281,6 +286,8 @@ class SessionPool:
                 live.end_turn(await self._in(self._steps, take_step, live.session, requests))
             except Exception as error:  # of ours: what a model raises is told in the step
                 live.end_turn(error)
+            if live.out_of_memory:
+                self._spawn(self.close(live, "out_of_memory"))
 
     def _next_turn(self) -> LiveSession | None:
         """The session whose turn it is: whoever had one goes to the end of the row."""
@@ -322,7 +329,7 @@ class SessionPool:
             )
         except Exception as error:
             logger.warning("a prompt could not be encoded", exc_info=error)
-            live.add_request(ProtocolError("refused", in_words(error), asked.id))
+            live.add_request(ProtocolError("refused", self._words(error), asked.id))
             return
         live.add_request(
             Request(

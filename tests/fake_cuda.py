@@ -362,7 +362,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **setting
     """A fused kernel on the device; a CPU build would take the path that writes all scores."""
     if q.device.type == "cpu":
         return _real_attention(q, k, v, attn_mask=attn_mask, **settings)
-    assert attn_mask is None, "masks on the device go through FlexAttention"
+    if attn_mask is not None:  # of the text encoder; our own masks go through FlexAttention
+        assert attn_mask.dtype != torch.bool, "masks on the device go through FlexAttention"
+        return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, False)[0]
     return aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 

@@ -9,16 +9,13 @@ import pytest
 
 import train
 from pipeline.memory import memory_report
-from pipeline.setup import Setup
 from tests import readme
-from tests.golden_cases import load_json
+from tests.published import published_setup
 from trainer.data import split_batches
 from trainer.estimate import operations
 from utils.config import ROOT, load_config
 from utils.downloads import DOWNLOADS
 from utils.families import FAMILIES
-from wan.folders import TEXT_ENCODER_FILE, VAE_FILE, ModelFolder
-from wan.geometry import WAN_STRIDES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [words for words in readme.all_commands() if not readme.of_laboratory(str(words))]
@@ -97,37 +94,23 @@ def test_download_sizes():
         assert f"{DOWNLOADS[name].size} for `{name}`" in README
 
 
-def manifest_bytes(name: str) -> int:
-    """Bytes of the tensors of a published file."""
-    width = {"bfloat16": 2, "float32": 4}
-    total = 0
-    for shape, dtype in load_json(name)["keys"].values():
-        size = width[dtype]
-        for side in shape:
-            size *= side
-        total += size
-    return total
-
-
-def test_memory_of_a_24_gb_card(tmp_path):
+def test_memory_of_the_published_model(tmp_path):
     """The line that a start prints, for files of the published sizes."""
     import torch
 
-    config = load_config("configs/rolling_forcing_dmd.yaml", [f"model_root={tmp_path}"])
-    folder = tmp_path / config.generator_name
-    folder.mkdir()
-    preset = ROOT / "configs" / "models" / f"{config.generator_name}.json"
-    (folder / "config.json").write_bytes(preset.read_bytes())
-    for name, manifest in (
-        (VAE_FILE, "manifest_wan2.1_vae"),
-        (TEXT_ENCODER_FILE, "manifest_umt5_xxl_encoder"),
-    ):
-        with (folder / name).open("wb") as file:
-            file.truncate(manifest_bytes(manifest))  # a hole, which takes no room
-    setup = Setup.of(config, folder=ModelFolder(folder), strides=WAN_STRIDES)
-    report = memory_report(setup, torch.bfloat16)
+    report = memory_report(published_setup(tmp_path), torch.bfloat16)
     for size in re.findall(r"[\d.]+ [GM]iB", report):
         assert size in README, report
+
+
+def test_which_card():
+    """The table of the profiles, as its command prints it."""
+    from scripts.cards import table
+
+    said = table()
+    assert said in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8"), said
+    for needs in re.findall(r"([\d.]+ GiB) \|$", said, re.MULTILINE):
+        assert f"| {needs} |" in README
 
 
 def test_time_of_a_training():

@@ -115,7 +115,7 @@ def at_steady_state(stream: Stream, past: Mapping[str, Tensor] | None = None) ->
     rollout = stream.rollout
     plan, state = rollout.plan, rollout.state_dict()
     first = next(own for own in plan.passes(plan.first_repetition()) if own.stores is not None)
-    latents = torch.zeros(1, 3, 16, 60, 104, device=CUDA)
+    latents = torch.zeros_like(rollout.noise(first.stores, 0))
     state["index"] = first.index
     state["cache"]["finished"] = rollout.layout.start(first.stores)
     state["unwritten"] = {first.stores: latents}

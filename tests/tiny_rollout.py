@@ -135,6 +135,7 @@ def new_rollout(
     rows: int | None = None,
     latent: tuple[int, int, int] = LATENT,
     grid: tuple[int, int] = GRID,
+    in_float8: bool = False,
     **options: Any,
 ) -> Rollout:
     """A rollout from its parts; `rows`: rows of the cache, if not one per prompt."""
@@ -154,6 +155,7 @@ def new_rollout(
         batch=len(text),
         dtype=torch.float32,
         device="cpu",
+        in_float8=in_float8,
     )
     return Rollout(
         dit,  # type: ignore[arg-type]

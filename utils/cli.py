@@ -17,11 +17,17 @@ from utils.files import check_file
 INTERRUPTED = 130  # exit code of a person's Ctrl-C, as shells have it
 UNREAD = 141  # exit code if nobody reads the output any more (`| head`), as shells have it
 
+TOO_LITTLE_MEMORY = (
+    "there is too little memory for this; close other programs, or ask for less at once: a smaller "
+    "resolution or batch"
+)
+
 
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run `main(argv)`; turn UserError into one sentence on stderr and exit code 2.
 
-    So is what the system says of a file that nobody asked for before (OSError).
+    So is what the system says of a file that nobody asked for before (OSError), and the end of
+    memory.
     `main` imports what is heavy itself, so that an interruption meanwhile is met here, too. What a
     console cannot show (an accent where it is not UTF-8) becomes a question mark.
     """
@@ -42,12 +48,28 @@ def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = 
         sys.stderr.write(f"error: {' '.join(_sentence(error).split())}\n")
         _drop_output()
         return BAD_INPUT
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        close_progress_bars()
+        sys.stderr.write(f"error: {TOO_LITTLE_MEMORY}\n")
+        _drop_output()
+        return BAD_INPUT
     except KeyboardInterrupt:
         close_progress_bars()
         if Ranks.from_environment().is_main:
             sys.stderr.write("interrupted\n")
         return INTERRUPTED
     return code
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """See `utils.devices`, which is not imported where PyTorch is not there yet."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from utils.devices import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _sentence(error: UserError | OSError) -> str:

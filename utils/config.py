@@ -362,6 +362,10 @@ def check_config(config: Config) -> None:
 
 def check_training(config: Config) -> None:
     """Raise UserError for what a config may say of videos, but not of this training."""
+    if "float8" in (config.linear_dtype, config.kv_cache_dtype):
+        raise UserError(
+            "linear_dtype and kv_cache_dtype are for inference: a training needs auto for both"
+        )
     if config.trainer != "score_distillation":
         return
     if config.step_rule == "ode":

@@ -341,6 +341,23 @@ class Config:
         "auto: where the generator is; on another one a block is decoded while the next is made",
         form="cpu, cuda, cuda:N, auto",
     )
+    vae_frugal: bool = key(
+        False,
+        "decode one latent frame after the other, without a way back: 1.6 GB less, not faster, and "
+        "a step that fails ends its stream",
+        "rounding",
+    )
+    linear_dtype: Literal["auto", "float8"] = key(
+        "auto",
+        "of the matrices of the transformer blocks; auto: as `dtype`. float8: half their memory, "
+        "faster from compute capability 8.9 on, not exact (`scripts/quality.py`)",
+        "video",
+    )
+    kv_cache_dtype: Literal["auto", "float8"] = key(
+        "auto",
+        "of kept keys and values; auto: as `dtype`. float8: half their memory, not exact",
+        "video",
+    )
     merge_clean_pass: bool | None = key(
         None,
         "a clean pass shares a forward with the window behind it; null: on a CPU, where it is "

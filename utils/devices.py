@@ -1,7 +1,9 @@
 """Devices and number types: what was asked for, and what there is; copies to and from them."""
 
+import gc
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +89,32 @@ def convolution_fault(torch_version: str, cudnn: int | None) -> str | None:
 def choose_merging(wish: bool | None, device: torch.device) -> bool:
     """Whether clean passes share a forward with the window behind them; None: on a CPU."""
     return device.type == "cpu" if wish is None else wish
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU, or of the machine."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    about = Path("/proc/meminfo")
+    for line in about.read_text().splitlines() if about.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 4 * 2**30  # where nobody tells
+
+
+def release_memory() -> None:
+    """Give back what is no longer referred to, and what PyTorch keeps of it for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ended: of a GPU, or of the machine."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:

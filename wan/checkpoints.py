@@ -14,10 +14,12 @@ import torch
 from utils.errors import UserError
 from utils.files import write_json, write_tensors, write_torch
 from wan.dit import DiTConfig, WanDiT
+from wan.float8 import use_float8
 from wan.weights import (
     Network,
     StateDict,
     assign_weights,
+    check_keys,
     converted,
     networks_among,
     read_json,
@@ -58,6 +60,11 @@ def load_dit(
     state = read_state_dict(source, network)
     assign_weights(dit, state, source, device=device, dtype=dtype)
     return dit.requires_grad_(False).eval()
+
+
+def check_dit(config: DiTConfig, source: Path, network: Network = "generator") -> None:
+    """Raise what `load_dit` would of names and shapes, without reading weights."""
+    check_keys(empty_dit(config).state_dict(), read_state_dict(source, network), source)
 
 
 def empty_dit(config: DiTConfig) -> WanDiT:
@@ -126,9 +133,12 @@ def write_diffusers(
     return target
 
 
-def memory_estimate(config: DiTConfig, dtype: torch.dtype) -> int:
-    """Bytes of the network's weights."""
-    return sum(p.numel() for p in empty_dit(config).parameters()) * dtype.itemsize
+def memory_estimate(config: DiTConfig, dtype: torch.dtype, *, in_float8: bool = False) -> int:
+    """Bytes of the network's weights, those of its blocks in float8 or not."""
+    dit = empty_dit(config).to(dtype)
+    if in_float8:
+        use_float8(dit.blocks)
+    return sum(value.nbytes for value in dit.state_dict().values())
 
 
 def official_to_diffusers_names(official: Iterable[str]) -> dict[str, str]:

@@ -225,7 +225,7 @@ class CachedLayer(NamedTuple):
         """
         keys, values = k, v
         if self.past is not None:
-            past_k, past_v = self.store.read(self.past)
+            past_k, past_v = self.store.read(self.past, k.dtype)
             keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         if self.destination is not None:
             self.store.write(self.destination, k, v)

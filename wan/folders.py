@@ -75,6 +75,13 @@ class ModelFolder:
         return (self.path / "transformer").is_dir()
 
 
+def file_bytes(path: Path) -> int:
+    """Bytes of a weights file, or of the shards in a folder; 0 where there is none."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return path.stat().st_size if path.is_file() else 0
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """A weights file, or a folder of safetensors (from here or from the project's root)."""
     for place in (Path(path), ROOT / path):

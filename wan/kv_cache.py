@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.devices import to_device
+from wan.float8 import from_bytes, to_bytes
 from wan.parallel import Share
 
 
@@ -85,6 +86,7 @@ def _span(start: int, length: int) -> range:
 class LayerStore(NamedTuple):
     """Keys (before RoPE) and values of one layer, `[B, slots, tokens, H, D]` each.
 
+    Kept as they are, or as bytes in e4m3 (see `wan/float8.py`).
     One tensor each, no views of larger ones: of two views of one memory that a compiled graph is
     given, of which it writes one, it takes the places from its first call, and so all layers would
     read and write what belongs to the first.
@@ -93,18 +95,25 @@ class LayerStore(NamedTuple):
     keys: Tensor
     values: Tensor
 
-    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the frames in `slots`: `[B, n * tokens, H, D]` each, copied."""
-        return (
-            self.keys.index_select(1, slots).flatten(1, 2),
-            self.values.index_select(1, slots).flatten(1, 2),
-        )
+    def read(self, slots: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Keys and values of the frames in `slots`: `[B, n * tokens, H, D]` each, copied.
+
+        What is kept in e4m3 comes in `dtype`, everything else as it is.
+        """
+        keys = self.keys.index_select(1, slots).flatten(1, 2)
+        values = self.values.index_select(1, slots).flatten(1, 2)
+        if keys.dtype == torch.uint8:
+            return from_bytes(keys, dtype), from_bytes(values, dtype)
+        return keys, values
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k (before RoPE) and v `[B, n * tokens, H, D]`; no gradient goes in."""
         tokens = self.keys.shape[2]
-        self.keys.index_copy_(1, slots, k.detach().unflatten(1, (-1, tokens)))
-        self.values.index_copy_(1, slots, v.detach().unflatten(1, (-1, tokens)))
+        k, v = k.detach(), v.detach()
+        if self.keys.dtype == torch.uint8:
+            k, v = to_bytes(k), to_bytes(v)
+        self.keys.index_copy_(1, slots, k.unflatten(1, (-1, tokens)))
+        self.values.index_copy_(1, slots, v.unflatten(1, (-1, tokens)))
 
 
 class KVCache:
@@ -120,6 +129,8 @@ class KVCache:
     - `layer(number)` is where one layer reads and writes (see `LayerStore`): always the same
       tensors. To read copies out and changes nothing. A pass reads the past, and may be recomputed
       as long as the frames it read are held.
+    - Keys and values may be kept in e4m3, half the memory. What is read is rounded then; keys and
+      values need no scale for it (see docs/performance.md).
     - Up to `recent_frames` frames are written at once.
     - The clean pass of the frames `finished ... finished+n-1` writes once per layer, each layer
       after it has read; no gradient goes in. `commit` then makes them the past, with their clean
@@ -145,17 +156,20 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
         share: Share | None = None,
+        in_float8: bool = False,
     ) -> None:
+        """`dtype`: of keys and values where they are computed with."""
         slots = sink_frames + recent_frames
         own_heads = num_heads // (share.size if share else 1)
         shape = (batch, slots, tokens_per_frame, own_heads, head_dim)
         self._share = share
         self._num_heads = num_heads
+        kept = torch.uint8 if in_float8 else dtype
         self.sink_frames = sink_frames
         self.recent_frames = recent_frames
         self.finished = 0
         self._layers = [
-            LayerStore(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+            LayerStore(*(torch.zeros(shape, dtype=kept, device=device) for _ in range(2)))
             for _ in range(num_layers)
         ]
         self._latents = torch.zeros((batch, slots, *latent), dtype=torch.float32, device=device)
@@ -279,8 +293,10 @@ class KVCache:
         self._latents.copy_(state["latents"])
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """ValueError unless a state is of a cache of this size."""
+        """ValueError unless a state is of a cache of this size, and kept in the same way."""
         store = self._layers[0].keys
+        if "keys" in state and (state["keys"].dtype == torch.uint8) != (store.dtype == torch.uint8):
+            raise ValueError("this state was made with another kv_cache_dtype")
         sizes = {
             "keys": (len(self._layers), *store.shape[:-2], self._num_heads, store.shape[-1]),
             "latents": tuple(self._latents.shape),

@@ -90,11 +90,14 @@ class WanVAE:
 
     `model` is the diffusers module that holds the weights; code that trains a VAE uses it directly.
     `pixels_at_once`: see `decode_moments`; None leaves it to the device (`PIXELS_ON_GPU`).
+    `frugal`: streams decode one latent frame after the other and keep nothing to go back to, which
+    takes less memory; an error within a block closes their decoder.
     """
 
     def __init__(self, model: AutoencoderKLWan) -> None:
         self.model = model
         self.pixels_at_once: int | None = None
+        self.frugal = False
         self.latents_mean = torch.tensor(model.config["latents_mean"])  # [C]
         self.latents_std = torch.tensor(model.config["latents_std"])  # [C]
         self._statistics = self.latents_mean.view(-1, 1, 1), self.latents_std.view(-1, 1, 1)
@@ -367,17 +370,27 @@ class StreamingDecoder:
         """
         vae = self._open()
         self._check(latents)
-        video, self._features = vae.decode_next(latents, self._features)
-        return video.clamp(-1, 1)
+        frames = []
+        for clip in latents.split(1 if vae.frugal else latents.shape[1], dim=1):
+            video, self._features = vae.decode_next(clip, self._features)
+            frames.append(video.clamp(-1, 1))
+        return torch.cat(frames, dim=1) if len(frames) > 1 else frames[0]
 
     @contextmanager
     def undone_by_errors(self) -> Iterator[None]:
-        """What is decoded within counts only if the block is left normally."""
-        features = self._features
+        """What is decoded within counts only if the block is left normally.
+
+        A frugal VAE cannot go back: then an error closes this decoder.
+        """
+        frugal = self._open().frugal
+        features = None if frugal else self._features
         try:
             yield
         except BaseException:
-            self._features = features
+            if frugal:
+                self.close()
+            else:
+                self._features = features
             raise
 
     def restart(self) -> None:

@@ -33,6 +33,7 @@ from tests.tiny_rollout import GRID, new_rollout, run, some_text, tiny_method
 from utils.config import load_config
 from wan.context import AttentionContext, ForcedContext, FullContext, MaskedContext, frame_mask
 from wan.dit import WanDiT
+from wan.float8 import use_float8
 from wan.kv_cache import ContextPolicy
 from wan.recording import RecordingContext
 
@@ -43,8 +44,12 @@ CLOSE = {"atol": 2e-6, "rtol": 0.0}
 class Compiled:
     """A network of three layers, eager and compiled; `graphs` counts what is compiled."""
 
-    def __init__(self, backend: str = "aot_eager", *, every_size: bool = False) -> None:
+    def __init__(
+        self, backend: str = "aot_eager", *, every_size: bool = False, in_float8: bool = False
+    ) -> None:
         self.eager, self.dit = (random_dit(num_layers=3, seed=5) for _ in range(2))
+        for dit in (self.eager, self.dit) if in_float8 else ():
+            use_float8(dit.blocks)
         self.graphs = CompileCounterWithBackend(backend)
         self.dit.compile_blocks(every_size=every_size, backend=self.graphs)
 
@@ -118,6 +123,18 @@ def test_a_stream_equals_eager_and_a_second_one_compiles_nothing(
             found = run(rollout_of(compiled.dit, name, merged, blocks))
             kept = blocks - 3  # the last ones see the end
             assert_close([found[b] for b in range(kept)], [expected[b] for b in range(kept)])
+
+
+def test_eight_bits_equal_eager_in_one_graph() -> None:
+    """Bytes that are read as values, and weights that are no parameters, break no graph."""
+    both = Compiled(in_float8=True)
+    found = []
+    for dit in (both.eager, both.dit):
+        rollout = new_rollout(dit, tiny_method("rolling"), 12, in_float8=True)
+        rollout.plan = replace(rollout.plan, merged=True)
+        found.append(list(run(rollout).values()))
+    assert both.graphs.frame_count == 1
+    assert_close(found[1], found[0])
 
 
 def directed(dit: WanDiT, name: str, merged: bool) -> Iterator[Tensor]:

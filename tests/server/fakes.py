@@ -195,6 +195,9 @@ class FakeEngine:
         self.sessions.append(session)
         return session
 
+    def advice(self) -> str:
+        return "--profile 12gb"
+
 
 class FakeClock:
     """Seconds that pass when they are told to."""

@@ -199,6 +199,6 @@ def test_text_encoder_stays_where_there_is_room(tiny_world: TinyWorld, monkeypat
     opened = []
     monkeypatch.setattr(models, "choose_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(models, "free_bytes", lambda device: free)
-    monkeypatch.setattr(models, "load_pipeline", lambda config, *_, **__: opened.append(config))
+    monkeypatch.setattr(models, "load_generator", lambda setup, *_, **__: opened.append(setup))
     open_model(load_config(tiny_world.config), None, use_ema=True)
-    assert [config.text_encoder_device for config in opened] == [place]
+    assert [setup.machine.text_encoder_device for setup in opened] == [place]

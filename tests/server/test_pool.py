@@ -13,6 +13,7 @@ from server.pool import PoolOptions, SessionPool
 from server.protocol import Branch, ProtocolError, Start, Update
 from server.storage import Storage
 from tests.server.fakes import BLOCK, FPS, FakeClient, FakeClock, FakeEngine, colour
+from utils.errors import UserError
 
 BLOCK_SECONDS = BLOCK / FPS
 
@@ -262,7 +263,7 @@ async def test_changes_are_bounded(tmp_path):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), "too little memory"),
+        (UserError("block 0 has frames that are not numbers"), "not numbers"),
         (RuntimeError("secret path /root"), "this failed (RuntimeError)"),
     ],
 )
@@ -286,10 +287,37 @@ async def test_failure_stays_in_its_session(tmp_path, error, words):
         assert bad.made_seconds == 1.0
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+)
+@in_loop
+async def test_a_session_ends_with_the_memory(tmp_path, error):
+    """It waited with all that it held, and every other session failed in its turn."""
+    engine = FakeEngine(failures={"bad": deque([error])})
+    async with pool_of(tmp_path, engine) as pool:
+        (good, _), (bad, client) = await begin(pool, "good"), await begin(pool, "bad")
+        await settled(pool)
+        (told,) = client.heard("error")
+        assert "too little memory" in told["message"]
+        assert "--profile 12gb" in told["message"]
+        assert client.told[-1]["reason"] == "out_of_memory"
+        assert [session.closed for session in engine.sessions] == [False, True]
+        assert pool.find(bad.name) is None
+        assert good.made_seconds == 1.0
+        again, _ = await begin(pool, "bad")
+        await settled(pool)
+        assert again.made_seconds == 1.0
+
+
 @in_loop
 async def test_session_that_cannot_begin_leaves_nothing(tmp_path):
     async with pool_of(tmp_path) as pool:
-        for prompt, words in (("no memory", "too little memory"), ("no text", "RuntimeError")):
+        for prompt, words in (("no memory", "--profile 12gb"), ("no text", "RuntimeError")):
             with pytest.raises(ProtocolError, match=words):
                 await begin(pool, prompt)
         assert pool.sessions == 0

@@ -59,6 +59,7 @@ def test_what_keys_decide() -> None:
         *("denoising_step_list", "warp_denoising_step", "timestep_shift", "step_rule", "sampler"),
         *("sampling_steps", "sampling_guidance_scale", "negative_prompt", "generator_name"),
         *("text_embeddings", "height", "width", "fps", "seed", "i2v", "dtype", "vae_dtype"),
+        *("linear_dtype", "kv_cache_dtype"),
     } == VIDEO_KEYS
     assert {
         *("max_steps", "log_iters", "keep_checkpoints", "resume", "compile", "device", "dtype"),
@@ -73,8 +74,9 @@ def test_what_keys_decide() -> None:
         *("keep_exports", "export_safetensors", "sample_weights", "metrics_every"),
         *("on_nonfinite", "max_skips_in_a_row", "max_skips"),
         *("collective_timeout", "first_step_timeout"),
+        *("linear_dtype", "kv_cache_dtype", "vae_frugal"),
     } == FREE_KEYS
-    assert {"merge_clean_pass"} == ROUNDING_KEYS
+    assert {"merge_clean_pass", "vae_frugal"} == ROUNDING_KEYS
 
 
 def test_what_is_written_down_is_what_is_declared() -> None:
@@ -492,6 +494,8 @@ def test_window_forcing_stands_alone(tmp_path: Path, other: str) -> None:
         ),
         ({"step_rule": "ode"}, "rollouts that renoise: set step_rule=renoise or null"),
         ({"step_rule": "ode", "num_training_frames": 1, "trainer": "ode"}, None),
+        ({"kv_cache_dtype": "float8"}, "a training needs auto for both"),
+        ({"linear_dtype": "float8", "trainer": "diffusion"}, "a training needs auto for both"),
     ],
 )
 def test_what_a_training_cannot_do(

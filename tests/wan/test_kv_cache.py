@@ -13,6 +13,7 @@ from tests.golden_cases import Case, case_names, load_case, load_json, load_weig
 from tests.tiny_pipeline import golden_pipeline
 from wan.context import CachedContext
 from wan.dit import DiTConfig, WanDiT
+from wan.float8 import from_bytes, to_bytes
 from wan.kv_cache import ContextPolicy, KVCache, View
 from wan.rope import apply_rope, rotation
 
@@ -310,6 +311,29 @@ def test_memory_is_what_the_sizes_say() -> None:
     keys_and_values = 2 * LAYERS * 2 * 6 * TOKENS * HEADS * WIDTH * 2
     latents = 2 * 6 * 4 * 4  # float32
     assert cache.num_bytes == keys_and_values + latents
+
+
+def test_in_float8_the_same_is_kept_in_half_the_memory() -> None:
+    """What is read is rounded; states go round as they are, rows come back as they were."""
+    cache, plain = (new_cache(dtype=torch.bfloat16, in_float8=own) for own in (True, False))
+    latents = 2 * 6 * 4 * 4
+    assert cache.num_bytes - latents == (plain.num_bytes - latents) / 2
+    for _ in range(3):
+        finish(cache, 3)
+    kept = cache.rows([1])
+    other = new_cache(dtype=torch.bfloat16, in_float8=True)
+    other.load_state_dict(cache.state_dict())
+    other.put_rows([1], kept)
+    frames = tuple(held(other))
+    marks = torch.cat([marked(range(f, f + 1), 1) for f in frames], dim=1)
+    read = other.layer(1).read(other.slots(frames), torch.bfloat16)
+    for found, exact in zip(read, (marks, marks + 0.5), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, from_bytes(to_bytes(exact), torch.bfloat16))
+    with pytest.raises(ValueError, match="another kv_cache_dtype"):
+        plain.load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match="another kv_cache_dtype"):
+        cache.load_state_dict(plain.state_dict())
 
 
 # --- recorded passes ----------------------------------------------------------------------------

@@ -384,3 +384,18 @@ def test_missing_unexpected_and_misshapen_keys_are_named(vae, tmp_path):
         torch.save(weights, tmp_path / "vae.pth")
         with pytest.raises(UserError, match=message):
             WanVAE.from_official(tmp_path / "vae.pth")
+
+
+def test_a_frugal_vae_decodes_the_same_and_ends_with_an_error() -> None:
+    """Three states of the decoder were alive at once, 5 GiB at 832x480, where one is enough."""
+    vae = WanVAE.random(base_dim=8)
+    latents = torch.randn(1, 7, 16, 2, 2, generator=torch.Generator().manual_seed(0))
+    expected = vae.decode(latents)
+    vae.frugal = True
+    decoder = vae.streaming_decoder()
+    found = [decoder.decode(part) for part in latents.split((1, 3, 3), dim=1)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-4, rtol=0)
+    with pytest.raises(MemoryError), decoder.undone_by_errors():
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="closed"):
+        decoder.decode(latents)
