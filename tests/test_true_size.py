@@ -348,7 +348,7 @@ def test_memory_of_a_replayed_rollout_does_not_grow(meta: FakeCuda, schedule: st
     short, long = (peak(blocks, replayed=True) for blocks in (9, 27))
     plain, plain_long = (peak(blocks, replayed=False) for blocks in (9, 27))
     assert long < 1.01 * short
-    assert plain_long > plain + 1.4
+    assert plain_long > plain + 1
 
 
 @pytest.mark.slow
