@@ -387,6 +387,7 @@ class Stream:
             raise ValueError(f"this state has seed {state['seed']}, the stream {self.seed}")
         if state["weights"] != self._weights():
             raise ValueError("this state was made with other weights, or in another dtype")
+        self._decoder.check_state(state.get("decoder", {}))
         self._open().load_state_dict(state["latents"])
         if "decoder" in state:
             self._in_order(self._decoder.load_state_dict, state["decoder"])()

@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from utils.devices import to_device
 from utils.errors import UserError
 from wan.geometry import Strides
-from wan.vae_layers import Features, decode_clip, encode_clip, put_channels_together
+from wan.vae_layers import (
+    Features,
+    decode_clip,
+    encode_clip,
+    past_channels,
+    put_channels_together,
+)
 from wan.weights import Shapes, assign_weights, read_json, read_weights, save_weights
 
 DecodeClip = Callable[[AutoencoderKLWan, Tensor, Features | None], tuple[Tensor, Features]]
@@ -407,9 +413,25 @@ class StreamingDecoder:
         past = self._features or ()
         return {f"features.{i}": feature.clone() for i, feature in enumerate(past)}
 
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """ValueError unless `load_state_dict` can take it over."""
+        channels = past_channels(self._open().model.decoder)
+        found = [state.get(f"features.{i}") for i in range(len(channels))]
+        seen = [None if x is None or x.ndim != 5 else tuple(x.shape[1:3]) for x in found]
+        if state and (len(state) != len(found) or seen != [(c, 2) for c in channels]):
+            raise ValueError(
+                "this state of a decoder is of another VAE, or of an earlier version of the "
+                "program after one latent frame: start the stream again"
+            )
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from where `state_dict` was taken, on the device of this decoder's VAE."""
+        """Continue from where `state_dict` was taken, on the device of this decoder's VAE.
+
+        Raises:
+            ValueError: see `check_state`; nothing has changed then.
+        """
         vae = self._open()
+        self.check_state(state)
         past = (state[f"features.{i}"] for i in range(len(state)))
         moved = (feature.to(vae.device, copy=True) for feature in past)
         together = torch.channels_last_3d  # whatever file they went through

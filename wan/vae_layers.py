@@ -74,6 +74,12 @@ def encode_clip(
     return _convolve(model.quant_conv, x), memory.features()
 
 
+def past_channels(side: nn.Module) -> list[int]:
+    """Channels of each of the `Features` that the encoder or decoder carries from clip to clip."""
+    convolutions = (layer for layer in side.modules() if isinstance(layer, WanCausalConv3d))
+    return [conv.in_channels for conv in convolutions if conv.kernel_size[0] > 1]
+
+
 @torch.no_grad()
 def put_channels_together(model: nn.Module) -> None:
     """Lay the weights of all convolutions out as cuDNN reads them, once for all."""

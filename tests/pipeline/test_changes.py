@@ -629,6 +629,16 @@ def test_a_state_of_other_weights_is_refused(tiny_world: TinyWorld, pipe: VideoP
             opened.load_state_dict(stream.state_dict())
 
 
+def test_a_state_whose_decoder_does_not_fit_changes_nothing(pipe: VideoPipeline) -> None:
+    """The latents were another stream's by then."""
+    with pipe.stream("a", seed=1) as stream, pipe.stream("b", seed=1) as opened:
+        stream.next_block()
+        state = stream.state_dict()
+        with pytest.raises(ValueError, match="start the stream again"):
+            opened.load_state_dict(state | {"decoder": {"features.0": torch.empty(0)}})
+        assert (opened.next_index, opened.rollout.index) == (0, 0)
+
+
 def test_prefixes_and_single_first_frames_change_like_the_others(
     tiny_world: TinyWorld,
 ) -> None:

@@ -271,6 +271,27 @@ def test_state_goes_through_a_file_and_continues_exactly(vae, tmp_path, cut):
     assert torch.equal(resumed.decode(latents[:, cut:]), expected)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state | {"features.0": state["features.0"][:, :, -1:]},  # of one frame
+        lambda state: state | {"features.9": torch.empty(0)},  # a mark that there was none
+        lambda state: dict(list(state.items())[:-1]),
+        lambda state: state | {"features.x": torch.zeros(1)},
+        lambda state: state | {"features.3": state["features.3"][:, :1]},
+    ],
+)
+def test_states_that_do_not_fit_are_refused(vae, change):
+    """An earlier version's, after one latent frame, was taken and broke the next block."""
+    first, second = (vae.streaming_decoder() for _ in range(2))
+    latents = some_latents(vae)
+    first.decode(latents[:, :3])
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="start the stream again"):
+        second.load_state_dict(change(first.state_dict()))
+    assert torch.equal(second.decode(latents[:, 3:]), first.decode(latents[:, 3:]))
+
+
 def test_state_does_not_grow_with_the_stream(vae):
     stream = vae.streaming_decoder()
 
