@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.setup import Setup
-from pipeline.text_to_video import VideoPipeline, prepared_vae
+from pipeline.teamwork import Teamwork, check_team
+from pipeline.text import TextSource
+from pipeline.text_to_video import VideoPipeline, place_of_vae, prepared_vae
 from utils.devices import choose_device, choose_dtype
 from utils.errors import UserError
 from wan.attention import check_backend
@@ -18,8 +20,20 @@ from wan.float8 import use_float8
 from wan.vae import WanVAE
 
 
-def random_pipeline(setup: Setup, base_dim: int) -> VideoPipeline:
-    """Networks of the setup's sizes; weights depend on its seed. `base_dim` is the VAE's."""
+def random_pipeline(
+    setup: Setup,
+    base_dim: int,
+    *,
+    text: TextSource | None = None,
+    teamwork: Teamwork | None = None,
+) -> VideoPipeline:
+    """Networks of the setup's sizes; weights depend on its seed. `base_dim` is the VAE's.
+
+    `teamwork` as in `load_generator`.
+    """
+    check_team(setup, teamwork)
+    if teamwork is not None and teamwork.leads:
+        teamwork.load()
     machine = setup.machine
     device = choose_device(machine.device)
     dtype = choose_dtype(machine.dtype, device)
@@ -30,7 +44,9 @@ def random_pipeline(setup: Setup, base_dim: int) -> VideoPipeline:
     if machine.linear_dtype == "float8":
         use_float8(dit.blocks)
     vae = WanVAE.random(base_dim=base_dim, z_dim=setup.sizes.in_dim)
-    pipe = VideoPipeline(setup, dit, vae=prepared_vae(vae.to(device), setup, dtype))
+    apart, beside = place_of_vae(setup, device, dtype)
+    vae = prepared_vae(vae.to(apart), setup, beside)
+    pipe = VideoPipeline(setup, dit, vae=vae, text=text, teamwork=teamwork)
     if machine.compile:
         pipe.compile()
     return pipe

@@ -157,6 +157,16 @@ def load_checked(
     return pipe
 
 
+def place_of_vae(
+    setup: Setup, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the VAE beside a generator that has these."""
+    if setup.machine.vae_device == "auto":
+        return device, dtype
+    own = choose_device(setup.machine.vae_device)
+    return own, dtype if own.type == device.type else choose_dtype("auto", own)
+
+
 def prepared_vae(vae: WanVAE, setup: Setup, dtype: torch.dtype) -> WanVAE:
     """The VAE as the setup wants it to decode beside a generator of this dtype; in place."""
     vae.decode_in(choose_decoding_dtype(setup.machine.vae_dtype, dtype, vae.device))
@@ -290,12 +300,8 @@ class VideoPipeline:
     def load_vae(self) -> WanVAE:
         """The VAE; an early call keeps its loading out of the time of the first stream."""
         if self._vae is None:
-            folder, machine = self.setup.require_folder(), self.setup.machine
-            device, dtype = self.device, self.dit.dtype
-            if machine.vae_device != "auto":
-                device = choose_device(machine.vae_device)
-            if device.type != self.device.type:
-                dtype = choose_dtype("auto", device)
+            folder = self.setup.require_folder()
+            device, dtype = place_of_vae(self.setup, self.device, self.dit.dtype)
             vae = WanVAE.from_official(folder.vae, device=device)  # it encodes in float32
             self._vae = prepared_vae(vae, self.setup, dtype)
         return self._vae

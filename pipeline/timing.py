@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -253,7 +253,8 @@ class Late:
 class Filed:
     """Blocks that were written to a file meanwhile: seconds of each, and of ending the file.
 
-    `encoding`: seconds a block when nothing else is done, the ending included.
+    A wait for an encoder that is behind is in its block. `encoding`: seconds a block when nothing
+    else is done, the ending included.
     """
 
     block: list[float]
@@ -379,11 +380,13 @@ def open_and_show(pipe: VideoPipeline, text: Tensor) -> tuple[Stream, float]:
 def write_blocks(counter: Counter, blocks: int, path: Path, fps: float) -> Filed:
     """Write blocks to a file beside their making; then encode some of them again, alone."""
     kept: deque[Tensor] = deque(maxlen=MOST_BLOCKS_ENCODED)
+    times = [time.perf_counter()]
     with VideoWriter(path, fps) as writer, Background() as beside:
         for block in counter.blocks(blocks):
             beside.do(partial(writer.write, block))
             kept.append(block)
-        begin = time.perf_counter()
+            times.append(time.perf_counter())
+        begin = times[-1]
     ending = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
@@ -391,7 +394,8 @@ def write_blocks(counter: Counter, blocks: int, path: Path, fps: float) -> Filed
             for block in kept:
                 writer.write(block)
     encoding = (time.perf_counter() - begin) / len(kept)
-    return Filed(counter.taken(), ending, encoding)
+    counter.taken()  # without the wait
+    return Filed([end - start for start, end in pairwise(times)], ending, encoding)
 
 
 def run_on(counter: Counter, asked: Asked, device: torch.device) -> Late:

@@ -76,7 +76,7 @@ def _summary(found: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[s
         "start_seconds": _spread([report["start"]["cold"] for report in found]),
         "compile_seconds": _spread([report["start"]["compile"] for report in found]),
         "peak_memory_bytes": max(report["peak_memory_bytes"] for report in found),
-        "same_frames_as_the_first": found[0]["checksum"] == first[0]["checksum"],
+        "same_frames_as_the_first": len({run["checksum"] for run in [*first, *found]}) == 1,
     }
 
 

@@ -153,6 +153,7 @@ def setting(pipe: VideoPipeline, args: argparse.Namespace, steady: SteadyState) 
         "attention_backend": best_backend(device, pipe.dit.dtype) if backend == "auto" else backend,
         "compiled": pipe.setup.machine.compile,
         "vae": f"in (Wan2.1, base_dim {pipe.vae.model.config['base_dim']})",
+        "vae_device": str(pipe.vae.device),
         "vae_dtype": str(pipe.vae.decoded_dtype).removeprefix("torch."),
         "clean_pass": "in, in one forward with a window" if pipe.setup.merges_clean_pass else "in",
         "text_encoder": "out",

@@ -15,7 +15,7 @@ from pipeline import VideoPipeline
 from pipeline.memory import fitted, memory_in_words
 from pipeline.random_weights import random_pipeline, read_preset
 from pipeline.setup import Setup
-from pipeline.teamwork import Teamwork, check_team
+from pipeline.teamwork import Teamwork
 from pipeline.text import TextSource
 from pipeline.text_to_video import load_generator
 from server.engine import PipelineEngine
@@ -64,12 +64,8 @@ def open_random_model(
     """A pipeline with random weights of the sizes in `preset`; every prompt is noise to it."""
     sizes = read_preset(preset)
     setup = Setup.of(config, sizes=DiTConfig.from_dict(sizes, source=preset))
-    check_team(setup, teamwork)
-    if teamwork is not None and teamwork.leads:
-        teamwork.load()
-    pipe = random_pipeline(setup, sizes["vae"]["base_dim"])
-    text = RandomText(setup, pipe.device)
-    return VideoPipeline(setup, pipe.dit, vae=pipe.vae, text=text, teamwork=teamwork)
+    text = RandomText(setup, choose_device(setup.machine.device))
+    return random_pipeline(setup, sizes["vae"]["base_dim"], text=text, teamwork=teamwork)
 
 
 class RandomText(TextSource):

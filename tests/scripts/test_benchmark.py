@@ -14,7 +14,7 @@ from pipeline import stream, timing
 from pipeline.random_weights import random_pipeline
 from pipeline.sampling import BlockNoise
 from pipeline.setup import Setup
-from pipeline.timing import Asked, SteadyState, Viewing, p99, run
+from pipeline.timing import Asked, SteadyState, Stopwatch, Viewing, p99, run
 from scripts import _machine, benchmark
 from scripts._ceilings import decoder_flops, ideal_seconds
 from scripts._compare import Variant, in_turns
@@ -25,10 +25,10 @@ from tests.golden_cases import load_json
 from tests.tiny_pipeline import TINY_DIT, write_config
 from utils.cli import parse_command, run_main
 from utils.config import load_config
-from utils.video import probe_video
+from utils.video import VideoWriter, probe_video
 from wan.dit import DiTConfig
 from wan.flops import edge_flops, forward_flops
-from wan.vae import StreamingDecoder
+from wan.vae import StreamingDecoder, WanVAE
 
 ROOT = Path(__file__).parents[2]
 BLOCK, LEVELS = 3, 4
@@ -133,6 +133,8 @@ def test_bad_input_is_one_sentence(tmp_path, files, capsys):
         ([*files, "--compare", "", "comple=true"], "did you mean 'compile'?"),
         ([*files, "--compare", "", "fast"], "key=value"),
         ([*files, "schedule=full"], "cannot stream"),
+        ([*files, "sequence_parallel=2"], "under torchrun"),  # was measured on one rank, unsaid
+        ([*files, "vae_device=cuda:99"], "cuda:99"),  # was measured beside the generator, unsaid
         ([*config, "generator_name=Nothing"], "Nothing does not exist"),
     ]:
         assert run_main(main, list(map(str, arguments))) == 2
@@ -208,6 +210,28 @@ def test_a_slow_part_is_in_its_own_row(pipe, monkeypatch):
     assert found["copy_to_host"] >= 0.05
     assert found["other"] >= 0.04
     assert found["block_interval"] >= 0.21
+
+
+def test_decoding_is_timed_on_the_device_that_decodes(pipe, monkeypatch):
+    """Events of the generator's GPU say nothing of what another one does."""
+    made = []
+    monkeypatch.setattr(
+        timing, "Stopwatch", lambda device: made.append(device) or Stopwatch(device)
+    )
+    monkeypatch.setattr(WanVAE, "device", torch.device("cpu:0"))
+    measured, _ = run(pipe, Asked(skipped=1, blocks=1), last=lambda _: None)
+    assert made == [torch.device("cpu"), torch.device("cpu:0")]
+    assert all(measured.parts[name] for name in ("window", "decode", "copy"))
+
+
+def test_a_file_that_cannot_keep_up_slows_its_blocks(pipe, monkeypatch, tmp_path):
+    """The wait for the encoder was in no interval, so a slow one was as fast as none."""
+    monkeypatch.setattr(VideoWriter, "write", later(VideoWriter.write, 0.1))
+    asked = Asked(skipped=1, blocks=6, file=tmp_path / "a.mp4")
+    filed = run(pipe, asked, last=lambda _: None)[0].filed
+    assert len(filed.block) == 6
+    assert sum(filed.block) + filed.ending >= 0.6
+    assert sum(filed.block) >= 0.2  # three may wait for the end
 
 
 @pytest.mark.parametrize(
@@ -299,6 +323,14 @@ def test_variants_are_measured_in_turns():
     assert second["block_interval_p50"] == {"median": 0.01, "min": 0.005, "max": 0.016}
     assert second["faster_than_the_first"] == {"median": 2.0, "min": 2.0, "max": 2.5}
     assert not second["same_frames_as_the_first"]
+
+
+def test_runs_of_one_variant_with_other_frames_are_told():
+    """Only the first run of each was looked at."""
+    sums = iter("aaab")
+    variants = [Variant.read(""), Variant.read("compile=true")]
+    summary = in_turns(variants, 2, lambda _: report_of(1, next(sums)), lambda _: None)["summary"]
+    assert [found["same_frames_as_the_first"] for found in summary.values()] == [True, False]
 
 
 def test_a_variant_runs_with_the_flags_of_all(files, tmp_path, capsys, monkeypatch):
