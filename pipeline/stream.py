@@ -280,14 +280,14 @@ class Stream:
         """Make the next block; what waits for its frames is given, None when the video is complete.
 
         With a decoder apart from the generator the stream stands behind this block at once. An
-        error of decoding then comes with the frames, and nothing can follow it.
+        error of decoding then comes with the frames, and closes the decoder: nothing follows it.
         """
         stream = self._open()
         if self._thread is None:
             frames = self.next_block()
             return None if frames is None else lambda: frames
         while (item := stream.peek()) is not None:
-            decoded = self._decoded(*item)
+            decoded = self._decoded(*item, decode=self._decode_ahead)
             self._take(item[0])
             if item[0] >= self._first_emitted_block:
                 return lambda: decoded()[0]
@@ -413,18 +413,32 @@ class Stream:
         if latents.shape[1]:
             self._decoder.decode(latents)
 
-    def _decoded(self, block: int, latents: Tensor) -> Callable[[], Tensor]:
+    def _decoded(
+        self,
+        block: int,
+        latents: Tensor,
+        *,
+        decode: Callable[[int, Tensor, bool], Tensor] | None = None,
+    ) -> Callable[[], Tensor]:
         """What gives the frames of a block; on another device they are being made already."""
         begins = block > 0 and block in self._open().direction.scenes
         if self._thread is not None:  # from here, so that it waits for nothing that comes later
             latents = latents.to(self._decoder.device)
-        return self._in_order(self._decode, block, latents, begins)
+        return self._in_order(decode or self._decode, block, latents, begins)
 
     def _in_order(self, work: Callable[..., T], *arguments: Any) -> Callable[[], T]:
         """What gives the result of `work` on the decoder, which a thread may be at already."""
         if self._thread is None:
             return lambda: work(*arguments)
         return self._thread.submit(work, *arguments).result
+
+    def _decode_ahead(self, block: int, latents: Tensor, begins: bool) -> Tensor:
+        """The same of a block behind which the stream stands already."""
+        try:
+            return self._decode(block, latents, begins)
+        except BaseException:
+            self._decoder.close()
+            raise
 
     @torch.no_grad()
     def _decode(self, block: int, latents: Tensor, begins: bool) -> Tensor:

@@ -247,6 +247,7 @@ class VideoPipeline:
         own, wish = self.setup.machine, setup.machine
         if (own.dtype, own.linear_dtype) != (wish.dtype, wish.linear_dtype):
             raise UserError("dtype and linear_dtype are of the networks: load them another time")
+        check_team(setup, self.teamwork)
         return VideoPipeline(
             setup,
             self.dit,

@@ -147,6 +147,9 @@ def test_an_error_of_decoding(streams: list[Stream], monkeypatch: pytest.MonkeyP
         with pytest.raises(UserError, match="block 2 has frames that are not numbers"):
             start()
     assert torch.equal(torch.cat(frames), expected[:21])
+    for follow in (stream.next_block, stream.state_dict):  # gave what lacks a block, and no error
+        with pytest.raises(RuntimeError, match="closed"):
+            follow()
 
 
 def test_the_vae_is_loaded_where_it_is_asked_for(tiny_world: TinyWorld) -> None:

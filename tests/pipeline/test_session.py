@@ -125,6 +125,8 @@ def test_the_same_networks_run_under_other_settings(
     assert ours.record()["config"]["model_kwargs"]["sink_size"] == 0
     with pytest.raises(UserError, match="unknown key"):
         pipe.variant(["sink=0"])
+    with pytest.raises(UserError, match="under torchrun"):  # its record said two ranks
+        pipe.variant(["sequence_parallel=2"])
 
 
 @pytest.mark.parametrize(
