@@ -295,7 +295,8 @@ class KVCache:
     def check_state(self, state: Mapping[str, Any]) -> None:
         """ValueError unless a state is of a cache of this size, and kept in the same way."""
         store = self._layers[0].keys
-        if "keys" in state and (state["keys"].dtype == torch.uint8) != (store.dtype == torch.uint8):
+        keys = state.get("keys")  # None where another rank has them
+        if keys is not None and (keys.dtype == torch.uint8) != (store.dtype == torch.uint8):
             raise ValueError("this state was made with another kv_cache_dtype")
         sizes = {
             "keys": (len(self._layers), *store.shape[:-2], self._num_heads, store.shape[-1]),
