@@ -294,6 +294,10 @@ class Stream:
             decoded()
         return None
 
+    def settle(self) -> None:
+        """Wait until all that was started is decoded; its errors come with its frames."""
+        self._in_order(lambda: None)()
+
     def close(self) -> None:
         """Free everything the stream holds; it cannot be used afterwards. Idempotent."""
         self._latents = None

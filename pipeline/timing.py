@@ -90,8 +90,8 @@ class Stopwatch:
 def in_parts(stream: Stream, passes: Stopwatch, decoding: Stopwatch) -> Iterator[None]:
     """Meanwhile the watches are told the parts of the stream's blocks.
 
-    `passes` hears of `window` and `clean`, `decoding` of `decode` and `copy`. A clean pass that
-    shares its forward with a window is part of `window`.
+    `passes` hears of `window` and `clean`, `decoding` of `decode` and `copy`, of as many blocks. A
+    clean pass that shares its forward with a window is part of `window`.
     """
 
     def before(dit: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -104,9 +104,11 @@ def in_parts(stream: Stream, passes: Stopwatch, decoding: Stopwatch) -> Iterator
         dit.register_forward_pre_hook(before),
         dit.register_forward_hook(lambda *_: passes.stop()),
     ]
+    stream.settle()  # a block that was begun before is in no part
     stream.measure = decoding.measure
     try:
         yield
+        stream.settle()
     finally:
         stream.measure = nullcontext
         for hook in hooks:
