@@ -13,7 +13,7 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config as inductor
 from torch._inductor import scheduler
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
@@ -254,8 +255,12 @@ def made_on(device: torch.device, module: nn.Module, dtype: torch.dtype) -> None
 # --- compiled ------------------------------------------------------------------------------------
 
 
-def fused(function: Callable[..., object], *args: Any) -> Counts:
+def fused(
+    function: Callable[..., object], *args: Any, options: Mapping[str, Any] | None = None
+) -> Counts:
     """The kernels that Inductor makes of `function(*args)` for an H200, and what these move.
+
+    `options`: of `torch.compile`.
 
     The call becomes one graph of static shapes, without a break; nothing runs. Of every kernel
     that is generated each buffer counts once: the elements that it reads or writes, at most the
@@ -274,6 +279,7 @@ def fused(function: Callable[..., object], *args: Any) -> Counts:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(inductor.patch(fx_graph_cache=False, compile_threads=1))
+        stack.enter_context(inductor.patch(dict(options or {})))
         stack.enter_context(_disable_current_modes())
         for owner, name, stand_in in (
             (GraphLowering, "compile_to_module", count),
@@ -320,21 +326,47 @@ def _count_kernel(node: scheduler.BaseSchedulerNode, counts: Counts) -> None:
 
 
 def _accessed(node: scheduler.BaseSchedulerNode) -> int:
-    """Bytes of the buffers that it reads, and of those that it writes for others."""
+    """Bytes of the buffers that it reads, and of those that it writes for others.
+
+    Of a buffer in which an index chooses rows, those rows. That something is written in place is
+    no reading of it.
+    """
     own, total = set(node.get_nodes()), 0
-    outputs = {
+    reads = [access for access in node.read_writes.reads if isinstance(access, MemoryDep)]
+    outputs = [
         access
         for access in node.read_writes.writes
-        if {user.node for user in node.scheduler.name_to_buf[access.name].users} - own
-    }
-    for accesses in (node.read_writes.reads, outputs):
+        if isinstance(access, MemoryDep)
+        and {user.node for user in node.scheduler.name_to_buf[access.name].users} - own
+    ]
+    indices = [access.name for access in reads if V.graph.get_dtype(access.name) == torch.int64]
+    chosen = max((_elements(name) for name in indices), default=0)
+    for accesses in (reads, outputs):
         sizes: Counter[str] = Counter()
+        limits: dict[str, int] = {}
         for access in accesses:
             sizes[access.name] += V.graph.get_dep_size_hint(access)
-        for name, size in sizes.items():
-            whole = math.prod(int(n) for n in V.graph.get_buffer(name).get_size())
-            total += min(size, whole * V.graph.get_dtype(name).itemsize)
+            limits[access.name] = _elements(access.name) * V.graph.get_dtype(access.name).itemsize
+            if access.is_indirect():
+                limits[access.name] = limits[access.name] * chosen // _rows(access)
+        total += sum(min(size, limits[name]) for name, size in sizes.items())
     return total
+
+
+def _elements(name: str) -> int:
+    return math.prod(int(n) for n in V.graph.get_buffer(name).get_size())
+
+
+def _rows(access: MemoryDep) -> int:
+    """Rows of which an index chooses some: the size of the dimension that it steps through."""
+    (step,) = {
+        int(access.index.coeff(symbol))
+        for symbol in access.index.free_symbols
+        if symbol not in access.var_names
+    }
+    layout = V.graph.get_buffer(access.name).get_layout()
+    strides = [int(stride) for stride in layout.stride]
+    return int(layout.size[strides.index(step)])
 
 
 # --- what a CPU build lacks ----------------------------------------------------------------------

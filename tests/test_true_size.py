@@ -193,13 +193,14 @@ def test_what_compiled_passes_move(cuda: FakeCuda, name: str, merged: bool) -> N
         vae = AutoencoderKLWan(base_dim=4)
     made_on(CUDA, vae, torch.bfloat16)
     stream = at_steady_state(opened(dit, WanVAE(vae), name, merged=merged))
-    with patch.object(torch, "compile", lambda *_, **options: graph):
+    with patch.object(torch, "compile", return_value=graph) as compiled:
         dit.compile_blocks()
+    options = compiled.call_args.kwargs["options"]
     stream.rollout.step()
     kinds = ["merged"] if merged else ["clean", "window"]
     for kind, given in zip(kinds, inputs, strict=True):
         with torch.no_grad():
-            moved = LAYERS * fused(Block.compute, *given).moved / GB
+            moved = LAYERS * fused(Block.compute, *given, options=options).moved / GB
         allowed = COUNTED["compiled"][name][kind]
         assert 0.95 * allowed <= moved <= 1.01 * allowed, f"{name}, {kind}: {moved}"
 
@@ -347,7 +348,7 @@ def test_memory_of_a_replayed_rollout_does_not_grow(meta: FakeCuda, schedule: st
 
     short, long = (peak(blocks, replayed=True) for blocks in (9, 27))
     plain, plain_long = (peak(blocks, replayed=False) for blocks in (9, 27))
-    assert long < 1.01 * short
+    assert long < 1.02 * short  # a table of rotations more is held
     assert plain_long > plain + 1
 
 

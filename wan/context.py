@@ -223,13 +223,14 @@ class CachedLayer(NamedTuple):
 
         A clean pass stores its own keys and values here, so this is called once.
         """
-        keys, values = k, v
+        keys, values = apply_rope(k, self.query_rotation), v
         if self.past is not None:
             past_k, past_v = self.store.read(self.past, k.dtype)
-            keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
-        if self.destination is not None:
+            past_k = apply_rope(past_k, self.key_rotation[: past_k.shape[1]])
+            keys, values = torch.cat([past_k, keys], dim=1), torch.cat([past_v, v], dim=1)
+        if self.destination is not None:  # last: what is read is used up then, and is not copied
             self.store.write(self.destination, k, v)
-        return apply_rope(q, self.query_rotation), apply_rope(keys, self.key_rotation), values
+        return apply_rope(q, self.query_rotation), keys, values
 
 
 class SplitContext:

@@ -21,6 +21,10 @@ from wan.context import AttentionContext, FullContext, LayerContext, SharedConte
 from wan.parallel import Share
 
 MAX_SIZE = 2**20  # of anything in a config.json
+GRAPH_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    # else what a pass reads of the cache comes after what it writes there, and the cache is copied
+    "reorder_for_locality": False,
+}
 
 
 @dataclass(frozen=True)
@@ -344,7 +348,10 @@ class WanDiT(nn.Module):
         (training, whose rollouts and batches vary) all passes are compiled, for sizes of all kinds.
         """
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        self._graph = torch.compile(Block.compute, dynamic=every_size, backend=backend)
+        options = GRAPH_OPTIONS if backend == "inductor" else None
+        self._graph = torch.compile(
+            Block.compute, dynamic=every_size, backend=backend, options=options
+        )
         self._every_size = every_size
 
     @property

@@ -68,7 +68,10 @@ def apply_rope(x: Tensor, by: Tensor) -> Tensor:
     """
     pairs = x.float().unflatten(-1, (-1, 2))  # [B, L, H, D/2, 2]
     by = by[:, None]  # [L, 1, D/2, 2]
-    turned = _real_product(pairs, by) if torch.compiler.is_compiling() else _product(pairs, by)
+    if torch.compiler.is_compiling():
+        turned = torch.stack([part.to(x.dtype) for part in _real_product(pairs, by)], dim=-1)
+    else:
+        turned = _product(pairs, by)
     return turned.flatten(-2).to(x.dtype)
 
 
@@ -77,7 +80,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(y))
 
 
-def _real_product(x: Tensor, y: Tensor) -> Tensor:
-    """The same in real arithmetic."""
+def _real_product(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in real arithmetic: its real and imaginary parts `[...]`."""
     (even, odd), (cos, sin) = x.unbind(-1), y.unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return even * cos - odd * sin, even * sin + odd * cos

@@ -305,7 +305,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     graphs = CompileCounterWithBackend("aot_eager")
     compile_with = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda f, **options: compile_with(f, **options | {"backend": graphs})
+        torch,
+        "compile",
+        lambda f, **options: compile_with(f, dynamic=options["dynamic"], backend=graphs),
     )
     return graphs
 

@@ -93,7 +93,7 @@ def test_the_form_for_compilers_is_the_same_to_the_last_bit(head_dim: int) -> No
     """At the sizes of the shapes and Wan2.1 models, whose rows fill whole vectors of a CPU."""
     turn = rotation((0, 7), GRID, head_dim, CPU)[:, None]
     x, again = (some_heads(2, head_dim).unflatten(-1, (-1, 2)).requires_grad_() for _ in range(2))
-    ours, real = _product(x, turn), _real_product(again, turn)
+    ours, real = _product(x, turn), torch.stack(_real_product(again, turn), dim=-1)
     assert torch.equal(ours, real)
     weights = torch.randn_like(real)
     ours.backward(weights)
