@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from wan.vae import WanVAE
 logger = logging.getLogger(__name__)
 
 SAMPLED_VALUES = 256  # of each tensor, to tell weights from others
+OF_A_STREAM = ("merge_clean_pass", "kv_cache_dtype")  # of the machine, but not of networks
 
 Noise = NoiseSource | tuple[Tensor, Tensor]
 
@@ -244,10 +245,13 @@ class VideoPipeline:
             sizes=self.setup.sizes,
             strides=self.setup.shape.strides,
         )
-        own, wish = self.setup.machine, setup.machine
-        if (own.dtype, own.linear_dtype) != (wish.dtype, wish.linear_dtype):
-            raise UserError("dtype and linear_dtype are of the networks: load them another time")
         check_team(setup, self.teamwork)
+        own, wish = asdict(self.setup.machine), asdict(setup.machine)
+        of_networks = [key for key in own if own[key] != wish[key] and key not in OF_A_STREAM]
+        if of_networks:
+            raise UserError(
+                f"{', '.join(of_networks)}: networks that are loaded keep theirs; load them again"
+            )
         return VideoPipeline(
             setup,
             self.dit,

@@ -127,6 +127,9 @@ def test_the_same_networks_run_under_other_settings(
         pipe.variant(["sink=0"])
     with pytest.raises(UserError, match="under torchrun"):  # its record said two ranks
         pipe.variant(["sequence_parallel=2"])
+    for override in ("compile=true", "vae_dtype=bfloat16", "dtype=bfloat16"):  # nothing heard them
+        with pytest.raises(UserError, match=override.split("=")[0]):
+            pipe.variant([override])
 
 
 @pytest.mark.parametrize(
