@@ -331,7 +331,7 @@ def test_a_generator_step(meta: FakeCuda) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["rolling", "block"])
+@pytest.mark.parametrize("schedule", ["rolling", pytest.param("block", marks=pytest.mark.long)])
 def test_memory_of_a_replayed_rollout_does_not_grow(meta: FakeCuda, schedule: str) -> None:
     """A rollout with gradient kept all its frames: 81 took 14 GiB more than the published 27.
 

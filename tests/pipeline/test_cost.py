@@ -226,7 +226,7 @@ print(json.dumps(sizes))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, trims glibc's heap")
 def test_resident_memory_at_block_400_is_that_of_block_40(tmp_path):
     """What the counts above cannot see: memory held outside Python."""

@@ -18,7 +18,7 @@ from wan.dit import WanDiT
 from wan.vae import WanVAE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("size", [3, 4, 6])
 def test_more_ranks_make_the_latents_of_one(size: int) -> None:
     vae = WanVAE.random(4)
@@ -36,7 +36,7 @@ def compiled() -> WanDiT:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("merged", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_compiled_ranks_make_the_latents_of_one_that_is_eager(merged: bool) -> None:
     """In the steady state, with changes of prompt on the way, and nothing compiled again."""
     made, vae = [], WanVAE.random(4)

@@ -32,7 +32,7 @@ def encoded(folder: Path, split: str, count: int) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_consistency_start_learns_and_plays(tmp_path: Path) -> None:
     """From a short training of teacher forcing, whose network is also the teacher."""
     words = [
@@ -58,7 +58,7 @@ def test_a_consistency_start_learns_and_plays(tmp_path: Path) -> None:
     assert video.float().std() > 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_costs_of_all_starts_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     """Of clips of two blocks; consistency makes three passes beside the one that is trained."""
     size = "image_or_video_shape=[1,6,16,8,8]"
