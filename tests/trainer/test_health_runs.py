@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def freeze(trainer: Trainer) -> None:
     rollout = trainer.task._rollout  # type: ignore[attr-defined]
 
     def still(*arguments: Any, **options: Any) -> Any:
-        clip, counts, plan = rollout(*arguments, **options)
-        return clip[:, :1].expand_as(clip), counts, plan
+        clip = rollout(*arguments, **options)
+        return replace(clip, latents=clip.latents[:, :1].expand_as(clip.latents))
 
     trainer.task._rollout = still  # type: ignore[attr-defined]
 
