@@ -219,7 +219,7 @@ def contexts(dit: WanDiT) -> dict[str, tuple[AttentionContext, int]]:
         ("full", "eager"),
         ("masked", "eager"),
         pytest.param("forced", "eager", marks=pytest.mark.slow),
-        pytest.param("full", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("full", "aot_eager", marks=pytest.mark.long),
     ],
 )
 def test_gradients_of_compiled_training_equal_eager(
@@ -244,7 +244,7 @@ def test_gradients_of_compiled_training_equal_eager(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rolling", "block"])
+@pytest.mark.parametrize("kind", ["rolling", pytest.param("block", marks=pytest.mark.long)])
 def test_self_rollouts_of_any_length_share_their_graphs(tiny_world: TinyWorld, kind: Any) -> None:
     """The forwards of a rollout have many sizes, which graphs for all sizes serve."""
     compiled = Compiled("eager", every_size=True)

@@ -259,7 +259,7 @@ def test_the_meter_reads_true_clips():
     check_against_truth([sample_scene(5, index) for index in range(32)], 25)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_meter_reads_true_clips_for_a_minute():
     check_against_truth([sample_scene(6, index, split="heldout") for index in range(8)], 961)
 

@@ -157,6 +157,7 @@ def four(training_world: TrainingWorld, tmp_path_factory: pytest.TempPathFactory
     return run_jobs(training_world, folder, 4, {"hybrid": hybrid})
 
 
+@pytest.mark.long
 def test_two_copies_of_two_shards_train_as_one_rank(one: Path, four: Runs) -> None:
     assert_close_states(four.state("hybrid"), final_state(one / "full" / "run"))
 
@@ -246,7 +247,11 @@ def test_nobody_is_warned_of_views(two: Runs) -> None:
     ("how", "sentences"),
     [
         ("dead", ["rank 0 lost another one in "]),
-        ("stuck", ["waiting for rank 1, which is in", "rank 1 has stood in "]),
+        pytest.param(
+            "stuck",
+            ["waiting for rank 1, which is in", "rank 1 has stood in "],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_lost_rank_ends_the_others_within_the_limit(
@@ -265,6 +270,7 @@ def test_a_lost_rank_ends_the_others_within_the_limit(
     assert [path.name for path in states(tmp_path / "lost")] == ["step_000001"]
 
 
+@pytest.mark.long
 def test_sigterm_inside_a_slow_step_under_torchrun(
     one: Path, training_world: TrainingWorld, tmp_path: Path
 ) -> None:
@@ -283,6 +289,7 @@ def test_sigterm_inside_a_slow_step_under_torchrun(
     assert_close_states(final_state(tmp_path / "full"), final_state(one / "full" / "run"))
 
 
+@pytest.mark.long
 def test_a_signal_on_one_of_two_nodes_stops_both(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
