@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.setup import Setup
-from pipeline.teamwork import Teamwork, check_team
+from pipeline.teamwork import Teamwork
 from pipeline.text import TextSource
-from pipeline.text_to_video import VideoPipeline, place_of_vae, prepared_vae
-from utils.devices import choose_device, choose_dtype
+from pipeline.text_to_video import (
+    VideoPipeline,
+    check_machine,
+    place_of_vae,
+    prepared_vae,
+    ready_pipeline,
+)
 from utils.errors import UserError
-from wan.attention import check_backend
 from wan.checkpoints import empty_dit
 from wan.dit import DiTConfig, WanDiT
-from wan.float8 import use_float8
 from wan.vae import WanVAE
 
 
@@ -31,25 +34,16 @@ def random_pipeline(
 
     `teamwork` as in `load_generator`.
     """
-    check_team(setup, teamwork)
+    device, dtype, backend = check_machine(setup, teamwork)
     if teamwork is not None and teamwork.leads:
         teamwork.load()
-    machine = setup.machine
-    device = choose_device(machine.device)
-    dtype = choose_dtype(machine.dtype, device)
     with torch.random.fork_rng():
         torch.manual_seed(setup.seed)
         dit = random_dit(setup.sizes, device, dtype)
-    dit.attention_backend = check_backend(machine.attention_backend, device, dtype)
-    if machine.linear_dtype == "float8":
-        use_float8(dit.blocks)
     vae = WanVAE.random(base_dim=base_dim, z_dim=setup.sizes.in_dim)
     apart, beside = place_of_vae(setup, device, dtype)
     vae = prepared_vae(vae.to(apart), setup, beside)
-    pipe = VideoPipeline(setup, dit, vae=vae, text=text, teamwork=teamwork)
-    if machine.compile:
-        pipe.compile()
-    return pipe
+    return ready_pipeline(setup, dit, backend, vae=vae, text=text, teamwork=teamwork)
 
 
 def random_text(pipe: VideoPipeline) -> Tensor:

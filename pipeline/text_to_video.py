@@ -116,14 +116,8 @@ def check_generator(
     teamwork: Teamwork | None = None,
 ) -> Checked:
     """Everything that can be wrong with a generator and its machine, before it takes memory."""
-    machine, folder = setup.machine, setup.require_folder()
-    check_team(setup, teamwork)
-    device = choose_device(machine.device)
-    dtype = choose_dtype(machine.dtype, device)
-    backend = check_backend(machine.attention_backend, device, dtype)
-    choose_device(machine.vae_device)
-    if machine.compile and machine.kv_cache_dtype == "float8":
-        check_compiled_float8(device)
+    folder = setup.require_folder()
+    device, dtype, backend = check_machine(setup, teamwork)
     source = folder.path if checkpoint is None else find_checkpoint(checkpoint)
     network: Network = "generator_ema" if use_ema else "generator"
     check_dit(setup.sizes, source, network)
@@ -133,6 +127,21 @@ def check_generator(
     elif setup.distilled:
         logger.warning("no checkpoint given: the weights in %s are not distilled", folder.path)
     return Checked(source, network, device, dtype, backend)
+
+
+def check_machine(
+    setup: Setup, teamwork: Teamwork | None
+) -> tuple[torch.device, torch.dtype, Backend]:
+    """Where a generator runs, in what, with which kernels; UserError for what cannot be."""
+    machine = setup.machine
+    check_team(setup, teamwork)
+    device = choose_device(machine.device)
+    dtype = choose_dtype(machine.dtype, device)
+    backend = check_backend(machine.attention_backend, device, dtype)
+    choose_device(machine.vae_device)
+    if machine.compile and machine.kv_cache_dtype == "float8":
+        check_compiled_float8(device)
+    return device, dtype, backend
 
 
 def load_checked(
@@ -148,11 +157,25 @@ def load_checked(
         teamwork.load()
     source, device, dtype = checked.source, checked.device, checked.dtype
     dit = load_dit(setup.sizes, source, network=checked.network, device=device, dtype=dtype)
-    dit.attention_backend = checked.backend
+    own = ModelSource(None if checkpoint is None else source, checked.network == "generator_ema")
+    return ready_pipeline(setup, dit, checked.backend, text=text, source=own, teamwork=teamwork)
+
+
+def ready_pipeline(
+    setup: Setup,
+    dit: WanDiT,
+    backend: Backend,
+    *,
+    vae: WanVAE | None = None,
+    text: TextSource | None = None,
+    source: ModelSource | None = None,
+    teamwork: Teamwork | None = None,
+) -> "VideoPipeline":
+    """The pipeline of a generator that has its weights, which is made to run as the setup says."""
+    dit.attention_backend = backend
     if setup.machine.linear_dtype == "float8":
         use_float8(dit.blocks)
-    own = ModelSource(None if checkpoint is None else source, checked.network == "generator_ema")
-    pipe = VideoPipeline(setup, dit, text=text, source=own, teamwork=teamwork)
+    pipe = VideoPipeline(setup, dit, vae=vae, text=text, source=source, teamwork=teamwork)
     if setup.machine.compile:
         pipe.compile()
     return pipe
