@@ -19,7 +19,7 @@ from model.result import LossResult
 from utils.errors import UserError
 from wan.context import AttentionContext
 from wan.dit import TextContext, WanDiT
-from wan.flow import NUM_TIMESTEPS, shift_timesteps, sigma_of, x0_from_flow
+from wan.flow import NUM_TIMESTEPS, add_noise, shift_timesteps, sigma_of, x0_from_flow
 
 
 def consistency_grid(levels: Tensor, steps: int, shift: float) -> Tensor:
@@ -65,16 +65,14 @@ def consistency_loss(
     `clean_timesteps`, through `context`. `teacher_text` holds the B conditional rows, and with
     guidance g the B unconditional ones behind them: v = cond + g (cond - uncond).
     """
-    sigma, next_sigma = sigma_of(timesteps, latents), sigma_of(following, latents)
-    noisy = (1 - sigma) * latents + sigma * noise
+    noisy = add_noise(latents, noise, timesteps)
+    step = sigma_of(following, latents) - sigma_of(timesteps, latents)
     past = (clean, clean_timesteps)
     with torch.no_grad():
         flow = _guided_flow(teacher, noisy, timesteps, teacher_text, guidance_scale, context, past)
-        moved = noisy + (next_sigma - sigma) * flow
-        flow = flow_after(target, moved, following, target_text, context, *past)
-        end = x0_from_flow(moved, flow, following)
-    flow = flow_after(student, noisy, timesteps, student_text, context, *past)
-    x0 = x0_from_flow(noisy, flow, timesteps)
+        moved = noisy + step * flow
+        end = _end(target, moved, following, target_text, context, past)
+    x0 = _end(student, noisy, timesteps, student_text, context, past)
     metrics = {
         "consistency/error": (x0.detach() - latents).square().mean(),
         "consistency/timestep": timesteps.float().mean(),
@@ -107,13 +105,24 @@ def flow_map_error(
     last, on, past = len(grid) - 1, latents.device, (clean, clean_timesteps)
     times = [grid[(places + step).clamp(max=last)].to(on) for step in range(last + 1)]
     sigmas = [sigma_of(each, latents) for each in times]
-    noisy = state = (1 - sigmas[0]) * latents + sigmas[0] * noise
+    noisy = state = add_noise(latents, noise, times[0])
     for at, sigma, following in zip(times, sigmas, sigmas[1:], strict=False):
         flow = _guided_flow(teacher, state, at, teacher_text, guidance_scale, context, past)
         state = state + (following - sigma) * flow
-    flow = flow_after(student, noisy, times[0], student_text, context, *past)
-    x0 = x0_from_flow(noisy, flow, times[0])
+    x0 = _end(student, noisy, times[0], student_text, context, past)
     return LossResult((x0 - state).square().mean(), {})
+
+
+def _end(
+    dit: WanDiT,
+    noisy: Tensor,
+    timesteps: Tensor,
+    text: TextContext,
+    context: AttentionContext,
+    past: tuple[Tensor, Tensor],
+) -> Tensor:
+    """x_0 where a network that has learnt the flow map says that `noisy` ends."""
+    return x0_from_flow(noisy, flow_after(dit, noisy, timesteps, text, context, *past), timesteps)
 
 
 def _guided_flow(

@@ -48,11 +48,6 @@ class RolloutDraw:
         """Blocks that get an output."""
         return self.num_blocks if self.scored_end is None else self.scored_end
 
-    @property
-    def name(self) -> str:
-        """For logs."""
-        return f"{self.schedule}, {self.num_blocks} blocks, r = {sorted(set(self.exit_levels))}"
-
     def is_output(self, num_levels: int, window: Window) -> bool:
         """Whether this window's x_0 is the output of its blocks."""
         if self.schedule == "rolling":

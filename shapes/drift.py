@@ -88,6 +88,11 @@ def measure_drift(
             keep(index, result)
 
 
+def given_frames(pipe: VideoPipeline, protocol: Protocol) -> int:
+    """Video frames that a video goes on from; 0: from noise."""
+    return pipe.shape.video_frames(pipe.layout.start(protocol.given))
+
+
 def continued(pipe: VideoPipeline, protocol: Protocol, numbers: Sequence[int]) -> list[Result]:
     """Results of these scenes, made in one batch; their frames are not kept."""
     import torch
@@ -95,7 +100,7 @@ def continued(pipe: VideoPipeline, protocol: Protocol, numbers: Sequence[int]) -
     from pipeline.prefix import Prefix
 
     scenes = [protocol.scene(number) for number in numbers]
-    given = pipe.shape.video_frames(pipe.layout.start(protocol.given)) if protocol.given else 0
+    given = given_frames(pipe, protocol)
     prefix = None
     if given:
         clips = [torch.from_numpy(render(s, given, size=pipe.shape.height)) for s in scenes]
@@ -235,7 +240,7 @@ def main(argv: Sequence[str]) -> int:
     measure_drift(pipe, protocol, keep, done=list(results))
     progress.close()
     fps, shape = pipe.setup.fps, pipe.shape
-    given = shape.video_frames(pipe.layout.start(protocol.given)) if protocol.given else 0
+    given = given_frames(pipe, protocol)
     videos = [results[number] for number in sorted(results)]
     rows = drift_rows(videos, shape.video_frames(protocol.clip) / fps, given / fps)
     summary = summarise(videos, TRUTH)

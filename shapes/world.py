@@ -453,7 +453,7 @@ def ground_colours(scene: Scene, size: int) -> Array:
     """Colours [size, size or 1, 3] of the background of a scene."""
     ground = scene.ground
     if ground is None:
-        return _rows_between(BACKGROUNDS[scene.background], size)[:, None]
+        return background_rows(scene.background, size)[:, None]
     rows = _rows_between((ground.top, ground.bottom), size)[:, None]
     return rows + WAVE_HEIGHT * grating(ground.direction, ground.phase, size)[:, :, None]
 

@@ -23,13 +23,14 @@ def draw_health(logdir: Path, sentence: str) -> Path | None:
     from matplotlib.figure import Figure
 
     history = read_metrics(logdir)
-    shown = [name for name in (STD, MOTION, RATIO, LOSS) if points(history, name)]
+    found = {name: points(history, name) for name in (STD, MOTION, RATIO, LOSS)}
+    shown = [name for name in found if found[name]]
     if not shown:
         return None
     figure = Figure(figsize=(4.6 * len(shown), 3.4), layout="constrained")
     figure.suptitle(sentence, fontsize=9, wrap=True)
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        steps, values = zip(*points(history, name), strict=True)
+        steps, values = zip(*found[name], strict=True)
         axis.plot(steps, values, lw=1.2, marker="o" if len(steps) == 1 else None)
         for level in limits(name, values[0], Rules()):
             axis.axhline(level, color=RED, lw=1, ls="--")

@@ -122,15 +122,11 @@ class MetricsLog:
 
     def video(self, step: int, name: str, path: Path, caption: str = "") -> None:
         """Show the video file `path` under `name` in TensorBoard (as a GIF) and W&B."""
-        if self._is_main and self._file is None:
-            self.resume(step)
-        self._to_sinks(lambda sink: sink.video(step, name, path, caption))
+        self._show(step, lambda sink: sink.video(step, name, path, caption))
 
     def figure(self, step: int, name: str, path: Path, caption: str = "") -> None:
         """Show the PNG file `path` under `name` in TensorBoard and W&B."""
-        if self._is_main and self._file is None:
-            self.resume(step)
-        self._to_sinks(lambda sink: sink.figure(step, name, path, caption))
+        self._show(step, lambda sink: sink.figure(step, name, path, caption))
 
     def close(self) -> None:
         """Finish all files; a later `write` opens them again."""
@@ -140,6 +136,11 @@ class MetricsLog:
         if file is not None:
             with told(self._logdir / METRICS_FILE):
                 file.close()
+
+    def _show(self, step: int, call: "Callable[[_Sink], None]") -> None:
+        if self._is_main and self._file is None:
+            self.resume(step)
+        self._to_sinks(call)
 
     def _to_sinks(self, call: "Callable[[_Sink], None]") -> None:
         """A sink that fails is left out from then on, with one warning: training goes on."""
@@ -198,9 +199,7 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def mean_over_ranks(
-    metrics: Mapping[str, Any], group: dist.ProcessGroup | None = None
-) -> dict[str, Any]:
+def mean_over_ranks(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics, flattened, as plain numbers, each the mean over all ranks.
 
     0-d tensors are read in one transfer and reduced in one `all_reduce`. Every rank must give the
@@ -212,8 +211,8 @@ def mean_over_ranks(
     values = torch.tensor(
         [*_read_tensors([*tensors.values()]), *numbers.values()], dtype=torch.float64
     )
-    total = _sum_over_ranks(values, group)
-    means = (total / _world(group)).tolist()
+    total = _sum_over_ranks(values)
+    means = (total / _world()).tolist()
     return flat | dict(zip([*tensors, *numbers], means, strict=True))
 
 
@@ -296,12 +295,12 @@ class TimestepBuckets:
         loss = losses.flatten().double()
         self._totals.index_add_(1, bucket, torch.stack([loss, torch.ones_like(loss)]))
 
-    def read(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """The mean loss of each bucket since the last `read`, as `{"0-100": …}`; NaN if empty.
 
         Over the losses of all ranks, each with equal weight: every rank has to call it.
         """
-        self._reduce(group)
+        self._reduce()
         sums, counts = self._reduced
         self._reduced = torch.zeros_like(self._reduced)
         edges = [round(i * self._width) for i in range(self._buckets + 1)]
@@ -310,7 +309,7 @@ class TimestepBuckets:
 
     def state_dict(self) -> list[list[float]]:
         """What `read` would count, as plain values: every rank has to call it."""
-        self._reduce(None)
+        self._reduce()
         return self._reduced.tolist()
 
     def load_state_dict(self, state: Sequence[Sequence[float]] | None) -> None:
@@ -319,9 +318,9 @@ class TimestepBuckets:
         self._totals = None
         self._reduced = empty if state is None else torch.tensor(state, dtype=torch.float64)
 
-    def _reduce(self, group: dist.ProcessGroup | None) -> None:
+    def _reduce(self) -> None:
         totals = torch.zeros(2, self._buckets) if self._totals is None else self._totals
-        self._reduced = self._reduced + _sum_over_ranks(totals.cpu().double(), group)
+        self._reduced = self._reduced + _sum_over_ranks(totals.cpu().double())
         self._totals = None
 
 
@@ -405,11 +404,6 @@ class TrainingProgress:
         shown = [f"{name} {value:.4g}" for name, value in self._losses.items()]
         self._bar.set_postfix_str(", ".join([*shown, verdict] if verdict else shown), refresh=False)
         self._bar.update(1)
-
-    def say(self, text: str) -> None:
-        """Write a line above it."""
-        if not self._bar.disable:
-            self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Leave the last line standing."""
@@ -562,18 +556,18 @@ def _read_tensors(tensors: list[Tensor]) -> list[float]:
     return torch.stack([t.double().to(device) for t in tensors]).tolist() if tensors else []
 
 
-def _world(group: dist.ProcessGroup | None) -> int:
+def _world() -> int:
     there = dist.is_available() and dist.is_initialized()
-    return dist.get_world_size(group) if there else 1
+    return dist.get_world_size() if there else 1
 
 
-def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _sum_over_ranks(values: Tensor) -> Tensor:
     """`values` of the CPU, summed over all ranks, on the CPU."""
-    if _world(group) == 1:
+    if _world() == 1:
         return values
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     total = values.to(device)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total)
     return total.cpu()
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.config import Config
 from utils.devices import choose_device
-from utils.distributed import Ranks
+from utils.distributed import Ranks, backend_between, require_address
 from utils.errors import BAD_INPUT, UserError
 from utils.files import make_folder, part_path, told
 from wan.dit import WanDiT
@@ -93,13 +93,9 @@ def open_world(device_name: str, *, limit: float = 3600.0) -> Iterator[World]:
     """
     ranks = Ranks.from_environment()
     device = choose_device(ranks.device_name(device_name))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    backend = backend_between(device)
     if "RANK" in os.environ:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise UserError(f"RANK is set but not {' and '.join(missing)}: start with torchrun")
+        require_address()
         dist.init_process_group(backend, timeout=_with_margin(limit))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -166,6 +166,23 @@ class Team:
             raise
 
 
+def require_address() -> None:
+    """UserError where a rank is not told where the others meet."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set but not {' and '.join(missing)}: start with torchrun")
+
+
+def backend_between(device: "torch.device") -> str:
+    """What ranks on such devices talk through; a GPU becomes this process's own."""
+    import torch
+
+    if device.type != "cuda":
+        return "gloo"
+    torch.cuda.set_device(device)
+    return "cpu:gloo,cuda:nccl"
+
+
 @contextmanager
 def open_team(ranks: Ranks, size: int, device: "torch.device") -> Iterator[Team | None]:
     """This rank's team of `size`; None where every rank makes videos of its own.
@@ -176,16 +193,10 @@ def open_team(ranks: Ranks, size: int, device: "torch.device") -> Iterator[Team 
     if size == 1:
         yield None
         return
-    import torch
     import torch.distributed as dist
 
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(f"RANK is set but not {' and '.join(missing)}: start with torchrun")
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    require_address()
+    backend = backend_between(device)
     limit = timedelta(seconds=ANSWER_SECONDS)
     dist.init_process_group(backend, timeout=limit, rank=ranks.rank, world_size=ranks.world)
     team = None

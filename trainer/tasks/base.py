@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from model.ode_regression import block_levels
 from model.result import LossResult
 from model.self_rollout import RolloutRecipe
 from pipeline.setup import Setup
@@ -185,6 +186,11 @@ class GeneratorTask(Task):
 
     def _needs_vae(self) -> bool:
         return self.config.load_raw_video
+
+    def _per_block(self, drawn: Tensor) -> Tensor:
+        """Of a draw for each frame `[B, F]` that of its block's first one."""
+        blocks = self.layout.blocks_for(drawn.shape[1])
+        return block_levels(drawn, [self.layout.start(block) for block in range(blocks)])
 
     def _latents(self, batch: Batch) -> Tensor:
         """Clean latents of a batch `[B, F, C, h, w]`, encoded here if the data are videos.

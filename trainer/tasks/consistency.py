@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from model.consistency import consistency_grid, consistency_loss, flow_map_error
-from model.ode_regression import block_levels
 from model.result import LossResult
 from trainer.networks import build_causal_teacher, build_generator
 from trainer.sharding import overwrite
@@ -57,7 +56,7 @@ class Consistency(FlowMatching):
         given = self._given(batch, draws)
         places = given.pop("places")
         with torch.no_grad():
-            target_text = self.target.encode_text(self.text(batch["prompt"]))
+            target_text = self.target.encode_text(given.pop("cond"))
         return consistency_loss(
             self.generator,
             self.target,
@@ -71,6 +70,7 @@ class Consistency(FlowMatching):
     def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
         """See `Task`: how far the student is from the teacher's ODE; see `flow_map_error`."""
         given = self._given(batch, self._heldout_draws(draws))
+        del given["cond"]
         return flow_map_error(self.generator, self.teacher, grid=self.grid, **given)
 
     def _given(self, batch: Batch, draws: Draws) -> dict[str, Any]:
@@ -86,6 +86,7 @@ class Consistency(FlowMatching):
             "latents": latents,
             "noise": draws.normal(Purpose.NOISE, latents.shape[1:]).to(latents.device),
             "places": places,
+            "cond": cond,
             "student_text": self.generator.encode_text(cond),
             "teacher_text": teacher_text,
             "guidance_scale": self.config.guidance_scale,
@@ -123,6 +124,5 @@ class Consistency(FlowMatching):
         if not self.config.diffusion_forcing:
             places = draws.integers(Purpose.TIMESTEP, steps)[:, None].expand(-1, frames)
         else:
-            starts = [self.layout.start(b) for b in range(self.layout.blocks_for(frames))]
-            places = block_levels(draws.integers(Purpose.TIMESTEP, steps, (frames,)), starts)
+            places = self._per_block(draws.integers(Purpose.TIMESTEP, steps, (frames,)))
         return places, self.context

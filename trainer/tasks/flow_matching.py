@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from model.flow_matching import flow_matching_loss
-from model.ode_regression import block_levels
 from model.result import LossResult
 from model.self_rollout import output_windows
 from pipeline.setup import Setup
@@ -135,7 +134,5 @@ class FlowMatching(GeneratorTask):
         if not self.config.diffusion_forcing:
             uniform = draws.uniform(Purpose.TIMESTEP)[:, None].expand(-1, frames)
         else:
-            blocks = self.layout.blocks_for(frames)
-            starts = [self.layout.start(block) for block in range(blocks)]
-            uniform = block_levels(draws.uniform(Purpose.TIMESTEP, (frames,)), starts)
+            uniform = self._per_block(draws.uniform(Purpose.TIMESTEP, (frames,)))
         return shift_timesteps(1000 * (1 - uniform), self.config.generator_shift)

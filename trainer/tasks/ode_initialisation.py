@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.ode_regression import block_levels, ode_regression_loss
+from model.ode_regression import ode_regression_loss
 from model.result import LossResult
 from pipeline.setup import Setup
 from trainer.data import check_trajectories
@@ -73,6 +73,4 @@ class OdeInitialisation(GeneratorTask):
         return max(1, int((levels < len(self.timesteps) - 1).sum()))
 
     def _levels(self, draws: Draws, frames: int) -> Tensor:
-        drawn = draws.integers(Purpose.TIMESTEP, len(self.timesteps), (frames,))
-        blocks = self.layout.blocks_for(frames)
-        return block_levels(drawn, [self.layout.start(block) for block in range(blocks)])
+        return self._per_block(draws.integers(Purpose.TIMESTEP, len(self.timesteps), (frames,)))
