@@ -59,7 +59,7 @@ class Phase(NamedTuple):
         return sum(self.parts.values())
 
 
-def phases(setup: Setup, dtype: torch.dtype, batch: int = 1) -> list[Phase]:
+def phases(setup: Setup, dtype: torch.dtype) -> list[Phase]:
     """What is needed where the generator is: to encode prompts, then to make videos.
 
     The text encoder is freed in between (`TextSource.encode_once`); where it is on the CPU, or
@@ -69,26 +69,26 @@ def phases(setup: Setup, dtype: torch.dtype, batch: int = 1) -> list[Phase]:
     text = _file_sizes(setup)[0] * dtype.itemsize // 2  # a file in bf16
     if text and not setup.text_embeddings and setup.machine.text_encoder_device != "cpu":
         found.append(Phase("encode prompts", {"text encoder": text, "activations": TEXT_BYTES}))
-    return [*found, Phase("make videos", _making(setup, dtype, batch))]
+    return [*found, Phase("make videos", _making(setup, dtype))]
 
 
-def needed(setup: Setup, dtype: torch.dtype, batch: int = 1) -> int:
+def needed(setup: Setup, dtype: torch.dtype) -> int:
     """Bytes of a GPU that a batch inference needs, CUDA's own included."""
-    return max(phase.total for phase in phases(setup, dtype, batch)) + CONTEXT
+    return max(phase.total for phase in phases(setup, dtype)) + CONTEXT
 
 
 def room_for_videos(setup: Setup, dtype: torch.dtype) -> int:
     """Bytes that making a video takes of a GPU beside the transformer, which is there already."""
-    parts = _making(setup, dtype, 1)
+    parts = _making(setup, dtype)
     return sum(parts.values()) - parts["transformer"]
 
 
-def memory_report(setup: Setup, dtype: torch.dtype, batch: int = 1) -> str:
+def memory_report(setup: Setup, dtype: torch.dtype) -> str:
     """One line: what is needed while prompts are encoded, and then while videos are made."""
     said = ", then ".join(
         f"{readable(phase.total)} to {phase.doing} "
         f"({', '.join(f'{name} {readable(size)}' for name, size in phase.parts.items() if size)})"
-        for phase in phases(setup, dtype, batch)
+        for phase in phases(setup, dtype)
     )
     return f"memory needed: about {said}"
 
@@ -103,8 +103,7 @@ def readable(size: int) -> str:
 
 def with_profile(setup: Setup, name: str) -> Setup:
     """The setup under a profile, all of whose keys are taken."""
-    values = config_of(setup.resolved, "this setup", overrides_of(PROFILES[name]))
-    return Setup.of(values, folder=setup.folder, sizes=setup.sizes, strides=setup.shape.strides)
+    return setup.under(config_of(setup.resolved, "this setup", overrides_of(PROFILES[name])))
 
 
 def advice(setup: Setup, available: int) -> str:
@@ -128,7 +127,8 @@ def fitted(setup: Setup) -> Setup:
     if device.type != "cuda" or setup.folder is None:
         return setup
     dtype, free = choose_dtype(setup.machine.dtype, device), free_bytes(device)
-    if needed(setup, dtype) <= free:
+    ours = needed(setup, dtype)
+    if ours <= free:
         return setup
     for name, profile in PROFILES.items():
         smaller = with_profile(setup, name)
@@ -137,7 +137,7 @@ def fitted(setup: Setup) -> Setup:
             return smaller
     logger.warning(
         "the GPU has %s free, and about %s may be needed; %s",
-        *(readable(free), readable(needed(setup, dtype)), advice(setup, free)),
+        *(readable(free), readable(ours), advice(setup, free)),
     )
     return setup
 
@@ -164,15 +164,15 @@ def memory_in_words(setup: Setup) -> Iterator[None]:
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def _making(setup: Setup, dtype: torch.dtype, batch: int) -> dict[str, int]:
+def _making(setup: Setup, dtype: torch.dtype) -> dict[str, int]:
     machine, sizes, shape = setup.machine, setup.sizes, setup.shape
-    rows = batch if setup.distilled else 2 * batch  # guidance runs every video twice
+    rows = 1 if setup.distilled else 2  # guidance runs every video twice
     cache = setup.cache(sizes, batch=rows, dtype=dtype, device=torch.device("meta"))
     decoding = dtype if machine.vae_dtype == "auto" else getattr(torch, machine.vae_dtype)
     weights = _file_sizes(setup)[1]  # the published ones are in fp32
     if machine.vae_device not in ("auto", machine.device):
         weights = 0  # the VAE is elsewhere
-    values = batch * shape.height * shape.width * math.sqrt(weights / VAE_BYTES)
+    values = shape.height * shape.width * math.sqrt(weights / VAE_BYTES)
     pixels = round(values) * decoding.itemsize
     while_decoding = DECODING_VALUES_FRUGAL if machine.vae_frugal else DECODING_VALUES
     text = 2 * sizes.num_layers * sizes.text_len * sizes.dim * rows * dtype.itemsize

@@ -26,8 +26,13 @@ class Prefix:
 
     def blocks(self, layout: BlockLayout) -> list[Tensor]:
         """One tensor per block."""
-        count = layout.blocks_for(self.latents.shape[1])
-        return list(self.latents.split([layout.frames(b) for b in range(count)], dim=1))
+        return by_block(self.latents, layout)
+
+
+def by_block(latents: Tensor, layout: BlockLayout) -> list[Tensor]:
+    """Latents `[B, F, C, h, w]` of whole blocks, one tensor per block."""
+    count = layout.blocks_for(latents.shape[1])
+    return list(latents.split([layout.frames(block) for block in range(count)], dim=1))
 
 
 def prefix_frames(blocks: int, layout: BlockLayout, shape: VideoShape) -> int:

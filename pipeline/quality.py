@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.prefix import by_block
 from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline
 from utils.config import config_of
@@ -85,8 +86,7 @@ def exact(setup: Setup) -> Setup:
     if all(setup.resolved[name] == value for name, value in NOT_EXACT.items()):
         names = ", ".join(NOT_EXACT)
         raise UserError(f"this config is exact already: set one of {names}, as linear_dtype=float8")
-    config = config_of({**setup.resolved, **NOT_EXACT}, "the exact setup")
-    return Setup.of(config, folder=setup.folder, sizes=setup.sizes, strides=setup.shape.strides)
+    return setup.under(config_of({**setup.resolved, **NOT_EXACT}, "the exact setup"))
 
 
 def measure(
@@ -124,7 +124,7 @@ def make(pipe: VideoPipeline, text: Tensor, blocks: int, seed: int | None) -> Ma
         hook.remove()
     decoder = pipe.vae.streaming_decoder()
     video = torch.cat(
-        [decoder.decode(part).float().cpu() for part in _by_block(latents, pipe, blocks)], dim=1
+        [decoder.decode(part).float().cpu() for part in by_block(latents, pipe.layout)], dim=1
     )
     return Made(said[0].float().cpu(), latents.cpu(), video)
 
@@ -140,7 +140,7 @@ def compare(
     latents = [
         [
             torch.cat(parts)
-            for parts in zip(*(_by_block(m.latents, pipe, blocks) for m in made), strict=True)
+            for parts in zip(*(by_block(m.latents, pipe.layout) for m in made), strict=True)
         ]
         for made in (found, wanted)
     ]
@@ -152,10 +152,6 @@ def compare(
         tuple(_decibels(*pair) for pair in zip(*video, strict=True)),
         limits,
     )
-
-
-def _by_block(latents: Tensor, pipe: VideoPipeline, blocks: int) -> list[Tensor]:
-    return list(latents.split([pipe.layout.frames(block) for block in range(blocks)], dim=1))
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:

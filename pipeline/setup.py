@@ -180,6 +180,10 @@ class Setup:
             ),
         )
 
+    def under(self, config: Config) -> "Setup":
+        """What another config means for the same networks."""
+        return Setup.of(config, folder=self.folder, sizes=self.sizes, strides=self.shape.strides)
+
     @property
     def distilled(self) -> bool:
         """Whether the generator is sampled in the few levels it was distilled to."""

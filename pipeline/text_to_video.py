@@ -261,13 +261,7 @@ class VideoPipeline:
         Raises UserError for a key that there is not, or a value that it cannot have, or that is of
         the networks.
         """
-        config = config_of(self.setup.resolved, "this pipeline", overrides)
-        setup = Setup.of(
-            config,
-            folder=self.setup.folder,
-            sizes=self.setup.sizes,
-            strides=self.setup.shape.strides,
-        )
+        setup = self.setup.under(config_of(self.setup.resolved, "this pipeline", overrides))
         check_team(setup, self.teamwork)
         own, wish = asdict(self.setup.machine), asdict(setup.machine)
         of_networks = [key for key in own if own[key] != wish[key] and key not in OF_A_STREAM]

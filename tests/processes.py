@@ -2,9 +2,16 @@
 
 import os
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        return held.getsockname()[1]
 
 
 def in_a_copy(work: Callable[[], object], timeout: float = 120) -> int:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,16 +12,11 @@ import pytest
 import torch
 
 from pipeline.teamwork import Teamwork, in_team
+from tests.processes import free_port
 from utils.distributed import Ranks, open_team
 from wan.dit import WanDiT
 
 SECONDS = 100  # that a follower lives at most
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        return held.getsockname()[1]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from model.self_rollout import RolloutDraw
 from pipeline.schedule import BlockLayout
+from tests.processes import free_port
 from tests.tiny_models import write_tiny_text_encoder, write_tiny_vae
 from tests.tiny_pipeline import TINY_DIT, random_dit, write_config, write_dit_folder
 from trainer.checkpoint import is_whole
@@ -381,13 +381,6 @@ def start(
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-
-
-def free_port() -> int:
-    """One that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def two_nodes() -> list[str]:

@@ -16,14 +16,10 @@ from server import models
 from server.engine import PipelineEngine
 from server.models import open_model, places, read_composer, warm_up
 from tests.conftest import TinyWorld
+from tests.processes import free_port
 from tests.server.test_app import PATH, decoded, start
 from utils.cli import run_main
 from utils.config import load_config
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        return held.getsockname()[1]
 
 
 @pytest.fixture

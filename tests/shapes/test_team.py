@@ -13,9 +13,10 @@ import app
 import inference
 import server.listen
 from shapes import demo
+from tests.processes import free_port
 from tests.server.test_app import PATH, start
 from tests.server.test_command import play_until
-from tests.teams import ended, free_port
+from tests.teams import ended
 from tests.tiny_training import finish
 from tests.tiny_training import start as start_ranks
 from utils.cli import run_main

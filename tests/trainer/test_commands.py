@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train as entry
+from tests.processes import free_port
 from tests.tiny_pipeline import TINY_DIT
 from tests.tiny_training import (
     PROMPTS,
@@ -20,7 +21,6 @@ from tests.tiny_training import (
     course,
     final_state,
     finish,
-    free_port,
     start,
     states,
     train,
