@@ -41,8 +41,8 @@ def consistency_grid(levels: Tensor, steps: int, shift: float) -> Tensor:
     return torch.cat([grid, torch.zeros(1)])
 
 
-def consistency_loss(
-    student: WanDiT,
+@torch.no_grad()
+def consistency_target(
     target: WanDiT,
     teacher: WanDiT,
     latents: Tensor,
@@ -50,29 +50,42 @@ def consistency_loss(
     timesteps: Tensor,
     following: Tensor,
     *,
-    student_text: TextContext,
     target_text: TextContext,
     teacher_text: TextContext,
     guidance_scale: float,
     context: AttentionContext,
     clean: Tensor,
     clean_timesteps: Tensor,
-) -> LossResult:
-    """mean |x_0^student(x_t, t) - x_0^target(x_t', t')|^2, with x_t' = x_t + (s' - s) v^teacher.
+) -> Tensor:
+    """x_0^target(x_t', t') with x_t' = x_t + (s' - s) v^teacher(x_t, t): `[B, F, C, h, w]`.
 
     `latents` (x_0) and `noise` `[B, F, C, h, w]`; `timesteps` t and `following` t' below it
-    `[B, F]`, of neighbours on the teacher's grid. All networks see the frames `clean`, at
+    `[B, F]`, of neighbours on the teacher's grid. Both networks see the frames `clean`, at
     `clean_timesteps`, through `context`. `teacher_text` holds the B conditional rows, and with
     guidance g the B unconditional ones behind them: v = cond + g (cond - uncond).
     """
     noisy = add_noise(latents, noise, timesteps)
     step = sigma_of(following, latents) - sigma_of(timesteps, latents)
     past = (clean, clean_timesteps)
-    with torch.no_grad():
-        flow = _guided_flow(teacher, noisy, timesteps, teacher_text, guidance_scale, context, past)
-        moved = noisy + step * flow
-        end = _end(target, moved, following, target_text, context, past)
-    x0 = _end(student, noisy, timesteps, student_text, context, past)
+    flow = _guided_flow(teacher, noisy, timesteps, teacher_text, guidance_scale, context, past)
+    return _end(target, noisy + step * flow, following, target_text, context, past)
+
+
+def consistency_loss(
+    student: WanDiT,
+    end: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    *,
+    text: TextContext,
+    context: AttentionContext,
+    clean: Tensor,
+    clean_timesteps: Tensor,
+) -> LossResult:
+    """mean |x_0^student(x_t, t) - end|^2, with the end that `consistency_target` says."""
+    noisy, past = add_noise(latents, noise, timesteps), (clean, clean_timesteps)
+    x0 = _end(student, noisy, timesteps, text, context, past)
     metrics = {
         "consistency/error": (x0.detach() - latents).square().mean(),
         "consistency/timestep": timesteps.float().mean(),

@@ -1,8 +1,10 @@
 """Pipelines of any size without a file: random weights, for speed and for a look at the page."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,35 @@ def read_preset(path: Path) -> dict[str, Any]:
     if not isinstance(base_dim, int) or base_dim < 1:
         raise UserError(f"{path}: vae.base_dim must be a number of channels above 0")
     return sizes
+
+
+class DrawnWeights(Mapping[str, Tensor]):
+    """Weights of a network, each drawn on `device` when it is asked for, and the same every time.
+
+    Nothing is kept, so a network of any size takes no more memory than it has itself.
+    """
+
+    def __init__(self, sizes: DiTConfig, device: torch.device) -> None:
+        self._like = empty_dit(sizes).state_dict()
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._like[name].shape
+        if len(shape) == 1:  # of a norm, or a bias
+            fill = torch.ones if name.endswith("weight") else torch.zeros
+            return fill(shape, device=self._device)
+        draw = torch.Generator(self._device).manual_seed(crc32(name.encode()))
+        drawn = torch.randn(shape, generator=draw, device=self._device)
+        return drawn * shape[1:].numel() ** -0.5
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._like
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
 
 
 @torch.no_grad()

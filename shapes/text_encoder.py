@@ -71,7 +71,7 @@ class TextEncoderTraining(Task):
             row[: len(cut)] = torch.tensor(cut)
         return labels.to(self.world.device)
 
-    def flops(self, player: str, draws: Draws) -> None:
+    def phase_flops(self, player: str, draws: Draws) -> None:
         """See `Task`."""
 
     def export(self) -> Writer | None:

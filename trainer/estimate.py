@@ -1,6 +1,5 @@
 """What a run needs per rank, from sizes alone: nothing is loaded, nothing is allocated."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from trainer.data import (
     open_training_data,
     split_batches,
 )
+from trainer.networks import sizes_of
 from trainer.sharding import shards_of, strategy_of
 from trainer.tasks import find_task
 from trainer.tasks.base import rollout_recipe
@@ -83,14 +83,6 @@ def planned_dtype(config: Config) -> torch.dtype:
 def networks_of(config: Config) -> dict[str, str]:
     """Role -> model folder of the transformers that a run has."""
     return find_task(config.trainer).networks(config)
-
-
-def sizes_of(config: Config, name: str) -> DiTConfig:
-    """Sizes of a network from its folder, or, if it is not here yet, from `configs/models/`."""
-    preset = ROOT / "configs" / "models" / f"{name}.json"
-    if preset.is_file() and not (ROOT / config.model_root / name).is_dir():
-        return DiTConfig.from_dict(json.loads(preset.read_text(encoding="utf-8")))
-    return ModelFolder.find(config.model_root, name).sizes
 
 
 def planned_setup(config: Config) -> Setup:

@@ -1,8 +1,9 @@
 """Building the networks of a run: loaded, sharded, with optimisers and averages."""
 
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from model.lora import add_lora, with_adapters
 from model.vae import Autoencoder, init_autoencoder
+from pipeline.random_weights import DrawnWeights
 from pipeline.setup import Setup
 from pipeline.text import TextSource
 from trainer.ema import EMA
@@ -24,7 +26,7 @@ from trainer.sharding import (
     shard_module,
     strategy_of,
 )
-from utils.config import Config
+from utils.config import ROOT, Config
 from utils.devices import computes_in_bf16
 from wan.attention import check_backend
 from wan.checkpoints import empty_dit, read_state_dict
@@ -95,21 +97,26 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype | None:
 
 
 def build_dit(
-    config: Config, world: World, role: str, sizes: DiTConfig, source: Path, *, trained: bool
+    config: Config, world: World, role: str, sizes: DiTConfig, source: Path | None, *, trained: bool
 ) -> WanDiT:
     """A transformer in its role (`generator`, `real_score`, `fake_score`), loaded and sharded.
 
-    Trained ones have fp32 master weights; frozen ones are kept in the compute dtype.
+    Trained ones have fp32 master weights; frozen ones are kept in the compute dtype. Without a
+    `source` its weights are drawn.
     """
     low = compute_dtype(config, world.device)
     backend = check_backend(config.attention_backend, world.device, low or torch.float32)
     dit = empty_dit(sizes)
     if not trained and low is not None:
         dit.to(low)
+    state: Mapping[str, Tensor]
     if role == "generator" and config.random_init:
         state = random_state(dit.config, config.seed)
+    elif source is None:
+        state = DrawnWeights(dit.config, world.device)
     else:
         state = read_state_dict(source)
+    source = source or Path("drawn weights")
     dit.requires_grad_(trained)
     if role == "generator" and config.lora is not None:
         check_keys(dit.state_dict(), state, source)
@@ -145,19 +152,31 @@ def build_causal_teacher(config: Config, setup: Setup, world: World) -> WanDiT:
     return build_dit(config, world, "real_score", setup.sizes, source, trained=False).eval()
 
 
-def _generator_source(config: Config, setup: Setup) -> Path:
+def _generator_source(config: Config, setup: Setup) -> Path | None:
+    if setup.folder is None:
+        return None
     if config.generator_ckpt:
         return find_checkpoint(config.generator_ckpt)
-    return setup.require_folder().path
+    return setup.folder.path
 
 
 def build_score(config: Config, setup: Setup, world: World, role: str, *, trained: bool) -> WanDiT:
     """Teacher (`real_score`) or critic (`fake_score`), from its model folder."""
     name = config.real_name if role == "real_score" else config.fake_name
-    folder = setup.require_folder()
+    folder = setup.folder
+    if folder is None:
+        return build_dit(config, world, role, sizes_of(config, name), None, trained=trained)
     if name != config.generator_name:
         folder = ModelFolder.find(config.model_root, name)
     return build_dit(config, world, role, folder.sizes, folder.path, trained=trained)
+
+
+def sizes_of(config: Config, name: str) -> DiTConfig:
+    """Sizes of a network from its folder, or, if it is not here yet, from `configs/models/`."""
+    preset = ROOT / "configs" / "models" / f"{name}.json"
+    if preset.is_file() and not (ROOT / config.model_root / name).is_dir():
+        return DiTConfig.from_dict(json.loads(preset.read_text(encoding="utf-8")))
+    return ModelFolder.find(config.model_root, name).sizes
 
 
 def make_player(
@@ -231,6 +250,8 @@ def build_trained_vae(config: Config, setup: Setup, world: World) -> Autoencoder
 
 def build_vae(setup: Setup, world: World) -> WanVAE:
     """The VAE of the student's folder."""
-    files = setup.require_folder()
+    files = setup.folder
+    if files is None:
+        return WanVAE.random(z_dim=setup.sizes.in_dim).to(world.device)
     files.require(files.vae)
     return WanVAE.from_official(files.vae, device=world.device, dtype=torch.float32)

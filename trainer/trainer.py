@@ -82,7 +82,13 @@ class Trainer:
         wandb: WandbSettings | None = None,
         save: bool = True,
         visualise: bool = True,
+        setup: Setup | None = None,
+        timer: Timer | None = None,
     ) -> None:
+        """`setup`: that of the config, for its model folder; all weights are drawn if it has none.
+
+        `timer`: of the phases.
+        """
         check_training(config)
         self.config = config
         self.world = world
@@ -93,7 +99,7 @@ class Trainer:
         logger.info(self.batch_split.describe())
         for note in self.batch_split.notes if world.is_main else ():
             logger.warning(note)
-        self.timer = Timer(world.device)
+        self.timer = timer or Timer(world.device)
         self.step = 0
         self.begun: list[str] = []  # players that the step under way has updated
         self.computed_in = str(compute_dtype(config, world.device) or torch.float32)
@@ -107,13 +113,13 @@ class Trainer:
         self._settled = False  # a step was made since the start
         with self._closed_on_error(), self.timer.phase("loading", whole=True):
             self.watch.begin()
-            self._build()
+            self._build(setup)
 
-    def _build(self) -> None:
+    def _build(self, setup: Setup | None) -> None:
         """Everything that needs the data, the networks or the run's folder."""
         config, world = self.config, self.world
         self._check_logdir()  # before any network is built
-        setup = Setup.of(config)
+        setup = setup or Setup.of(config)
         dataset = open_training_data(config, setup)
         task = find_task(config.trainer)
         heldout = open_heldout_data(config, setup, task.check_items)
@@ -244,10 +250,7 @@ class Trainer:
         due = self.task.due(self.step)
         for name in due:
             if name not in self.begun:
-                number = self._update_number(name)
-                self.means.add(self.updates.update(self.task.players[name], self.step, number))
-                share = self.task.flops(name, Draws(self.config.seed, number, ()))
-                self._operations += math.nan if share is None else share * self.batch_split.videos
+                self.update(name)
                 self.begun.append(name)
         if self.heldout and ((self.step + 1) % self.config.heldout_every == 0 or self._is_done(1)):
             with self.timer.phase("heldout", whole=True):
@@ -255,10 +258,18 @@ class Trainer:
         self.step += 1
         self.begun = []
         active = self.step >= self.config.ema_start_step
-        for name, player in self.task.players.items():
-            player.update_ema(active=active, moved=name in due)
+        with self.timer.phase("average"):
+            for name, player in self.task.players.items():
+                player.update_ema(active=active, moved=name in due)
         logged = self.step % self.config.metrics_every == 0 or self._is_done()
         return self._record() if logged else {}
+
+    def update(self, name: str) -> None:
+        """The update of a player in this step."""
+        number = self._update_number(name)
+        self.means.add(self.updates.update(self.task.players[name], self.step, number))
+        share = self.task.flops(name, Draws(self.config.seed, number, ()))
+        self._operations += math.nan if share is None else share * self.batch_split.videos
 
     def _record(self) -> dict[str, Any]:
         """Reduce over ranks, judge, write: one line of the log."""
@@ -395,7 +406,8 @@ class Trainer:
                 check_file(self.logdir / METRICS_FILE)
                 check_folder(self.store.folder)
                 remove_leftovers(self.logdir)
-        check_shared(self.logdir, self.world)
+        if self.saves or self.visualises:
+            check_shared(self.logdir, self.world)
         for path in self.store.states():
             with suppress(DamagedStateError):
                 self._check_same_run(self.store.read_run(path))

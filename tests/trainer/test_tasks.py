@@ -1,5 +1,6 @@
 """What each task makes of its batches, and that its switches do what they say."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.consistency import consistency_grid
 from model.dmd import Scores, dmd_gradient, generator_loss
@@ -22,8 +25,10 @@ from tests.tiny_training import (
     drawn,
     trained_state,
 )
+from trainer.metrics import Timer
 from trainer.sharding import open_world
 from trainer.tasks import Consistency, Distillation, FlowMatching
+from trainer.tasks.base import GeneratorTask
 from trainer.trainer import Trainer
 from utils.datasets import write_shard
 from utils.draws import Draws, Purpose
@@ -31,6 +36,7 @@ from utils.errors import UserError
 from utils.video import VideoWriter
 from wan.context import ForcedContext
 from wan.dit import WanDiT
+from wan.flops import text_flops
 from wan.flow import add_noise, denoising_timesteps, shift_timesteps, training_weight
 from wan.vae import WanVAE
 
@@ -551,3 +557,52 @@ def test_window_forcing_needs_levels_and_whole_blocks(
         trainer_of(training_world, tmp_path, **changes),
     ):
         pass
+
+
+class CountingTimer(Timer):
+    """Counts operations in the phases of the time."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self.counter = counter
+        self.counted: Counter[str] = Counter()
+        self._before = 0
+
+    def _charge(self) -> None:
+        super()._charge()
+        now = self.counter.get_total_flops()
+        self.counted[self.now] += now - self._before
+        self._before = now
+
+
+TEXTS_OF = {"scores": 3, "teacher": 3}  # encodings in a phase of the generator's; elsewhere one
+
+
+@pytest.mark.parametrize("name", ["options", "consistency", "ode", "flow"])
+def test_operations_of_phases_are_those_that_run_in_them(
+    name: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Of an update of every player, as PyTorch counts them; texts are made once and left out."""
+    changes = {**getattr(training_world, name)(), "gradient_checkpointing": True}
+    changes |= {"same_step_across_videos": True, "real_name": "Student", "global_batch_size": 2}
+    config = training_world.config(tmp_path, **changes)
+    with open_world("cpu") as ranks, FlopCounterMode(display=False) as counter:
+        timer = CountingTimer(counter)
+        trainer = Trainer(config, ranks, tmp_path / "run", visualise=False, save=False, timer=timer)
+        task = trainer.task
+        assert isinstance(task, GeneratorTask)
+        text = text_flops(task.generator.config)
+        for number, player in enumerate(task.players):
+            timer.counted.clear()
+            with sdpa_kernel(SDPBackend.MATH):
+                trainer.update(player)
+            ran = {phase: count / 2 for phase, count in timer.counted.items()}  # of two videos
+            draws = Draws(config.seed, number, ())
+            said = task.phase_flops(player, draws)
+            assert said is not None
+            assert sum(said.values()) == task.flops(player, draws)
+            learnt = 2 if "guard" in said else 1
+            backward = said.pop("backward")  # inputs need no gradient; edges are made once
+            assert ran.pop("backward") - learnt * 1.6 * text == pytest.approx(backward, rel=0.1)
+            texts = TEXTS_OF if player == "generator" else {}
+            assert {k: n - texts.get(k, 1) * text for k, n in ran.items() if n} == said

@@ -28,6 +28,7 @@ from utils.errors import UserError
 from utils.video import to_float
 from wan.context import AttentionContext, MaskedContext, frame_mask
 from wan.dit import WanDiT
+from wan.flops import training_flops
 
 Batch = dict[str, Any]
 
@@ -136,9 +137,14 @@ class Task(ABC):
         """
         return self.loss(self.heldout_player, batch, draws)
 
-    @abstractmethod
     def flops(self, player: str, draws: Draws) -> int | None:
         """Floating-point operations of one video's share of an update; None: not known."""
+        phases = self.phase_flops(player, draws)
+        return None if phases is None else sum(phases.values())
+
+    @abstractmethod
+    def phase_flops(self, player: str, draws: Draws) -> dict[str, int] | None:
+        """The same in each phase of the timer that runs transformers, backward passes included."""
 
     @abstractmethod
     def export(self) -> Writer | None:
@@ -186,6 +192,16 @@ class GeneratorTask(Task):
 
     def _needs_vae(self) -> bool:
         return self.config.load_raw_video
+
+    def _embedded(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings `[B, L, dim]`."""
+        with self.timer.phase("text"):
+            return self.text(prompts)
+
+    def _backward_flops(self, forward: int) -> int:
+        """Operations of the backward pass of a forward pass, with what is computed once more."""
+        whole = training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+        return whole - forward
 
     def _per_block(self, drawn: Tensor) -> Tensor:
         """Of a draw for each frame `[B, F]` that of its block's first one."""

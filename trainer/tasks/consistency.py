@@ -5,7 +5,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from model.consistency import consistency_grid, consistency_loss, flow_map_error
+from model.consistency import (
+    consistency_grid,
+    consistency_loss,
+    consistency_target,
+    flow_map_error,
+)
 from model.result import LossResult
 from trainer.networks import build_causal_teacher, build_generator
 from trainer.sharding import overwrite
@@ -15,7 +20,6 @@ from utils.config import Config
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
 from wan.context import AttentionContext
-from wan.flops import training_flops
 
 
 class Consistency(FlowMatching):
@@ -52,55 +56,67 @@ class Consistency(FlowMatching):
 
     def loss(self, player: str, batch: Batch, draws: Draws) -> LossResult:
         """See `Task`."""
-        self._follow()
-        given = self._given(batch, draws)
-        places = given.pop("places")
-        with torch.no_grad():
-            target_text = self.target.encode_text(given.pop("cond"))
-        return consistency_loss(
-            self.generator,
-            self.target,
-            self.teacher,
-            timesteps=self.grid[places].to(self.world.device),
-            following=self.grid[places + 1].to(self.world.device),
-            target_text=target_text,
-            **given,
-        )
+        given, places = self._given(batch, draws)
+        cond, both = self._texts(batch)
+        timesteps = self.grid[places].to(self.world.device)
+        with self.timer.phase("teacher"), torch.no_grad():
+            self._follow()
+            end = consistency_target(
+                self.target,
+                self.teacher,
+                timesteps=timesteps,
+                following=self.grid[places + 1].to(self.world.device),
+                target_text=self.target.encode_text(cond),
+                teacher_text=self.teacher.encode_text(both),
+                guidance_scale=self.config.guidance_scale,
+                **given,
+            )
+        with self.timer.phase("forward"):
+            text = self.generator.encode_text(cond)
+            return consistency_loss(self.generator, end, timesteps=timesteps, text=text, **given)
 
     def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
         """See `Task`: how far the student is from the teacher's ODE; see `flow_map_error`."""
-        given = self._given(batch, self._heldout_draws(draws))
-        del given["cond"]
-        return flow_map_error(self.generator, self.teacher, grid=self.grid, **given)
+        given, places = self._given(batch, self._heldout_draws(draws))
+        cond, both = self._texts(batch)
+        return flow_map_error(
+            self.generator,
+            self.teacher,
+            grid=self.grid,
+            places=places,
+            student_text=self.generator.encode_text(cond),
+            teacher_text=self.teacher.encode_text(both),
+            guidance_scale=self.config.guidance_scale,
+            **given,
+        )
 
-    def _given(self, batch: Batch, draws: Draws) -> dict[str, Any]:
-        """What the loss and the held-out one are of."""
-        latents, cond = self._latents(batch), self.text(batch["prompt"])
+    def _texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Embeddings of the prompts, and with guidance of as many negative ones behind them."""
+        prompts = batch["prompt"]
+        unguided = [self.config.negative_prompt] * (len(prompts) if self._guided else 0)
+        return self._embedded(prompts), self._embedded([*prompts, *unguided])
+
+    @property
+    def _guided(self) -> bool:
+        return self.config.guidance_scale != 0
+
+    def _given(self, batch: Batch, draws: Draws) -> tuple[dict[str, Any], Tensor]:
+        """What the loss and the held-out one are of, and the places of its frames."""
+        latents = self._latents(batch)
         clean, clean_timesteps = self._clean(latents, draws)
         places, context = self._places(draws, latents.shape[1])
-        unguided = [self.config.negative_prompt] * (len(cond) if self.config.guidance_scale else 0)
-        both = self.text([*batch["prompt"], *unguided])
-        with torch.no_grad():
-            teacher_text = self.teacher.encode_text(both)
         return {
             "latents": latents,
             "noise": draws.normal(Purpose.NOISE, latents.shape[1:]).to(latents.device),
-            "places": places,
-            "cond": cond,
-            "student_text": self.generator.encode_text(cond),
-            "teacher_text": teacher_text,
-            "guidance_scale": self.config.guidance_scale,
             "context": context,
             "clean": clean,
             "clean_timesteps": clean_timesteps,
-        }
+        }, places
 
-    def flops(self, player: str, draws: Draws) -> int:
+    def phase_flops(self, player: str, draws: Draws) -> dict[str, int]:
         """See `Task`."""
-        forward = self._forward_flops(draws)
-        teacher = 2 if self.config.guidance_scale else 1
-        trained = training_flops(forward, checkpointing=self.config.gradient_checkpointing)
-        return trained + (1 + teacher) * forward
+        phases = super().phase_flops(player, draws)
+        return {"teacher": (3 if self._guided else 2) * phases["forward"], **phases}
 
     def _follow(self) -> None:
         """Give the target the weights that the student's last update has left."""

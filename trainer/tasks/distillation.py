@@ -27,7 +27,7 @@ from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import ATTEMPT, Draws, Purpose, TrainingNoise
 from utils.errors import UserError
-from wan.flops import forward_flops, training_flops
+from wan.flops import forward_flops
 from wan.flow import add_noise, shift_timesteps
 
 
@@ -118,12 +118,12 @@ class Distillation(GeneratorTask):
         """See `Task`."""
         if player == "generator":
             return self._generator_loss(batch, draws)
-        cond = self.text(batch["prompt"])
+        cond = self._embedded(batch["prompt"])
         return self._critic_loss(cond, self._shared_clip(cond, draws), draws)
 
     def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
         """See `Task`: on rollouts of its own."""
-        cond = self.text(batch["prompt"])
+        cond = self._embedded(batch["prompt"])
         return self._critic_loss(cond, self._rollout(cond, draws, grad=False), draws)
 
     def _first_use(self, draws: Draws) -> Draws:
@@ -137,36 +137,42 @@ class Distillation(GeneratorTask):
         earlier = self._use(draws.update // len(names))
         return replace(draws, update=draws.update - earlier * len(names))
 
-    def flops(self, player: str, draws: Draws) -> int:
+    def phase_flops(self, player: str, draws: Draws) -> dict[str, int]:
         """See `Task`."""
-        grad, config = player == "generator", self.config
         frames, tokens = self.frames, self.shape.tokens_per_frame
+        fake = forward_flops(self.fake_score.config, frames, frames, tokens)
+        if player == "critic":
+            made = self._rollout_flops(draws, grad=False) if self._first_use(draws) == draws else 0
+            return {"rollout": made, "scores": fake, "backward": self._backward_flops(fake)}
+        rollout, whole = (self._rollout_flops(draws, grad=grad) for grad in (False, True))
+        scores = fake + 2 * forward_flops(self.real_score.config, frames, frames, tokens)
+        phases = {"rollout": rollout, "scores": scores, "backward": whole - rollout}
+        if not self.config.motion_guard_weight:
+            return phases
+        guard = forward_flops(self.generator.config, frames, frames, tokens)
+        phases["backward"] += self._backward_flops(guard)
+        return {"guard": guard, **phases}
+
+    def _rollout_flops(self, draws: Draws, *, grad: bool) -> int:
+        """Operations of a video's rollout, with its backward passes if `grad`; of this rank."""
         split, rank = self.batch_split, self.world.ranks.rank
         own = (
             draws.for_indices(split.indices(m, rank) or (rank,)) for m in range(split.accumulation)
         )
         batches = [self._drawn(each) for each in own]
-        rollout = sum(
+        return sum(
             batches.count(drawn)
             * rollout_flops(
                 self.setup,
                 self.generator.config,
                 drawn,
-                scored_frames=frames,
+                scored_frames=self.frames,
                 grad=grad,
-                checkpointing=config.gradient_checkpointing,
-                replayed=config.replayed_backward,
+                checkpointing=self.config.gradient_checkpointing,
+                replayed=self.config.replayed_backward,
             )
             for drawn in set(batches)
         ) // len(batches)
-        fake = forward_flops(self.fake_score.config, frames, frames, tokens)
-        if not grad:
-            made = rollout if self._first_use(draws) == draws else 0
-            return made + training_flops(fake, checkpointing=config.gradient_checkpointing)
-        scores = fake + 2 * forward_flops(self.real_score.config, frames, frames, tokens)
-        guard = forward_flops(self.generator.config, frames, frames, tokens)
-        guard = training_flops(guard, checkpointing=config.gradient_checkpointing)
-        return rollout + scores + (guard if config.motion_guard_weight else 0)
 
     def _needs_vae(self) -> bool:
         longest = rollout_recipe(self.config).longest_frames(self.layout)
@@ -236,8 +242,8 @@ class Distillation(GeneratorTask):
         )
 
     def _generator_loss(self, batch: Batch, draws: Draws) -> LossResult:
-        cond = self.text(batch["prompt"])
-        both = self.text([*batch["prompt"], *[self.config.negative_prompt] * len(cond)])
+        cond = self._embedded(batch["prompt"])
+        both = self._embedded([*batch["prompt"], *[self.config.negative_prompt] * len(cond)])
         # What is made first is differentiated last: a replay finds no other pass under way.
         guard = self._guard(batch, cond, draws) if self.config.motion_guard_weight else None
         clip = self._rollout(cond, draws, grad=True)

@@ -17,7 +17,7 @@ from utils.datasets import Dataset
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
 from wan.context import AttentionContext, ForcedContext
-from wan.flops import forward_flops, pass_flops, training_flops
+from wan.flops import forward_flops, pass_flops
 from wan.flow import add_noise, shift_timesteps
 
 
@@ -56,17 +56,19 @@ class FlowMatching(GeneratorTask):
         prompts = [p if k else "" for p, k in zip(batch["prompt"], kept.tolist(), strict=True)]
         clean, clean_timesteps = self._clean(latents, draws) if self.forced else (None, None)
         timesteps, context = self._levels(draws, frames)
-        return flow_matching_loss(
-            self.generator,
-            latents,
-            draws.normal(Purpose.NOISE, latents.shape[1:]).to(device),
-            timesteps.to(device),
-            self.generator.encode_text(self.text(prompts)),
-            shift=config.generator_shift if config.weighting_scheme == "bell" else None,
-            context=context,
-            clean=clean,
-            clean_timesteps=clean_timesteps,
-        )
+        embeddings = self._embedded(prompts)
+        with self.timer.phase("forward"):
+            return flow_matching_loss(
+                self.generator,
+                latents,
+                draws.normal(Purpose.NOISE, latents.shape[1:]).to(device),
+                timesteps.to(device),
+                self.generator.encode_text(embeddings),
+                shift=config.generator_shift if config.weighting_scheme == "bell" else None,
+                context=context,
+                clean=clean,
+                clean_timesteps=clean_timesteps,
+            )
 
     def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
         """See `Task`."""
@@ -79,10 +81,10 @@ class FlowMatching(GeneratorTask):
         (number,) = draws.indices
         return replace(draws, update=draws.update + number)
 
-    def flops(self, player: str, draws: Draws) -> int:
+    def phase_flops(self, player: str, draws: Draws) -> dict[str, int]:
         """See `Task`."""
         forward = self._forward_flops(draws)
-        return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+        return {"forward": forward, "backward": self._backward_flops(forward)}
 
     def _forward_flops(self, draws: Draws) -> int:
         sizes, tokens = self.generator.config, self.shape.tokens_per_frame

@@ -15,7 +15,7 @@ from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
-from wan.flops import forward_flops, training_flops
+from wan.flops import forward_flops
 
 
 class OdeInitialisation(GeneratorTask):
@@ -51,21 +51,23 @@ class OdeInitialisation(GeneratorTask):
 
     def _regression(self, batch: Batch, draws: Draws, frames_in_loss: float) -> LossResult:
         trajectory = batch["trajectory"].to(self.world.device)
-        return ode_regression_loss(
-            self.generator,
-            trajectory,
-            self._levels(draws, trajectory.shape[2]).to(self.world.device),
-            self.timesteps.to(self.world.device),
-            self.generator.encode_text(self.text(batch["prompt"])),
-            self.context,
-            frames_in_loss=frames_in_loss,
-        )
+        embeddings = self._embedded(batch["prompt"])
+        with self.timer.phase("forward"):
+            return ode_regression_loss(
+                self.generator,
+                trajectory,
+                self._levels(draws, trajectory.shape[2]).to(self.world.device),
+                self.timesteps.to(self.world.device),
+                self.generator.encode_text(embeddings),
+                self.context,
+                frames_in_loss=frames_in_loss,
+            )
 
-    def flops(self, player: str, draws: Draws) -> int:
+    def phase_flops(self, player: str, draws: Draws) -> dict[str, int]:
         """See `Task`."""
         frames = self.frames
         forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)
-        return training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+        return {"forward": forward, "backward": self._backward_flops(forward)}
 
     def _noisy_frames(self, draws: Draws) -> int:
         """How many frames of these samples are in the loss; at least 1."""

@@ -42,7 +42,7 @@ class VaeTraining(Task):
                 edge_weight=self.config.vae.edge_weight,
             )
 
-    def flops(self, player: str, draws: Draws) -> None:
+    def phase_flops(self, player: str, draws: Draws) -> None:
         """See `Task`."""
 
     def export(self) -> Writer | None:
