@@ -259,12 +259,17 @@ def ended_with(teamwork: "Teamwork | None") -> Iterator[None]:
         return
     here = get_ident()
     teamwork.when_lost = lambda: signal.pthread_kill(here, signal.SIGINT)
+    # A command that a script starts in the background ignores this signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        if teamwork.lost:
-            raise UserError("a rank has ended, and the sessions with it: start again") from None
-        raise
+        if not teamwork.lost:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if teamwork.lost:
+        raise UserError("a rank has ended, and the sessions with it: start again")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`python app.py`: its flags, the model that it opens, what it says, and a whole random model."""
 
 import json
+import signal
 import socket
 import time
 from threading import Thread
@@ -125,9 +126,12 @@ def test_port_that_is_taken(tmp_path, capsys):
     assert "give another --server_port" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("lost", [True, False])
-def test_a_server_ends_with_its_team(lost):
-    """A rank that ended left a page on which nothing moved any more."""
+def test_a_server_ends_with_its_team(lost, ignored):
+    """A rank that ended left a page on which nothing moved any more; for ever if the command was
+    started in the background by a script, which ignores the signal.
+    """
     team = SimpleNamespace(lost=False, when_lost=None)
 
     def run():
@@ -136,8 +140,14 @@ def test_a_server_ends_with_its_team(lost):
             Thread(target=team.when_lost).start()
             time.sleep(10)
 
-    with pytest.raises(app.UserError if lost else KeyboardInterrupt):
-        run()
+    handler = signal.SIG_IGN if ignored else signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(app.UserError if lost else KeyboardInterrupt):
+            run()
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_two_servers_want_one_folder(served, tmp_path, capsys):
