@@ -6,6 +6,7 @@ first, with nothing between their parts; then others of the same stream in parts
 """
 
 import hashlib
+import re
 import resource
 import statistics
 import sys
@@ -13,7 +14,7 @@ import tempfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -39,6 +40,7 @@ T = TypeVar("T")
 MOST_BLOCKS_IN_PARTS = 20  # enough for a mean
 MOST_BLOCKS_ENCODED = 5  # kept in memory to be encoded alone
 BLOCKS_FOR_P99 = 100
+STATUS, FORGETS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 SECONDS_BETWEEN_LINES = 1.0
 
 
@@ -158,17 +160,21 @@ class Memory:
                 cuda.max_memory_reserved(device),
                 cuda.memory_allocated(device),
             )
+        said = STATUS.read_text() if STATUS.is_file() else ""
+        kibibytes = dict(re.findall(r"(Vm\w+):\s+(\d+) kB", said))
+        if "VmHWM" in kibibytes:
+            return cls(1024 * int(kibibytes["VmHWM"]), None, 1024 * int(kibibytes["VmRSS"]))
         unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        pages = Path("/proc/self/statm")
-        held = int(pages.read_text().split()[1]) if pages.is_file() else None
-        return cls(peak, None, None if held is None else held * resource.getpagesize())
+        return cls(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, None, None)
 
     @staticmethod
     def forget_peak(device: torch.device) -> None:
-        """Of a GPU: the peaks are from now on those of what comes."""
+        """The peaks are from now on those of what comes; without a GPU on Linux alone."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        elif FORGETS.exists():
+            with suppress(OSError):  # not allowed in every container
+                FORGETS.write_text("5")
 
 
 # --- a viewer ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pipeline import VideoPipeline
     from pipeline.timing import SteadyState
+    from wan.dit import DiTConfig
 
 TERA, GIGA = 10**12, 10**9
 REPEATS = 5
@@ -42,7 +43,9 @@ def ceilings(
     return {
         "copy_gb_per_second": 2 * source.nbytes / copied / GIGA,
         "copy_to_host_gb_per_second": size / sent / GIGA,
-        "matmul_tflops": _products(pipe, steady),
+        "matmul_tflops": products(
+            pipe.dit.config, _most_tokens(pipe, steady), pipe.dit.dtype, pipe.device
+        ),
         "attention_tflops": _attentions(pipe, steady, backends),
         "conv3d_tflops": _convolutions(pipe),
     }
@@ -107,13 +110,18 @@ def decoder_flops(pipe: VideoPipeline) -> int:
     return counted[1] - counted[0]
 
 
-def _products(pipe: VideoPipeline, steady: SteadyState) -> dict[str, float]:
-    """Of the network's four kinds of matrix product, over the tokens of a window."""
+def _most_tokens(pipe: VideoPipeline, steady: SteadyState) -> int:
+    """Tokens of the largest window of a steady block."""
+    frames = max(part.frames for own in steady.passes for part in own.parts)
+    return frames * pipe.shape.tokens_per_frame
+
+
+def products(
+    sizes: DiTConfig, rows: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """TFLOP/s of the network's four kinds of matrix product, over so many tokens."""
     import torch
 
-    sizes = pipe.dit.config
-    rows = max(part.frames for own in steady.passes for part in own.parts)
-    rows *= pipe.shape.tokens_per_frame
     found = {}
     for name, n, k, m in (
         ("attention", rows, sizes.dim, sizes.dim),
@@ -121,9 +129,9 @@ def _products(pipe: VideoPipeline, steady: SteadyState) -> dict[str, float]:
         ("feed-forward down", rows, sizes.ffn_dim, sizes.dim),
         ("text", sizes.text_len, sizes.dim, sizes.dim),
     ):
-        x = torch.randn(n, k, dtype=pipe.dit.dtype, device=pipe.device)
-        weight = torch.randn(m, k, dtype=pipe.dit.dtype, device=pipe.device)
-        took = seconds_of(partial(torch.nn.functional.linear, x, weight), pipe.device)
+        x = torch.randn(n, k, dtype=dtype, device=device)
+        weight = torch.randn(m, k, dtype=dtype, device=device)
+        took = seconds_of(partial(torch.nn.functional.linear, x, weight), device)
         found[name] = 2 * n * k * m / took / TERA
     return found
 

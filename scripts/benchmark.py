@@ -4,6 +4,7 @@
     python scripts/benchmark.py --config_path C --checkpoint_path K --blocks 100 --json out.json
     python scripts/benchmark.py --config_path C --random_weights --file out.mp4 --long 10
     python scripts/benchmark.py --config_path C --random_weights --compare "" "compile=true"
+    torchrun --nproc_per_node=8 scripts/benchmark.py -- --train --config_path C --random_weights
 
 The stream of `pipeline` itself is timed, to uint8 frames in host memory, VAE and clean passes
 included. Blocks of the ramp-up, whose passes see less than a full context, are computed but not
@@ -11,6 +12,9 @@ measured; nor are the `--warmup` blocks behind them. Then come `--blocks` blocks
 their parts, with `--file` as many again that are written to an mp4 meanwhile, and with `--long`
 what fits into so many minutes. `--random_weights` needs no files: sizes come from `configs/models`,
 weights and text embeddings are drawn from the seed (they do not change the time).
+
+With `--train` a few updates of each network of the config's training are timed instead, by phase:
+see `scripts/_training.py`, which says what is counted. Nothing is saved.
 """
 
 from __future__ import annotations
@@ -51,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--blocks", type=int, default=20, help="blocks to measure (default: 20)")
     parser.add_argument(
-        "--warmup", type=int, default=3, help="blocks between ramp-up and measurement (default: 3)"
+        "--warmup",
+        type=int,
+        help="blocks between ramp-up and measurement (default: 3), or updates (default: 1)",
     )
     parser.add_argument("--file", type=Path, help="write as many blocks again to this mp4")
     parser.add_argument(
@@ -72,6 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="of float8 and the like: compare with exact videos (see scripts/quality.py)",
     )
+    parser.add_argument("--train", action="store_true", help="updates of the config's training")
+    parser.add_argument(
+        "--updates", type=int, help="with --train: of each network, to measure (default: 2)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
@@ -86,11 +96,19 @@ def main(argv: Sequence[str]) -> int:
     args = parse_command(build_parser(), argv)
     set_up_logging(quiet=True)
     check(args)
+    if args.train:
+        return train(args)
     return compare(args) if args.compare else measure(args, begin)
 
 
 def check(args: argparse.Namespace) -> None:
     """UserError for flags that make no sense."""
+    if args.warmup is None:
+        args.warmup = 1 if args.train else 3
+    if args.train:
+        check_of_training(args)
+    elif args.updates is not None:
+        raise UserError("--updates counts those of --train; add that flag, or drop --updates")
     if args.blocks < 1 or args.warmup < 0:
         raise UserError("--blocks must be at least 1 and --warmup at least 0")
     if args.buffer < 1 or args.turns < 1 or not 0 <= args.long <= 1440:
@@ -106,6 +124,46 @@ def check(args: argparse.Namespace) -> None:
     check_picture("--plot", args.plot)
     if args.plot is not None:
         require_matplotlib()
+
+
+OF_A_STREAM = (
+    *("checkpoint_path", "model", "blocks", "file", "long", "buffer"),
+    *("compare", "turns", "quality", "dtype", "plot"),
+)
+
+
+def check_of_training(args: argparse.Namespace) -> None:
+    """UserError for flags that --train does not have."""
+    if args.updates is None:
+        args.updates = 2
+    if args.updates < 1:
+        raise UserError("--updates must be at least 1")
+    parser = build_parser()
+    for name in OF_A_STREAM:
+        if vars(args)[name] != parser.get_default(name):
+            raise UserError(f"--{name} is of a stream, and --train measures updates; drop one")
+
+
+# --- a training ----------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    """Measure updates of a training, on all ranks; the main one prints."""
+    from utils.config import check_training, load_config
+
+    device = [f"device={args.device}"] if args.device else []
+    config = load_config(args.config_path, [*args.overrides, *device])
+    check_training(config)
+    from scripts._training import measure, table
+
+    drawn = args.random_weights
+    result = measure(config, drawn=drawn, updates=args.updates, warmup=args.warmup)
+    if result is not None:
+        result["setting"] = {"config": str(args.config_path), **result["setting"]}
+        print(table(result))
+        if args.json is not None:
+            write_json(args.json, result)
+    return 0
 
 
 # --- one run -------------------------------------------------------------------------------------

@@ -3,20 +3,20 @@
     python -m shapes.starts
     python -m shapes.starts --updates 5 image_or_video_shape=[1,36,16,8,8]
 
-Real updates of the shapes configs, on this machine, for one number of videos of one length. What
-is in clips and weights changes neither figure: clips are noise, made on the spot. An ODE start
-also needs its pairs: `data` is what `scripts/precompute.py ode_pairs` computes for one, counted.
+Real updates of the shapes configs, on this machine, for one number of videos of one length, timed
+as `scripts/benchmark.py --train --random_weights` does. An ODE start also needs its pairs: `data`
+is what `scripts/precompute.py ode_pairs` computes for one, counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -74,60 +74,36 @@ def costs(updates: int, overrides: Sequence[str]) -> Iterator[Cost]:
     for name, (file, own) in STARTS.items():
         words = [*SAME, *own, *overrides]
         config = load_config(ROOT / "configs" / "shapes" / f"{file}.yaml", words)
-        with tempfile.TemporaryDirectory() as folder:
-            data = write_clips(Path(folder), config)
-            config = replace(config, data_path=str(data), max_steps=None)
-            yield measured(name, config, Path(folder) / "run", updates)
+        yield measured(name, config, updates)
 
 
-def write_clips(folder: Path, config: Config) -> Path:
-    """Noise in the form of what a config trains on, with captions."""
-    import torch
-
-    from pipeline.setup import Setup
-    from shapes.world import sample_scene
-    from utils.datasets import write_shard
-
-    setup, frames = Setup.of(config), config.image_or_video_shape[1]
-    captions = [sample_scene(0, index).caption for index in range(8)]
-    shape: tuple[int, ...] = (frames, *setup.shape.latent)
-    extra: dict[str, Any] = {}
-    if config.trainer == "ode":
-        extra["timesteps"] = [*setup.levels.tensor().tolist(), 0.0]
-        shape = (len(extra["timesteps"]), *shape)
-    draw = torch.Generator().manual_seed(0)
-    clips = torch.randn(len(captions), *shape, generator=draw)
-    data = folder / "data"
-    data.mkdir()
-    write_shard(data / "000000.safetensors", clips, captions, **extra)
-    return data
-
-
-def measured(name: str, config: Config, logdir: Path, updates: int) -> Cost:
-    """The mean over updates, after one that warms up."""
-    from pipeline.trajectories import ode_grid
+def measured(name: str, config: Config, updates: int) -> Cost:
+    """The median of so many updates, after one that warms up."""
     from trainer.sharding import open_world
-    from trainer.trainer import Trainer
-    from utils.draws import Draws
+    from trainer.timing import opened, timed_config
+
+    with tempfile.TemporaryDirectory() as folder, open_world(config.device) as world:
+        trainer = opened(timed_config(config), world, Path(folder), drawn=True)
+        trainer.run(updates + 1)
+        trainer.close()
+    made = [update for update in trainer.made if update.kind == "generator"][1:]
+    videos = trainer.batch_split.videos
+    operations = statistics.mean(sum(update.flops.values()) for update in made)
+    seconds = statistics.median(sum(update.seconds.values()) for update in made)
+    return Cost(name, operations / videos, data_flops(config), seconds / videos)
+
+
+def data_flops(config: Config) -> float:
+    """Operations of the teacher's trajectory for a video of ODE pairs; else nothing is made."""
+    from pipeline.setup import Setup
+    from pipeline.trajectories import ode_grid
     from wan.flops import forward_flops
 
-    with open_world("cpu") as world:
-        trainer = Trainer(config, world, logdir, save=False, visualise=False)
-        trainer.train_step()
-        seconds, operations = 0.0, 0.0
-        for _ in range(updates):
-            counted = trainer.task.flops("generator", Draws(config.seed, trainer.step, ()))
-            operations += counted or 0
-            seconds += trainer.train_step()["seconds"]["step"]
-        videos = updates * trainer.batch_split.videos
-        setup = trainer.task.setup
-        trainer.close()
-    data = 0.0
-    if config.trainer == "ode":
-        frames, tokens = config.image_or_video_shape[1], setup.shape.tokens_per_frame
-        steps = len(ode_grid(setup.levels.tensor(), PAIR_STEPS, setup.levels.shift))
-        data = 2 * steps * forward_flops(setup.sizes, frames, frames, tokens)
-    return Cost(name, operations / updates, data, seconds / videos)
+    if config.trainer != "ode":
+        return 0.0
+    setup, frames = Setup.of(config), config.image_or_video_shape[1]
+    steps = len(ode_grid(setup.levels.tensor(), PAIR_STEPS, setup.levels.shift))
+    return 2 * steps * forward_flops(setup.sizes, frames, frames, setup.shape.tokens_per_frame)
 
 
 if __name__ == "__main__":
