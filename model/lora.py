@@ -23,24 +23,26 @@ def add_lora(module: nn.Module, rank: int, alpha: int, targets: Sequence[str]) -
         raise UserError(f"lora.targets {list(targets)} name no layer of the network") from error
 
 
-def with_adapters(module: nn.Module, state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """`state` under the names of a module with adapters, and the adapters' first values.
+def plain_name(name: str) -> str:
+    """Of a parameter in a module with adapters the name in the network that it adapts."""
+    return name.replace(BASE, ".")
+
+
+def first_adapters(module: nn.Module, seed: int) -> dict[str, Tensor]:
+    """First values of a module's adapters.
 
     A is drawn as peft draws it (Kaiming uniform with a = sqrt 5, that is U(-1/sqrt n, 1/sqrt n) for
     n inputs), B is zero, so the module starts as the network it adapts.
     """
     generator = torch.Generator().manual_seed(seed)
-    full: dict[str, Tensor] = {}
+    adapters: dict[str, Tensor] = {}
     for name, parameter in module.state_dict().items():
         if ADAPTER_A in name:
             bound = parameter.shape[1] ** -0.5
-            full[name] = (2 * torch.rand(parameter.shape, generator=generator) - 1) * bound
+            adapters[name] = (2 * torch.rand(parameter.shape, generator=generator) - 1) * bound
         elif ADAPTER_B in name:
-            full[name] = torch.zeros(parameter.shape)
-        elif name.replace(BASE, ".") in state:
-            full[name] = state[name.replace(BASE, ".")]
-    known = {name.replace(BASE, ".") for name in full}
-    return full | {name: value for name, value in state.items() if name not in known}
+            adapters[name] = torch.zeros(parameter.shape)
+    return adapters
 
 
 def merge_lora(state: Mapping[str, Tensor], rank: int, alpha: int) -> dict[str, Tensor]:
@@ -49,7 +51,7 @@ def merge_lora(state: Mapping[str, Tensor], rank: int, alpha: int) -> dict[str, 
     for name, value in state.items():
         if ADAPTER_A in name or ADAPTER_B in name:
             continue
-        plain = name.replace(BASE, ".")
+        plain = plain_name(name)
         stem = name.removesuffix(f"{BASE}weight") if name.endswith(f"{BASE}weight") else None
         if stem is None:
             merged[plain] = value

@@ -26,8 +26,8 @@ class TextSource:
 
     With `text_encoder_device: auto` the encoder is where the generator is; on the CPU, which is
     said, if a GPU cannot hold it beside what is still to come there: `room` bytes.
-    A sharded encoder has to run on all ranks at once: then `remembers` is False, so that every
-    rank encodes equally often.
+    An encoder that is spread over ranks runs on all of them at once, however many prompts each has:
+    every call is one pass, and nothing is remembered.
     """
 
     def __init__(
@@ -38,8 +38,13 @@ class TextSource:
         dtype: torch.dtype,
         device: torch.device,
         room: int | None = None,
+        encoder: WanTextEncoder | None = None,
+        spread: bool = False,
     ) -> None:
-        """`dtype` is the encoder's, `device` the generator's. `room` None: it is not asked."""
+        """`dtype` is the encoder's, `device` the generator's. `room` None: it is not asked.
+
+        `encoder`: one that is there. `spread`: every rank has a part of it.
+        """
         self.room = room
         self._setup = setup
         self._text_len = text_len
@@ -48,16 +53,17 @@ class TextSource:
         wish = setup.machine.text_encoder_device
         self._place = None if wish == "auto" else choose_device(wish)
         self._stored = EmbeddingStore(setup.text_embeddings) if setup.text_embeddings else None
-        self._encoder: WanTextEncoder | None = None
+        self._spread = spread
+        self._encoder = encoder
         self._negative: Tensor | None = None
         self._remembered: LRUCache[str, Tensor] = LRUCache(REMEMBERED_BYTES, attrgetter("nbytes"))
-        self.remembers = True
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings `[B, L, dim]`, float32, zeros behind each prompt's tokens; L <= text_len."""
         if not prompts:
             raise UserError("there is no prompt to encode")
-        return pad_batch([self._one(prompt) for prompt in prompts]).to(self._device)
+        each = self._together(prompts) if self._spread else [self._one(p) for p in prompts]
+        return pad_batch(each).to(self._device)
 
     def negative(self) -> Tensor:
         """Embedding `[1, L, dim]` of the negative prompt; encoded once and kept."""
@@ -77,10 +83,19 @@ class TextSource:
         return texts
 
     def free(self) -> None:
-        """Drop the text encoder from memory; it is loaded again when it is needed."""
-        if self._encoder is not None:
+        """Drop the text encoder from memory; it is loaded again when it is needed.
+
+        One that is spread over ranks stays.
+        """
+        if self._encoder is not None and not self._spread:
             self._encoder.close()
             self._encoder = None
+
+    def _together(self, prompts: Sequence[str]) -> list[Tensor]:
+        """`[tokens, dim]` of each prompt, by one pass for all of them."""
+        distinct = list(dict.fromkeys(prompts))
+        each = dict(zip(distinct, self.encoder().encode(distinct).float(), strict=True))
+        return [trim(each[prompt]) for prompt in prompts]
 
     def _one(self, prompt: str) -> Tensor:
         """`[tokens, dim]`, on the CPU."""
@@ -90,7 +105,7 @@ class TextSource:
             embedding = self._stored[prompt]
         else:
             embedding = trim(self.encoder().encode([prompt])[0].float().cpu())
-        if self.remembers and embedding.nbytes <= self._remembered.maxsize:
+        if embedding.nbytes <= self._remembered.maxsize:
             self._remembered[prompt] = embedding
         return embedding
 

@@ -30,7 +30,6 @@ class TextEncoderTraining(Task):
     def __init__(self, given: TaskInputs) -> None:
         config, setup, world = given.config, given.setup, given.world
         super().__init__(given)
-        self.check_data(config, setup, given.data)
         self.encoder = build_text_encoder(setup, world)
         self.reader = build_caption_reader(config, world, self.encoder, token_classes())
         self.players = {"text": make_player(config, "text", self.reader)}

@@ -3,15 +3,16 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from model.lora import add_lora, with_adapters
+from model.lora import add_lora, first_adapters, plain_name
 from model.vae import Autoencoder, init_autoencoder
 from pipeline.random_weights import DrawnWeights
 from pipeline.setup import Setup
@@ -19,6 +20,8 @@ from pipeline.text import TextSource
 from trainer.ema import EMA
 from trainer.sharding import (
     World,
+    agreed,
+    load_drawn,
     load_full_state,
     make_mesh,
     reshard,
@@ -32,8 +35,8 @@ from wan.attention import check_backend
 from wan.checkpoints import empty_dit, read_state_dict
 from wan.dit import DiTConfig, WanDiT
 from wan.folders import ModelFolder, find_checkpoint
+from wan.text_encoder import WanTextEncoder
 from wan.vae import WanVAE
-from wan.weights import check_keys
 
 logger = logging.getLogger(__name__)
 
@@ -106,26 +109,30 @@ def build_dit(
     """
     low = compute_dtype(config, world.device)
     backend = check_backend(config.attention_backend, world.device, low or torch.float32)
-    dit = empty_dit(sizes)
+    dit = empty_dit(sizes).requires_grad_(trained)
     if not trained and low is not None:
         dit.to(low)
-    state: Mapping[str, Tensor]
+    first: Iterable[tuple[str, Tensor]] | None = None
+    weights: dict[str, Tensor] = {}
+    adapters: dict[str, Tensor] = {}
     if role == "generator" and config.random_init:
-        state = random_state(dit.config, config.seed)
+        first = empty_dit(sizes).first_weights(config.seed)
     elif source is None:
-        state = DrawnWeights(dit.config, world.device)
-    else:
-        state = read_state_dict(source)
-    source = source or Path("drawn weights")
-    dit.requires_grad_(trained)
-    if role == "generator" and config.lora is not None:
-        check_keys(dit.state_dict(), state, source)
-        add_lora(dit, config.lora.rank, config.lora.alpha, config.lora.targets)
-        state = with_adapters(dit, state, config.seed)
+        first = DrawnWeights(sizes, world.device).items()
+    with agreed():
+        if source is not None and first is None:
+            weights = read_state_dict(source)
+        if role == "generator" and config.lora is not None:
+            add_lora(dit, config.lora.rank, config.lora.alpha, config.lora.targets)
+            adapters = first_adapters(dit, config.seed)
+    names = {name: plain_name(name) for name in dit.state_dict()}
     if world.size > 1 or low is not None:
         mesh = make_mesh(strategy_of(config, role), world, config.hybrid_shard_size)
         shard_dit(dit, mesh, low)
-    load_full_state(dit, state, source, world.device)
+    if first is not None:
+        load_drawn(dit, chain(first, adapters.items()), world.device, names)
+    elif source is not None:
+        load_full_state(dit, weights | adapters, source, world, names)
     dit.gradient_checkpointing = trained and config.gradient_checkpointing
     dit.attention_backend = backend
     if config.compile:
@@ -133,42 +140,37 @@ def build_dit(
     return dit
 
 
-def random_state(sizes: DiTConfig, seed: int) -> dict[str, Tensor]:
-    """First weights of a network trained from scratch."""
-    dit = empty_dit(sizes).to_empty(device="cpu")
-    dit.init_weights(seed)
-    return dict(dit.state_dict())
-
-
 def build_generator(config: Config, setup: Setup, world: World) -> WanDiT:
     """The student: from `generator_ckpt`, or from its model folder."""
-    source = _generator_source(config, setup)
-    return build_dit(config, world, "generator", setup.sizes, source, trained=True)
+    sizes, source = _generator_source(config, setup)
+    return build_dit(config, world, "generator", sizes, source, trained=True)
 
 
 def build_causal_teacher(config: Config, setup: Setup, world: World) -> WanDiT:
     """A frozen network with the weights that the student starts from."""
-    source = _generator_source(config, setup)
-    return build_dit(config, world, "real_score", setup.sizes, source, trained=False).eval()
+    sizes, source = _generator_source(config, setup)
+    return build_dit(config, world, "real_score", sizes, source, trained=False).eval()
 
 
-def _generator_source(config: Config, setup: Setup) -> Path | None:
-    if setup.folder is None:
-        return None
-    if config.generator_ckpt:
-        return find_checkpoint(config.generator_ckpt)
-    return setup.folder.path
+def _generator_source(config: Config, setup: Setup) -> tuple[DiTConfig, Path | None]:
+    with agreed():
+        if setup.folder is None:
+            return setup.sizes, None
+        if config.generator_ckpt:
+            return setup.sizes, find_checkpoint(config.generator_ckpt)
+        return setup.sizes, setup.folder.path
 
 
 def build_score(config: Config, setup: Setup, world: World, role: str, *, trained: bool) -> WanDiT:
     """Teacher (`real_score`) or critic (`fake_score`), from its model folder."""
     name = config.real_name if role == "real_score" else config.fake_name
-    folder = setup.folder
-    if folder is None:
-        return build_dit(config, world, role, sizes_of(config, name), None, trained=trained)
-    if name != config.generator_name:
-        folder = ModelFolder.find(config.model_root, name)
-    return build_dit(config, world, role, folder.sizes, folder.path, trained=trained)
+    with agreed():
+        folder = setup.folder
+        if folder is not None and name != config.generator_name:
+            folder = ModelFolder.find(config.model_root, name)
+        sizes = sizes_of(config, name) if folder is None else folder.sizes
+    source = None if folder is None else folder.path
+    return build_dit(config, world, role, sizes, source, trained=trained)
 
 
 def sizes_of(config: Config, name: str) -> DiTConfig:
@@ -215,19 +217,46 @@ def learning_rate_schedule(config: Config, lr: float, *, critic: bool) -> Callab
 
 def build_text(config: Config, setup: Setup, world: World) -> TextSource:
     """Text embeddings for training, from the student's folder or stored ones."""
-    if not config.text_embeddings:
+    dtype = compute_dtype(config, world.device) or torch.float32
+    everywhere = config.text_encoder_device == "auto" and not config.text_embeddings
+    encoder = None
+    if everywhere and world.size > 1:
+        encoder = _shared_text_encoder(config, setup, world, dtype)
+    with agreed():
+        if not config.text_embeddings:
+            files = setup.require_folder()
+            files.require(files.text_encoder, files.tokenizer)
+        return TextSource(
+            setup,
+            text_len=setup.sizes.text_len,
+            dtype=dtype,
+            device=world.device,
+            encoder=encoder,
+            spread=encoder is not None and strategy_of(config, "text_encoder") != "none",
+        )
+
+
+def _shared_text_encoder(
+    config: Config, setup: Setup, world: World, dtype: torch.dtype
+) -> WanTextEncoder:
+    """The text encoder of the student's folder, of which each rank only ever holds its shards.
+
+    With the strategy `none` that is all of it.
+    """
+    with agreed():
         files = setup.require_folder()
         files.require(files.text_encoder, files.tokenizer)
-    dtype = compute_dtype(config, world.device) or torch.float32
-    text = TextSource(setup, text_len=setup.sizes.text_len, dtype=dtype, device=world.device)
-    everywhere = config.text_encoder_device == "auto" and not config.text_embeddings
+        encoder, weights = WanTextEncoder.open_official(
+            files.text_encoder, files.tokenizer, text_len=setup.sizes.text_len
+        )
+    model = encoder.model.to(dtype)
     strategy = strategy_of(config, "text_encoder")
-    if everywhere and world.size > 1 and strategy != "none":
-        model = text.encoder().model
+    if strategy != "none":
         mesh = make_mesh(strategy, world, config.hybrid_shard_size)
-        shard_module(model, list(model.encoder.block), mesh, None)
-        text.remembers = False
-    return text
+        # The table of tokens on its own, so that it does not stay whole after a pass.
+        shard_module(model, [model.shared, *model.encoder.block], mesh, None)
+    load_full_state(model, weights, files.text_encoder, world, encoder.official_names)
+    return encoder
 
 
 def build_trained_vae(config: Config, setup: Setup, world: World) -> Autoencoder:
@@ -249,9 +278,12 @@ def build_trained_vae(config: Config, setup: Setup, world: World) -> Autoencoder
 
 
 def build_vae(setup: Setup, world: World) -> WanVAE:
-    """The VAE of the student's folder."""
+    """The VAE of the student's folder, whole on every rank."""
     files = setup.folder
     if files is None:
         return WanVAE.random(z_dim=setup.sizes.in_dim).to(world.device)
-    files.require(files.vae)
-    return WanVAE.from_official(files.vae, device=world.device, dtype=torch.float32)
+    with agreed():
+        files.require(files.vae)
+        vae, weights = WanVAE.open_official(files.vae)
+    load_full_state(vae.model, weights, files.vae, world, vae.official_names)
+    return vae.to(world.device)

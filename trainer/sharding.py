@@ -1,9 +1,10 @@
 """Process groups, meshes and FSDP2: how networks are spread over ranks."""
 
 import contextlib
+import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +37,8 @@ MARGIN = 60.0  # seconds: a library's own limit, after which it tells less than 
 class World:
     """This process among all: one rank of one without torchrun, over the same code.
 
-    `limit`: seconds that a rank waits for the others.
+    `limit`: seconds that a rank waits for the others. `local_world`: so many ranks, one after the
+    other, are on one node.
     """
 
     ranks: Ranks
@@ -66,6 +68,10 @@ class World:
             self.groups += mesh.get_all_groups()
             self.set_limit(self.limit)
         return self.meshes[shards]
+
+    def node(self) -> dist.ProcessGroup | None:
+        """The ranks of this node, in order; None where a rank has one of its own."""
+        return self.mesh(self.local_world).get_group("shards") if self.local_world > 1 else None
 
     def new_group(self) -> dist.ProcessGroup:
         """A group of all ranks between their CPUs, apart from all others' messages."""
@@ -99,11 +105,17 @@ def open_world(device_name: str, *, limit: float = 3600.0) -> Iterator[World]:
         dist.init_process_group(backend, timeout=_with_margin(limit))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world)))
     try:
-        yield World(ranks, device, local, limit)
+        yield World(ranks, device, _ranks_of_a_node(ranks), limit)
     finally:
         dist.destroy_process_group()
+
+
+def _ranks_of_a_node(ranks: Ranks) -> int:
+    """As torchrun says it, but the same everywhere: where nodes differ, a part of each."""
+    sizes = [ranks.world] * ranks.world
+    dist.all_gather_object(sizes, int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world))))
+    return math.gcd(ranks.world, *sizes)
 
 
 def shards_of(strategy: str, world: int, local_world: int, hybrid: int | None) -> int:
@@ -176,21 +188,76 @@ def reshard(module: nn.Module) -> None:
 
 
 def load_full_state(
-    module: nn.Module, state: Mapping[str, Tensor], source: Path, device: torch.device
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: Path,
+    world: World,
+    names: Mapping[str, str] | None = None,
 ) -> None:
-    """Give a (sharded, possibly meta) module its weights from a full state dict.
+    """Give a (sharded, possibly meta) module its weights, which are memory-mapped.
 
-    Every rank cuts its own shard out of the memory-mapped tensors, one at a time: nothing is
-    communicated, and no rank ever holds more than one full tensor. Raises UserError on a mismatch,
-    and for values that are not finite.
+    The ranks of a node share out the reading: each tensor is read by one of them, which hands it to
+    the others, and each cuts out its own shard. So a rank never holds more than one full tensor
+    that it has read, on the host, and the one that is handed round, on its device. All ranks have
+    to call it. `names`: as in `assign_weights`.
+
+    Raises:
+        UserError: keys or shapes differ, or values are not finite (SystemExit on the other ranks).
     """
     own = module.state_dict()
-    check_keys(own, state, source)
+    names = {name: name for name in own} if names is None else names
+    expected = {key: own[name] for name, key in names.items()}
+    with agreed():
+        check_keys(expected, weights, source)
+    failure: UserError | None = None
+    loaded: dict[str, Tensor] = {}
+    # Those of a size are read together.
+    order = sorted(expected, key=lambda key: expected[key].numel(), reverse=True)
+    node, place = world.node(), world.ranks.rank % world.local_world
+    for first in range(0, len(order), world.local_world):
+        turn = order[first : first + world.local_world]
+        read = _read(weights, turn[place], expected) if place < len(turn) else None
+        for reader, key in enumerate(turn):
+            ours = expected[key]
+            if reader == place and read is not None:
+                full, read = read.to(world.device), None
+                try:
+                    check_finite({key: full}, source, weights)
+                except UserError as error:  # said when all ranks have what they wait for
+                    failure = failure or error
+            else:
+                full = torch.empty(ours.shape, dtype=ours.dtype, device=world.device)
+            if node is not None:
+                dist.broadcast(full, group=node, group_src=reader)
+            loaded[key] = shard_like(ours, full)
+    with agreed():
+        if failure is not None:
+            raise failure
+    module.load_state_dict({name: loaded[key] for name, key in names.items()}, assign=True)
+
+
+def _read(weights: Mapping[str, Tensor], key: str, expected: Mapping[str, Tensor]) -> Tensor:
+    """One tensor in the type that it will have, in memory of its own."""
+    full = torch.empty(expected[key].shape, dtype=expected[key].dtype)
+    return full.copy_(weights[key])
+
+
+def load_drawn(
+    module: nn.Module,
+    drawn: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+    names: Mapping[str, str],
+) -> None:
+    """Give a (sharded, possibly meta) module its first weights, which each rank draws alike.
+
+    One at a time, of which it keeps its shard; see `load_full_state`.
+    """
+    own = module.state_dict()
+    named = {key: name for name, key in names.items()}
     loaded = {}
-    for key, ours in own.items():
-        full = state[key].to(device, ours.dtype, copy=True)  # never memory-mapped
-        check_finite({key: full}, source, state)
-        loaded[key] = shard_like(ours, full)
+    for key, full in drawn:
+        ours = own[named[key]]
+        loaded[named[key]] = shard_like(ours, full.to(device, ours.dtype))
     module.load_state_dict(loaded, assign=True)
 
 
@@ -230,8 +297,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def agreed() -> Iterator[None]:
     """All ranks leave the block, or none: what one raises in it ends the others, too.
 
-    The rank that failed raises its own error and says it; the others leave with its exit code and
-    say nothing. A rank that raises before a collective of the block still leaves the others in it.
+    The (first) rank that failed raises its own error and says it; the others leave with its exit
+    code and say nothing. A rank that raises before a collective of the block still leaves the
+    others in it.
     """
     failure: Exception | None = None
     try:
@@ -241,10 +309,11 @@ def agreed() -> Iterator[None]:
     codes: list[int | None] = [None] * dist.get_world_size()
     code = None if failure is None else BAD_INPUT if isinstance(failure, UserError) else 1
     dist.all_gather_object(codes, code)
-    if failure is not None:
+    failed = [rank for rank, code in enumerate(codes) if code]
+    if failure is not None and failed[0] == dist.get_rank():
         raise failure
-    if any(codes):
-        raise SystemExit(max(filter(None, codes)))
+    if failed:
+        raise SystemExit(codes[failed[0]]) from failure
 
 
 def check_shared(folder: Path, world: World) -> None:

@@ -119,10 +119,11 @@ class Trainer:
         """Everything that needs the data, the networks or the run's folder."""
         config, world = self.config, self.world
         self._check_logdir()  # before any network is built
-        setup = setup or Setup.of(config)
-        dataset = open_training_data(config, setup)
         task = find_task(config.trainer)
-        heldout = open_heldout_data(config, setup, task.check_items)
+        with agreed():
+            setup = setup or Setup.of(config)
+            dataset = open_training_data(config, setup)
+            heldout = open_heldout_data(config, setup, task.check_items)
         look = self.stopping.look
         self.task = task(
             TaskInputs(config, setup, world, self.batch_split, self.timer, dataset, look)

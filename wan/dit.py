@@ -4,8 +4,9 @@ One class for teacher, critic and causal student, with the official parameter na
 nothing of caches, masks or absolute time: an attention context decides what queries see.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -290,31 +291,41 @@ class WanDiT(nn.Module):
         self.head = Head(config)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def first_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """Weights to train from scratch, as the official class starts: a pure function of `seed`.
 
         Xavier-uniform matrices, zero biases, normal (0.02) text and time embeddings, zero head.
+        Drawn one after the other, on the CPU, whatever memory this network has; of a name that
+        comes twice the second counts.
         """
         generator = torch.Generator().manual_seed(seed)
+        names = {parameter: name for name, parameter in self.named_parameters()}
+
+        def made(like: Tensor | None, fill: Callable[..., Any], **how: Any) -> tuple[str, Tensor]:
+            assert isinstance(like, nn.Parameter)
+            value = torch.empty(like.shape)
+            fill(value.flatten(1) if like is self.patch_embedding.weight else value, **how)
+            return names[like], value
+
+        xavier = partial(nn.init.xavier_uniform_, generator=generator)
+        normal = partial(nn.init.normal_, generator=generator)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
-                nn.init.zeros_(module.bias)
+                yield made(module.weight, xavier)
+                yield made(module.bias, nn.init.zeros_)
             elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
-                nn.init.ones_(module.weight)
+                yield made(module.weight, nn.init.ones_)
                 if isinstance(module, nn.LayerNorm):
-                    nn.init.zeros_(module.bias)
-        assert self.patch_embedding.bias is not None
-        nn.init.zeros_(self.patch_embedding.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1), generator=generator)
+                    yield made(module.bias, nn.init.zeros_)
+        yield made(self.patch_embedding.bias, nn.init.zeros_)
+        yield made(self.patch_embedding.weight, xavier)
         for embedding in (self.text_embedding, self.time_embedding):
             for layer in (embedding[0], embedding[2]):
-                nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02, generator=generator)
+                yield made(cast(nn.Linear, layer).weight, normal, std=0.02)
         scale = self.config.dim**-0.5
-        for block in self.blocks:
-            nn.init.normal_(cast(Block, block).modulation, std=scale, generator=generator)
-        nn.init.normal_(self.head.modulation, std=scale, generator=generator)
-        nn.init.zeros_(self.head.head.weight)
+        for block in (*self.blocks, self.head):
+            yield made(cast(Block | Head, block).modulation, normal, std=scale)
+        yield made(self.head.head.weight, nn.init.zeros_)
 
     @property
     def dtype(self) -> torch.dtype:

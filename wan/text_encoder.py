@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from utils.errors import UserError
-from wan.weights import Shapes, assign_weights, read_weights, save_weights
+from wan.weights import Shapes, StateDict, assign_weights, read_weights, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -146,16 +146,28 @@ class WanTextEncoder:
         Raises:
             UserError: a file does not exist, or is not a umt5 encoder or tokenizer.
         """
+        encoder, weights = cls.open_official(weights_path, tokenizer_folder, text_len=text_len)
+        model, names = encoder.model, encoder.official_names
+        assign_weights(model, weights, weights_path, names=names, device=device, dtype=dtype)
+        return encoder
+
+    @classmethod
+    def open_official(
+        cls, weights_path: str | Path, tokenizer_folder: str | Path, *, text_len: int = 512
+    ) -> tuple[Self, StateDict]:
+        """An encoder without memory, and the (memory-mapped) weights for it, by official names.
+
+        Raises:
+            UserError: as `from_official`, but for weights that do not fit.
+        """
         tokenizer = WanTokenizer.from_folder(tokenizer_folder)
         weights = official_umt5_weights(read_weights(weights_path, "a text encoder"))
         shapes = {key: value.shape for key, value in weights.items()}
         config = umt5_config_from_shapes(shapes, weights_path)
         with torch.device("meta"):
             model = UMT5EncoderModel(config)
-        names = {key: official_umt5_key(key) for key in model.state_dict()}
-        assign_weights(model, weights, weights_path, names=names, device=device, dtype=dtype)
         model.encoder.embed_tokens = model.shared
-        return cls(model, tokenizer, text_len)
+        return cls(model, tokenizer, text_len), weights
 
     @classmethod
     def random(
@@ -189,6 +201,11 @@ class WanTextEncoder:
         if self._model is None:
             raise RuntimeError("this text encoder is closed; load it again to encode more prompts")
         return self._model
+
+    @property
+    def official_names(self) -> dict[str, str]:
+        """Of every name in the model's state the official one; tied parameters share theirs."""
+        return {key: official_umt5_key(key) for key in self.model.state_dict()}
 
     @property
     def dim(self) -> int:

@@ -37,7 +37,7 @@ from wan.vae_layers import (
     past_channels,
     put_channels_together,
 )
-from wan.weights import Shapes, assign_weights, read_json, read_weights, save_weights
+from wan.weights import Shapes, StateDict, assign_weights, read_json, read_weights, save_weights
 
 DecodeClip = Callable[[AutoencoderKLWan, Tensor, Features | None], tuple[Tensor, Features]]
 
@@ -126,14 +126,24 @@ class WanVAE:
         Raises:
             UserError: the file does not exist or does not hold a Wan2.1 VAE.
         """
+        vae, weights = cls.open_official(path)
+        names = vae.official_names
+        assign_weights(vae.model, weights, path, names=names, device=device, dtype=dtype)
+        return cls(vae.model)
+
+    @classmethod
+    def open_official(cls, path: str | Path) -> tuple[Self, StateDict]:
+        """A VAE without memory, and the (memory-mapped) weights for it, by official names.
+
+        Raises:
+            UserError: as `from_official`, but for weights that do not fit.
+        """
         weights = official_vae_weights(read_weights(path, "a VAE"))
         config = vae_config_from_shapes({key: value.shape for key, value in weights.items()}, path)
         config |= _recorded_statistics(Path(path), config["z_dim"])
         with torch.device("meta"):
             model = AutoencoderKLWan(**config)
-        names = {key: official_vae_key(key, config["num_res_blocks"]) for key in model.state_dict()}
-        assign_weights(model, weights, path, names=names, device=device, dtype=dtype)
-        return cls(model.eval().requires_grad_(False))
+        return cls(model.eval().requires_grad_(False)), weights
 
     @classmethod
     def random(
@@ -165,6 +175,12 @@ class WanVAE:
             copy = AutoencoderKLWan.from_config(model.config)
         copy.load_state_dict({k: v.detach().clone() for k, v in weights.items()}, assign=True)
         return cls(copy.eval().requires_grad_(False))
+
+    @property
+    def official_names(self) -> dict[str, str]:
+        """Of every name in the model's state the official one."""
+        blocks = self.model.config["num_res_blocks"]
+        return {key: official_vae_key(key, blocks) for key in self.model.state_dict()}
 
     @property
     def spatial_stride(self) -> int:

@@ -20,7 +20,7 @@ from trainer.data import BatchSplit, check_embeddings
 from trainer.export import Writer, export_generator
 from trainer.metrics import Timer
 from trainer.networks import Player, build_generator, build_text, build_vae
-from trainer.sharding import World
+from trainer.sharding import World, agreed
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.draws import Draws
@@ -64,6 +64,8 @@ class Task(ABC):
         self.look = given.look
         if self.config.i2v:
             raise UserError("training starts from noise, not from images: set i2v=false")
+        with agreed():
+            self.check_data(self.config, self.setup, self.data)
 
     @classmethod
     def networks(cls, config: Config) -> dict[str, str]:
@@ -174,7 +176,6 @@ class GeneratorTask(Task):
         config, setup, world = given.config, given.setup, given.world
         self.shape, self.layout = setup.shape, setup.layout
         self.frames = config.image_or_video_shape[1]
-        self.check_data(config, setup, given.data)
         self.generator: WanDiT = build_generator(config, setup, world)
         self.text = build_text(config, setup, world)
         self.vae = build_vae(setup, world) if self._needs_vae() else None

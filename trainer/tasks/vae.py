@@ -18,7 +18,6 @@ class VaeTraining(Task):
     def __init__(self, given: TaskInputs) -> None:
         config, setup, world = given.config, given.setup, given.world
         super().__init__(given)
-        self.check_data(config, setup, given.data)
         self.autoencoder = build_trained_vae(config, setup, world)
         self.players = {"vae": make_player(config, "vae", self.autoencoder, ema=True)}
 
