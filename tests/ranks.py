@@ -17,7 +17,8 @@ SECONDS = 60  # that a rank lives at most
 def on_ranks(size: int, work: Callable[[World], Any], *, nodes: int = 1) -> list[Any]:
     """What `work` gives on each of `size` ranks, or what it raises there.
 
-    None where a rank has not ended in time: it is killed.
+    None where a rank has not ended in time: it is killed. Autograd does not work in a copy of a
+    process that has used it, so `work` trains nothing.
     """
     port = free_port()
     with TemporaryDirectory() as folder:

@@ -101,8 +101,9 @@ def variants(world: TrainingWorld) -> dict[str, dict[str, Any]]:
             **LORA, sharding_strategy="full", heldout_data_path=str(world.latents), **measured
         ),
         "uneven": {"sharding_strategy": "full", "global_batch_size": 3, **measured}
-        | {"heldout_data_path": str(world.prompts), "text_embeddings": None},
-        "uneven ode": world.ode() | {"global_batch_size": 3, "sharding_strategy": "full"},
+        | {"heldout_data_path": str(world.prompts)},
+        "uneven ode": world.ode()
+        | {"global_batch_size": 3, "sharding_strategy": "full", "text_embeddings": None},
     }
 
 

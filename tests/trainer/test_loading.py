@@ -73,7 +73,7 @@ def test_a_node_reads_a_file_once_and_no_rank_holds_a_network(
     monkeypatch.setattr(dist, "broadcast", watched)
 
     def work(world: World) -> tuple[int, int, bool]:
-        ctypes.CDLL(None).mallopt(-3, 2**20)  # what is freed goes back to the system
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # what is freed goes back to the system
         start = memory(r"RssAnon:\s+(\d+)")
         network, weights = load_layers(world, file, dtype, strategy)
         read = memory(rf"{file}\n(?:(?!Rss:).)*Rss:\s+(\d+)", "smaps")
