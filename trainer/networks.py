@@ -112,15 +112,11 @@ def build_dit(
     dit = empty_dit(sizes).requires_grad_(trained)
     if not trained and low is not None:
         dit.to(low)
-    first: Iterable[tuple[str, Tensor]] | None = None
+    drawn = _drawn_weights(config, world, role, sizes, source)
     weights: dict[str, Tensor] = {}
     adapters: dict[str, Tensor] = {}
-    if role == "generator" and config.random_init:
-        first = empty_dit(sizes).first_weights(config.seed)
-    elif source is None:
-        first = DrawnWeights(sizes, world.device).items()
     with agreed():
-        if source is not None and first is None:
+        if source is not None and drawn is None:
             weights = read_state_dict(source)
         if role == "generator" and config.lora is not None:
             add_lora(dit, config.lora.rank, config.lora.alpha, config.lora.targets)
@@ -129,8 +125,8 @@ def build_dit(
     if world.size > 1 or low is not None:
         mesh = make_mesh(strategy_of(config, role), world, config.hybrid_shard_size)
         shard_dit(dit, mesh, low)
-    if first is not None:
-        load_drawn(dit, chain(first, adapters.items()), world.device, names)
+    if drawn is not None:
+        load_drawn(dit, chain(drawn, adapters.items()), world.device, names)
     elif source is not None:
         load_full_state(dit, weights | adapters, source, world, names)
     dit.gradient_checkpointing = trained and config.gradient_checkpointing
@@ -138,6 +134,15 @@ def build_dit(
     if config.compile:
         dit.compile_blocks(every_size=True)
     return dit
+
+
+def _drawn_weights(
+    config: Config, world: World, role: str, sizes: DiTConfig, source: Path | None
+) -> Iterable[tuple[str, Tensor]] | None:
+    """The first weights of a network, one after the other; None for those that are in a file."""
+    if role == "generator" and config.random_init:
+        return empty_dit(sizes).first_weights(config.seed)
+    return DrawnWeights(sizes, world.device).items() if source is None else None
 
 
 def build_generator(config: Config, setup: Setup, world: World) -> WanDiT:
