@@ -209,9 +209,22 @@ def load_full_state(
     expected = {key: own[name] for name, key in names.items()}
     with agreed():
         check_keys(expected, weights, source)
+    loaded = {
+        key: shard_like(expected[key], full)
+        for key, full in _handed_round(expected, weights, source, world)
+    }
+    module.load_state_dict({name: loaded[key] for name, key in names.items()}, assign=True)
+
+
+def _handed_round(
+    expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: Path, world: World
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors, on the device and in the types of `expected`, on all ranks alike.
+
+    Raises UserError at the end, when no rank waits for another one: values are not finite.
+    """
     failure: UserError | None = None
-    loaded: dict[str, Tensor] = {}
-    # Those of a size are read together.
+    # The largest first, so that tensors of like size are read at the same time.
     order = sorted(expected, key=lambda key: expected[key].numel(), reverse=True)
     node, place = world.node(), world.ranks.rank % world.local_world
     for first in range(0, len(order), world.local_world):
@@ -223,17 +236,16 @@ def load_full_state(
                 full, read = read.to(world.device), None
                 try:
                     check_finite({key: full}, source, weights)
-                except UserError as error:  # said when all ranks have what they wait for
+                except UserError as error:
                     failure = failure or error
             else:
                 full = torch.empty(ours.shape, dtype=ours.dtype, device=world.device)
             if node is not None:
                 dist.broadcast(full, group=node, group_src=reader)
-            loaded[key] = shard_like(ours, full)
+            yield key, full
     with agreed():
         if failure is not None:
             raise failure
-    module.load_state_dict({name: loaded[key] for name, key in names.items()}, assign=True)
 
 
 def _read(weights: Mapping[str, Tensor], key: str, expected: Mapping[str, Tensor]) -> Tensor:
