@@ -36,9 +36,13 @@ class Part:
         return len(self.view.positions) - len(self.view.frames)
 
     @property
-    def size(self) -> tuple[int, int, bool]:
-        """Frames of the past, own frames, and whether it is a clean pass: what it computes."""
-        return len(self.view.frames), self.frames, self.window is None
+    def size(self) -> tuple[int, int, bool, int]:
+        """Frames of the past, own frames, and whether it is a clean pass: what it computes.
+
+        Then how many frames an averaged sink takes in, up to where that makes no difference.
+        """
+        averaged = min(self.view.averaged, len(self.view.positions))
+        return len(self.view.frames), self.frames, self.window is None, averaged
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Pass:
         return self.parts[-1].window if self.parts else None
 
 
-Sizes = tuple[tuple[int, int, bool], ...]
+Sizes = tuple[tuple[int, int, bool, int], ...]
 """Of the parts of a pass: passes of equal sizes are the same work."""
 
 
@@ -249,8 +253,12 @@ class Plan:
         return (Part(range(block, block + 1), self.policy.view(start, frames, clean_pass=True)),)
 
     def _windowed(self, window: Window) -> Part:
-        start, stop = self._frame(window.first_block), self._frame(window.blocks.stop)
-        return Part(window.blocks, self.policy.view(start, stop - start), window)
+        start, frames = (
+            self._frame(window.first_block),
+            list(map(self.layout.frames, window.blocks)),
+        )
+        blocks = [] if self.schedule.kind == "full" else frames
+        return Part(window.blocks, self.policy.view(start, sum(frames), blocks=blocks), window)
 
 
 class _Segments(NamedTuple):

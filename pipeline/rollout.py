@@ -17,7 +17,7 @@ from utils.devices import to_device
 from wan.context import AttentionContext, CachedContext, SplitContext
 from wan.dit import TextContext, WanDiT
 from wan.flow import add_noise, x0_from_flow
-from wan.kv_cache import KVCache
+from wan.kv_cache import ContextPolicy, KVCache
 
 ContextWrapper = Callable[[CachedContext, Window | None], AttentionContext]
 """Puts another context around that of a pass: of a window, or (None) of a clean pass."""
@@ -142,7 +142,8 @@ class Rollout:
         """Give what is stored the keys and values that its clean passes would have under `text`.
 
         Clean passes in order over the stored clean latents, with their true frame numbers, sink
-        included. What a pass once saw of frames that are no longer stored is left out.
+        included. What a pass once saw of frames that are no longer stored is left out; an averaged
+        sink begins again with the first frames.
         `rows`: of the text's batch; those of the others stay as they are. By default all.
         """
         cache, batch, finished = self.cache, len(self.noise.samples), self.cache.finished
@@ -157,11 +158,11 @@ class Rollout:
             for (first, part), clean in zip(parts, stored, strict=True):
                 block = part.blocks[0]
                 begin = self.layout.start(block) - self.layout.start(self.plan.origin)
-                cache.seek(first)
+                cache.seek(first, keep_sink=True)
                 self._flows([part], [self._noised_clean(block, clean, first - begin)])
                 cache.commit(self._rows(clean))
         finally:
-            cache.seek(finished)
+            cache.seek(finished, keep_sink=True)
             cache.put_rows(others, kept)
 
     def restart(self, *, scene: bool = False) -> None:
@@ -247,7 +248,7 @@ class Rollout:
             raise ValueError("this is no state of a rollout: give what state_dict returned")
         pairs = {
             "levels": (state["timesteps"], self.rule.timesteps.tolist()),
-            "the policy": (state["policy"], asdict(self.plan.policy)),
+            "the policy": (asdict(ContextPolicy(**state["policy"])), asdict(self.plan.policy)),
             "merge_clean_pass": (state["merged"], self.plan.merged),
             "context_noise": (state["context_noise"], self.context_noise),
             "guidance_scale": (state["guidance_scale"], self.guidance_scale),

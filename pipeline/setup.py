@@ -145,6 +145,8 @@ class Setup:
                 config.attention_frames,
                 config.sink_position,
                 config.clean_pass_sees_sink,
+                config.window_attention,
+                config.sink_ema,
             ),
             kind=config.schedule or "block",
             levels=Levels(
@@ -263,7 +265,7 @@ class Setup:
         sink, recent = 0, 0
         if self.kind != "full":
             sink = self.policy.sink_frames
-            recent = max(recent_frames or 0, self.policy.recent_capacity(block), block)
+            recent = max(recent_frames or 0, self.policy.stored_capacity(block))
         return KVCache(
             num_layers=sizes.num_layers,
             num_heads=sizes.num_heads,
@@ -277,6 +279,8 @@ class Setup:
             device=device,
             share=share,
             in_float8=self.machine.kv_cache_dtype == "float8",
+            sink_ema=self.policy.sink_ema,
+            sink_lag=recent - block,
         )
 
     def rollout(

@@ -25,12 +25,13 @@ from utils.devices import choose_device
 from utils.distributed import Ranks, open_team
 from utils.errors import UserError
 from wan.dit import WanDiT
+from wan.kv_cache import LayerStore
 from wan.parallel import Exchange, Share
 
 if TYPE_CHECKING:
     from pipeline.text_to_video import VideoPipeline
 
-HEADS = ("keys", "values")  # of the state of a cache
+HEADS = LayerStore._fields  # of the state of a cache
 
 
 class Team(Exchange, Protocol):

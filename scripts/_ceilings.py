@@ -72,7 +72,7 @@ def ideal_seconds(
 
     Elementwise work takes none: so the share that is reached says what it costs.
     """
-    from wan.flops import attention_flops
+    from wan.flops import pass_attention_flops
 
     sizes, tokens = pipe.dit.config, pipe.shape.tokens_per_frame
     rows = 1 if pipe.setup.distilled else 2
@@ -86,7 +86,7 @@ def ideal_seconds(
         linear += sizes.ffn_dim / matmul["feed-forward up"]
         linear += sizes.ffn_dim / matmul["feed-forward down"]
         dit += rows * sizes.num_layers * per_layer * linear / TERA
-        dit += rows * attention_flops(sizes, queries, keys) / rate / TERA
+        dit += rows * pass_attention_flops(sizes, part.view, tokens) / rate / TERA
     vae = decoder_flops(pipe) / max(found["conv3d_tflops"].values()) / TERA
     copy = frame_bytes / found["copy_to_host_gb_per_second"] / GIGA
     return {"dit": dit, "vae": vae, "copy": copy, "end_to_end": dit + vae + copy}

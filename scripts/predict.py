@@ -83,7 +83,7 @@ def predict(
 ) -> Predicted:
     """A steady block of a setup whose passes and decoding were counted."""
     from pipeline.timing import SteadyState
-    from wan.flops import attention_flops
+    from wan.flops import pass_attention_flops
 
     steady = SteadyState.of(setup.plan(setup.schedule(None)))
     tokens, windows, seconds = setup.shape.tokens_per_frame, 0, {}
@@ -91,9 +91,7 @@ def predict(
         (part,) = own.parts
         kind = "clean" if own.window is None else "window"
         windows += kind == "window"
-        attended = attention_flops(
-            setup.sizes, part.frames * tokens, len(part.view.positions) * tokens
-        )
+        attended = pass_attention_flops(setup.sizes, part.view, tokens)
         multiplied = TERA * counts[kind]["tflop"] - attended
         seconds[kind] = (
             attended / rates.attention

@@ -1,7 +1,7 @@
 """Rollouts of tiny random networks from their parts, and a network that keeps a log."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +96,10 @@ class TinyMethod:
 def tiny_method(
     name: str, block: int = 2, *, independent_first_frame: bool = False, levels: int = 3
 ) -> TinyMethod:
-    """Rolling Forcing, Self Forcing or Infinite-Forcing for blocks of `block` frames."""
+    """Rolling Forcing, Self Forcing or Infinite-Forcing for blocks of `block` frames.
+
+    `averaged`: Rolling Forcing with a causal window and an averaged sink.
+    """
     timesteps = tuple(1000.0 - 800.0 * level / levels for level in range(levels))
     layout = BlockLayout(block, independent_first_frame)
     rolling = ContextPolicy(block, (levels + 2) * block, "contiguous", clean_pass_sees_sink=False)
@@ -105,7 +108,9 @@ def tiny_method(
         "self with sink": ContextPolicy(1, 3 * block + 1, "original"),
         "infinite": ContextPolicy(1, 3 * block + 1, "contiguous"),
     }
-    if name == "rolling":
+    if name == "averaged":
+        rolling = replace(rolling, window_attention="block_causal", sink_ema=0.7)
+    if name in ("rolling", "averaged"):
         return TinyMethod("rolling", rolling, layout, timesteps)
     return TinyMethod("block", blockwise[name], layout, timesteps)
 
@@ -136,14 +141,20 @@ def new_rollout(
     latent: tuple[int, int, int] = LATENT,
     grid: tuple[int, int] = GRID,
     in_float8: bool = False,
+    recent: int | None = None,
+    merged: bool = False,
     **options: Any,
 ) -> Rollout:
-    """A rollout from its parts; `rows`: rows of the cache, if not one per prompt."""
+    """A rollout from its parts; `rows`: rows of the cache, if not one per prompt.
+
+    `recent`: frames of its ring.
+    """
     config, layout = dit.config, method.layout
     text = some_text(dit) if text is None else text
     first = layout.frames(0) if layout.independent_first_frame else None
     source = source or CounterNoise(seed, latent, layout.block_frames, first)
     noise = BlockNoise(source, [0] * (rows or len(text)), "cpu")
+    recent = method.policy.stored_capacity(layout.block_frames) if recent is None else recent
     cache = KVCache(
         num_layers=config.num_layers,
         num_heads=config.num_heads,
@@ -151,11 +162,13 @@ def new_rollout(
         tokens_per_frame=grid[0] * grid[1],
         latent=latent,
         sink_frames=method.policy.sink_frames,
-        recent_frames=max(method.policy.recent_capacity(layout.block_frames), layout.block_frames),
+        recent_frames=recent,
         batch=len(text),
-        dtype=torch.float32,
+        dtype=next(dit.parameters()).dtype,
         device="cpu",
         in_float8=in_float8,
+        sink_ema=method.policy.sink_ema,
+        sink_lag=recent - layout.block_frames,
     )
     return Rollout(
         dit,  # type: ignore[arg-type]
@@ -163,6 +176,7 @@ def new_rollout(
             Schedule(method.kind, method.levels, num_blocks, len(prefix)),
             layout,
             method.policy,
+            merged=merged,
         ),
         cache=cache,
         grid=grid,

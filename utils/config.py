@@ -452,6 +452,16 @@ def _rules(config: Config) -> list[tuple[bool, str]]:
             )
         ),
         (
+            config.sink_ema is None or config.model_kwargs.sink_size > 0,
+            "sink_ema averages frames into the sink: set model_kwargs.sink_size to at least 1",
+        ),
+        (
+            config.schedule != "full"
+            or (config.sink_ema is None and config.window_attention == "full"),
+            "sink_ema and window_attention are for a network that looks back at a past, not "
+            "schedule=full",
+        ),
+        (
             config.clean_context_noise == 0 or config.teacher_forcing or config.window_forcing,
             "clean_context_noise needs teacher_forcing or window_forcing",
         ),

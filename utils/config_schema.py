@@ -249,6 +249,21 @@ class Config:
     clean_pass_sees_sink: bool = key(
         True, "false: the rule of the released Rolling Forcing weights", "video", "weights"
     )
+    sink_ema: float | None = key(
+        None,
+        "frames that leave a pass's view are averaged into its sink, with this weight of the past "
+        "(EMA-Sink, arXiv 2512.04678: 0.999); null: dropped",
+        "video",
+        "weights",
+        bounds=SHARE,
+    )
+    window_attention: Literal["full", "block_causal"] = key(
+        "full",
+        "block_causal: a block of a window sees itself and the less noisy ones before it (the "
+        "window of Wave Forcing, github.com/SJTU-DENG-Lab/WaveForcing)",
+        "video",
+        "weights",
+    )
     max_attention_frames: int = key(
         21,
         "latent frames in one attention, the pass's own included",

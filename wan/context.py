@@ -6,8 +6,9 @@ number of the layer is not in it, so that all layers are one graph to a compiler
 `[B, frames * tokens_per_frame, heads, head_dim]`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -15,7 +16,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from wan.attention import Backend, attention
-from wan.kv_cache import ContextPolicy, KVCache, LayerStore, View
+from wan.kv_cache import (
+    Added,
+    ContextPolicy,
+    KVCache,
+    LayerStore,
+    View,
+    weighted,
+)
 from wan.parallel import Share
 from wan.rope import apply_rope, rotation
 
@@ -161,6 +169,26 @@ def _compiled_flex() -> _Flex:
     return torch.compile(flex_attention, dynamic=False)
 
 
+def attention_by_block(
+    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], *, backend: Backend = "auto"
+) -> Tensor:
+    """Attention of queries that see the past, themselves and the blocks of queries before them.
+
+    The last keys are those of the queries; `spans`: tokens of each block of the queries, none where
+    all see all. A block's keys are the first ones of all keys, so there is no mask and no copy: one
+    call of any kernel for each block, over what it sees and no more.
+    """
+    if not spans:
+        return attention(q, k, v, backend=backend)
+    seen = accumulate(spans, initial=k.shape[1] - q.shape[1])
+    next(seen)
+    outputs = [
+        attention(queries, k[:, :end], v[:, :end], backend=backend)
+        for queries, end in zip(q.split(list(spans), dim=1), seen, strict=True)
+    ]
+    return torch.cat(outputs, dim=1)
+
+
 def view_rotations(
     view: View, grid: tuple[int, int], head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -192,7 +220,13 @@ class CachedContext:
         self.cache = cache
         self.view = view
         self.steady = steady
-        self.past = cache.slots(view.frames, upcoming=upcoming) if view.frames else None
+        tokens, past = grid[0] * grid[1], view.frames
+        self.sink = None
+        if view.averaged:
+            self.sink = cache.added(view.averaged, upcoming=upcoming)
+            past = past[cache.sink_frames :]
+        self.past = cache.slots(past, upcoming=upcoming) if past else None
+        self.spans = tuple(frames * tokens for frames in view.spans)
         self.query_rotation, self.key_rotation = view_rotations(view, grid, head_dim, cache.device)
         queries = len(view.positions) - len(view.frames)
         self.destination = cache.next_slots(queries) if write else None
@@ -201,36 +235,62 @@ class CachedContext:
         """See `AttentionContext`."""
         store = self.cache.layer(layer)
         return CachedLayer(
-            store, self.past, self.destination, self.query_rotation, self.key_rotation
+            store,
+            self.past,
+            self.destination,
+            self.query_rotation,
+            self.key_rotation,
+            self.sink,
+            self.spans,
         )
 
 
 class CachedLayer(NamedTuple):
-    """Slots that are read (`past`) and written (`destination`) in one layer, and rotations."""
+    """Slots that are read (`past`) and written (`destination`) in one layer, and rotations.
+
+    `sink`: of an averaged one, which is read before the past. `spans`: see `attention_by_block`.
+    """
 
     store: LayerStore
     past: Tensor | None
     destination: Tensor | None
     query_rotation: Tensor
     key_rotation: Tensor
+    sink: Added | None
+    spans: tuple[int, ...]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
         """See `LayerContext`."""
-        return attention(*self.gather(q, k, v), backend=backend)
+        return attention_by_block(*self.gather(q, k, v), self.spans, backend=backend)
 
     def gather(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys and values of all that is seen, the past first.
 
         A clean pass stores its own keys and values here, so this is called once.
         """
-        keys, values = apply_rope(k, self.query_rotation), v
-        if self.past is not None:
-            past_k, past_v = self.store.read(self.past, k.dtype)
-            past_k = apply_rope(past_k, self.key_rotation[: past_k.shape[1]])
-            keys, values = torch.cat([past_k, keys], dim=1), torch.cat([past_v, v], dim=1)
+        keys, values = [apply_rope(k, self.query_rotation)], [v]
+        end = len(self.key_rotation) - k.shape[1]
+        for past_k, past_v in self._past(k.dtype):  # the newest first
+            begin = end - past_k.shape[1]
+            keys.insert(0, apply_rope(past_k, self.key_rotation[begin:end]))
+            values.insert(0, past_v)
+            end = begin
         if self.destination is not None:  # last: what is read is used up then, and is not copied
             self.store.write(self.destination, k, v)
-        return apply_rope(q, self.query_rotation), keys, values
+        return apply_rope(q, self.query_rotation), _joined(keys), _joined(values)
+
+    def _past(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys before RoPE and values of the recent frames, then of an averaged sink."""
+        if self.past is not None:
+            yield self.store.read(self.past, dtype)
+        if self.sink is not None:
+            keys, values = self.store.averaged(self.sink)
+            yield keys.to(dtype), values.to(dtype)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tokens of all parts `[B, n, H, D]`, one after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 class SplitContext:
@@ -322,12 +382,21 @@ class ForcedContext:
         self.views: list[View] = []
         for spans, clean_pass, offset in ((blocks, True, 0), (windows, False, frames)):
             for span in spans:
-                view = policy.view(span.start, len(span), clean_pass=clean_pass)
-                keys = torch.tensor([*view.frames, *(offset + frame for frame in span)])
+                inner = [len(block) for block in blocks if block.start in span]
+                view = policy.view(span.start, len(span), clean_pass=clean_pass, blocks=inner)
+                sink = policy.sink_frames if view.averaged else 0
+                keys = torch.tensor([*view.frames[sink:], *(offset + frame for frame in span)])
                 index = (keys[:, None] * tokens + torch.arange(tokens)).flatten().to(device)
-                parts.append(ForcedPart(index, *view_rotations(view, grid, head_dim, device)))
+                parts.append(
+                    ForcedPart(
+                        index,
+                        *view_rotations(view, grid, head_dim, device),
+                        policy.sink_from_first(view, device),
+                        tuple(frames * tokens for frames in view.spans),
+                    )
+                )
                 self.views.append(view)
-        self.layer = ForcedLayer(tuple(parts))
+        self.layer = ForcedLayer(tuple(parts), tokens)
 
     def of(self, layer: int) -> "ForcedLayer":
         """See `AttentionContext`."""
@@ -335,26 +404,44 @@ class ForcedContext:
 
 
 class ForcedPart(NamedTuple):
-    """Of one pass: tokens of the keys; rotations of the queries and of the keys."""
+    """Of one pass: tokens of the keys; rotations of the queries and of the keys.
+
+    `sink`: of an averaged one, whose keys come before the others, weights of all frames from the
+    first one on (see `sink_weights`). `spans`: see `attention_by_block`.
+    """
 
     keys: Tensor
     query_rotation: Tensor
     key_rotation: Tensor
+    sink: Tensor | None
+    spans: tuple[int, ...]
+
+    def seen(self, x: Tensor, tokens: int) -> Tensor:
+        """Keys or values of what is seen, of those of the whole sequence `[B, n, H, D]`."""
+        own = x[:, self.keys]
+        if self.sink is None:
+            return own
+        fine = torch.promote_types(x.dtype, torch.float32)
+        frames = x[:, : self.sink.shape[1] * tokens].unflatten(1, (-1, tokens)).to(fine)
+        sink = weighted(self.sink.to(fine), frames).flatten(1, 2).to(x.dtype)
+        return torch.cat([sink, own], dim=1)
 
 
 class ForcedLayer(NamedTuple):
-    """The passes in order of their queries; the same in every layer."""
+    """The passes in order of their queries, and tokens of a frame; the same in every layer."""
 
     parts: tuple[ForcedPart, ...]
+    tokens: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
         """See `LayerContext`."""
         queries = q.split([len(part.query_rotation) for part in self.parts], dim=1)
         outputs = [
-            attention(
+            attention_by_block(
                 apply_rope(query, part.query_rotation),
-                apply_rope(k[:, part.keys], part.key_rotation),
-                v[:, part.keys],
+                apply_rope(part.seen(k, self.tokens), part.key_rotation),
+                part.seen(v, self.tokens),
+                part.spans,
                 backend=backend,
             )
             for query, part in zip(queries, self.parts, strict=True)

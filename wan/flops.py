@@ -1,8 +1,9 @@
 """Floating-point operations of the network, from its sizes alone; multiply and add count as two.
 
 What is counted is every matrix product and attention, as `torch.utils.flop_counter` does; norms,
-activations and rotations are left out. The text MLP and the text's keys and values are made once
-per prompt (`text_flops`), so no pass has them.
+activations and rotations are left out, and so is the average of a sink (`sink_ema`): less than a
+ten-thousandth. The text MLP and the text's keys and values are made once per prompt (`text_flops`),
+so no pass has them.
 """
 
 from wan.dit import DiTConfig
@@ -43,8 +44,19 @@ def forward_flops(config: DiTConfig, frames: int, keys: int, tokens_per_frame: i
 
 def pass_flops(config: DiTConfig, view: View, tokens_per_frame: int) -> int:
     """A window pass or a clean pass with this view of the past (`ContextPolicy.view`)."""
-    keys = len(view.positions)
-    return forward_flops(config, keys - len(view.frames), keys, tokens_per_frame)
+    frames = len(view.positions) - len(view.frames)
+    linear = forward_flops(config, frames, 0, tokens_per_frame)
+    seen = attention_flops(config, frames * tokens_per_frame, 0)
+    return linear - seen + pass_attention_flops(config, view, tokens_per_frame)
+
+
+def pass_attention_flops(config: DiTConfig, view: View, tokens_per_frame: int) -> int:
+    """Of these, the scores and sums; each block of a causal window sees a part of the keys."""
+    seen, total = len(view.frames), 0
+    for frames in view.spans or (len(view.positions) - seen,):
+        seen += frames
+        total += attention_flops(config, frames * tokens_per_frame, seen * tokens_per_frame)
+    return total
 
 
 def training_flops(forward: int, *, checkpointing: bool) -> int:

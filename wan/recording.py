@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wan.attention import Backend, attention
-from wan.context import CachedContext, CachedLayer, LayerContext
+from wan.attention import Backend
+from wan.context import CachedContext, CachedLayer, LayerContext, attention_by_block
 
 CHUNK_ELEMENTS = 2**23
 """Scores held at a time, in float32."""
@@ -51,26 +51,33 @@ class _RecordingLayer:
         """See `LayerContext`."""
         q, keys, values = self.inner.gather(q, k, v)
         tokens = keys.shape[1] // len(self.context.inner.view.positions)
-        masses = frame_masses(q, keys, tokens, self.context.blocks)
+        causal = bool(self.inner.spans)
+        masses = frame_masses(q, keys, tokens, self.context.blocks, causal=causal)
         self.context.record(self.layer, masses)
-        return attention(q, keys, values, backend=backend)
+        return attention_by_block(q, keys, values, self.inner.spans, backend=backend)
 
 
 @torch.no_grad()
-def frame_masses(q: Tensor, keys: Tensor, tokens: int, blocks: Sequence[int]) -> Tensor:
+def frame_masses(
+    q: Tensor, keys: Tensor, tokens: int, blocks: Sequence[int], *, causal: bool = False
+) -> Tensor:
     """Softmax mass on each key frame, averaged over batch, heads and the queries of a block.
 
     q `[B, sum(blocks) * tokens, H, D]`, keys `[B, F * tokens, H, D]`, both rotated ->
-    `[blocks, F]`, float32 on the CPU; every row sums to 1.
+    `[blocks, F]`, float32 on the CPU; every row sums to 1. `causal`: no block sees those of the
+    queries behind it.
     """
     keys = keys.float()
+    seen = keys.shape[1] - q.shape[1] if causal else keys.shape[1]
     chunk = max(1, CHUNK_ELEMENTS // (keys.shape[0] * keys.shape[1] * keys.shape[2]))
     rows = []
     for queries in q.split([frames * tokens for frames in blocks], dim=1):
+        seen += queries.shape[1] if causal else 0
         total = torch.zeros(keys.shape[1] // tokens, device=q.device)
         for part in queries.split(chunk, dim=1):
-            scores = torch.einsum("bqhd,bkhd->bhqk", part.float(), keys) * q.shape[-1] ** -0.5
-            masses = scores.softmax(-1).unflatten(-1, (-1, tokens)).sum(-1)  # [B, H, chunk, F]
-            total += masses.mean((0, 1)).sum(0)
+            scores = torch.einsum("bqhd,bkhd->bhqk", part.float(), keys[:, :seen])
+            masses = (scores * q.shape[-1] ** -0.5).softmax(-1)
+            masses = masses.unflatten(-1, (-1, tokens)).sum(-1)  # [B, H, chunk, frames seen]
+            total[: seen // tokens] += masses.mean((0, 1)).sum(0)
         rows.append(total / queries.shape[1])
     return torch.stack(rows).cpu()

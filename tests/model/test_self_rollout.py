@@ -321,7 +321,8 @@ def test_merged_clean_passes_change_no_output_and_no_gradient(rolling: Config, k
     assert all_merged < all_alone
 
 
-REPLAYED = {
+OPTIONS: dict[str, Any] = {"sink_ema": 0.7, "window_attention": "block_causal"}
+REPLAYED: dict[str, tuple[RolloutDraw, dict[str, Any]]] = {
     "rolling, longer than the clip": (RolloutDraw("rolling", 12, (3,) * 12), {}),
     "rolling, nothing stored before": (RolloutDraw("rolling", 7, (0,) * 7), {}),
     "block": (RolloutDraw("block", 11, (1,) * 11), {}),
@@ -329,6 +330,8 @@ REPLAYED = {
     "block, merged": (RolloutDraw("block", 9, (2,) * 9), {"merge_clean_pass": True}),
     "rolling, merged": (RolloutDraw("rolling", 9, (1,) * 9), {"merge_clean_pass": True}),
     "rolling, sink at its distance": (RolloutDraw("rolling", 10, (4,) * 10), SINKS[2]),
+    "rolling, averaged": (RolloutDraw("rolling", 10, (2,) * 10), OPTIONS),
+    "block, averaged": (RolloutDraw("block", 11, (1,) * 11), OPTIONS),
 }
 
 

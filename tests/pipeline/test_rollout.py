@@ -36,6 +36,7 @@ from wan.rope import apply_rope, rotation
 
 CPU = torch.device("cpu")
 METHODS = ["rolling", "self", "self with sink", "infinite"]
+ALL = [*METHODS, "averaged"]
 # As sharp as it gets, but for the order of sums in differently shaped matrix products.
 EXACT = 1e-5
 
@@ -349,7 +350,7 @@ def test_clean_passes_equal_one_parallel_forward(
         assert_close(values, v[:, tokens])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("kind", ["rolling", "block"])
 @pytest.mark.parametrize("exit_level", [0, 1, 2])
 def test_windows_over_a_known_past_are_one_forward(
@@ -404,7 +405,7 @@ def flows_of(log: LoggingDiT) -> list[Tensor]:
 # --- batches, lengths, seeds --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("block", [1, 3])
 def test_a_batch_gives_what_each_prompt_gives_alone(dit: WanDiT, name: str, block: int) -> None:
     method = tiny_method(name, block)
@@ -428,19 +429,19 @@ def test_samples_of_one_prompt_differ(dit: WanDiT) -> None:
     assert_close(blocks[1][:1], single[1])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_longer_video_begins_like_a_shorter_one(dit: WanDiT, name: str) -> None:
     """All but the last T-1 blocks (which alone see the end) are the same to the last bit."""
     method = tiny_method(name)
     short, long = (run(new_rollout(dit, method, n)) for n in (6, 9))
-    shared = 6 - (method.levels - 1) if name == "rolling" else 6
+    shared = 6 - (method.levels - 1) if method.kind == "rolling" else 6
     for block in range(shared):
         assert torch.equal(short[block], long[block])
     if name == "rolling":
         assert not torch.equal(short[5], long[5])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 def test_an_unbounded_video_begins_like_a_bounded_one(dit: WanDiT, name: str) -> None:
     method = tiny_method(name)
     bounded = run(new_rollout(dit, method, 9))
@@ -461,7 +462,7 @@ def until(rollout: Rollout, blocks: int) -> Iterator[tuple[int, Tensor]]:
 # --- stopping and going on ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("steps", [0, 1, 4, 9])
 def test_resuming_changes_nothing(dit: WanDiT, name: str, steps: int) -> None:
     """To the last bit, from any window, also through a file of plain tensors."""
@@ -661,7 +662,7 @@ class FixedNoise:
         return torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(level))
 
 
-@pytest.mark.parametrize("name", ["rolling", "infinite"])
+@pytest.mark.parametrize("name", ["rolling", "infinite", "averaged"])
 def test_late_windows_are_the_same_computation_as_early_ones(name: str) -> None:
     """Beyond latent frame 1,100: given what an early window had, a late one does the same.
 

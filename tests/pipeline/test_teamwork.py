@@ -33,10 +33,17 @@ VARIANTS = {
     "infinite forcing": ["method=infinite_forcing"],
     "infinite forcing unmerged": ["method=infinite_forcing", "merge_clean_pass=false"],
     "context noise": ["context_noise=100"],
+    "averaged sink, causal window": ["sink_ema=0.9", "window_attention=block_causal"],
     "guided": GUIDED,
     "bidirectional": ["schedule=full", *GUIDED],
 }
-FAST = ("rolling merged", "self forcing unmerged", "infinite forcing", "guided")
+FAST = (
+    "averaged sink, causal window",
+    "rolling merged",
+    "self forcing unmerged",
+    "infinite forcing",
+    "guided",
+)
 
 
 def network() -> WanDiT:

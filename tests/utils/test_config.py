@@ -59,7 +59,7 @@ def test_what_keys_decide() -> None:
         *("denoising_step_list", "warp_denoising_step", "timestep_shift", "step_rule", "sampler"),
         *("sampling_steps", "sampling_guidance_scale", "negative_prompt", "generator_name"),
         *("text_embeddings", "height", "width", "fps", "seed", "i2v", "dtype", "vae_dtype"),
-        *("linear_dtype", "kv_cache_dtype"),
+        *("linear_dtype", "kv_cache_dtype", "sink_ema", "window_attention"),
     } == VIDEO_KEYS
     assert {
         *("max_steps", "log_iters", "keep_checkpoints", "resume", "compile", "device", "dtype"),
@@ -428,6 +428,8 @@ def test_wrong_types(tmp_path: Path, key: str, value: Any) -> None:
         ("num_samples", 0, "num_samples must be at least 1"),
         ("sampling_steps", 0, "sampling_steps must be at least 1"),
         ("clean_context_noise", 5, "needs teacher_forcing or window_forcing"),
+        ("sink_ema", 1.5, "sink_ema must be at least 0 and at most 1"),
+        ("window_attention", "causal", "window_attention must be one of full, block_causal"),
         ("clean_context_noise", -50, "clean_context_noise must be at least 0"),
         # These were let through, or ended in tracebacks.
         ("timestep_shift", "inf", "timestep_shift must be a finite number, not inf"),

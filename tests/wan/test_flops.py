@@ -26,11 +26,11 @@ def cpu_sdpa_flops(query, key, value, *args, out_shape=None, **kwargs):
     return sdpa_flop_count(query, key, value)
 
 
-def tiny_rollout(height, width, batch=1):
+def tiny_rollout(height, width, batch=1, **options):
     dit = random_dit()
     config = dit.config
     shape = VideoShape(height, width)
-    policy = ContextPolicy(BLOCK, 21, clean_pass_sees_sink=False)
+    policy = ContextPolicy(BLOCK, 21, clean_pass_sees_sink=False, **options)
     cache = KVCache(
         num_layers=config.num_layers,
         num_heads=config.num_heads,
@@ -108,14 +108,15 @@ def test_a_steady_step_costs_exactly_the_formula(size, batch):
         assert not any("text_embedding" in name for name in by_module)
 
 
-def test_a_whole_steady_step_has_nothing_beside_its_passes():
-    rollout, shape = tiny_rollout(32, 32)
+@pytest.mark.parametrize("window", ["full", "block_causal"])
+def test_a_whole_steady_step_has_nothing_beside_its_passes(window):
+    rollout, shape = tiny_rollout(32, 32, window_attention=window)
     for _ in range(LEVELS + 8):
         rollout.step()
     config, tokens = rollout.dit.config, shape.tokens_per_frame
     finished = rollout.cache.finished
     clean = rollout.plan.policy.view(finished, BLOCK, clean_pass=True)
-    window = rollout.plan.policy.view(finished + BLOCK, BLOCK * LEVELS)
+    window = rollout.plan.policy.view(finished + BLOCK, BLOCK * LEVELS, blocks=[BLOCK] * LEVELS)
     expected = sum(pass_flops(config, view, tokens) for view in (clean, window))
     total, _, _ = counted(rollout.step)
     assert total == expected

@@ -83,7 +83,7 @@ def test_a_recorded_clean_pass_writes_the_cache_once_and_reads_it_before():
     assert torch.equal(caches[0]["keys"], caches[1]["keys"])
 
 
-@pytest.mark.parametrize("method", ["rolling", "self", "self with sink", "infinite"])
+@pytest.mark.parametrize("method", ["rolling", "self", "self with sink", "infinite", "averaged"])
 def test_recording_every_pass_changes_no_bit(method):
     dit = random_dit()
     kind = tiny_method(method)
