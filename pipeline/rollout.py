@@ -162,7 +162,7 @@ class Rollout:
                 self._flows([part], [self._noised_clean(block, clean, first - begin)])
                 cache.commit(self._rows(clean))
         finally:
-            cache.seek(finished, keep_sink=True)
+            cache.seek(finished)
             cache.put_rows(others, kept)
 
     def restart(self, *, scene: bool = False) -> None:

@@ -175,7 +175,10 @@ class ModelKwargs:
         bounds=Bounds(at_least=1, at_most=10**6, also=-1),
     )
     sink_size: int = key(
-        0, "first latent frames of the video that stay in view for ever", bounds=COUNT_OR_NONE
+        0,
+        "first latent frames of the video that stay in view for ever; about half of those in view "
+        "are the deep sink of Deep Forcing (arXiv 2512.05081)",
+        bounds=COUNT_OR_NONE,
     )
 
 
@@ -251,16 +254,16 @@ class Config:
     )
     sink_ema: float | None = key(
         None,
-        "frames that leave a pass's view are averaged into its sink, with this weight of the past "
-        "(EMA-Sink, arXiv 2512.04678: 0.999); null: dropped",
+        "weight of the past in an average: frames that a pass no longer sees are averaged into its "
+        "sink (EMA-Sink of Reward Forcing, arXiv 2512.04678); null: they are dropped",
         "video",
         "weights",
         bounds=SHARE,
     )
     window_attention: Literal["full", "block_causal"] = key(
         "full",
-        "block_causal: a block of a window sees itself and the less noisy ones before it (the "
-        "window of Wave Forcing, github.com/SJTU-DENG-Lab/WaveForcing)",
+        "block_causal: a block of a window sees the past, itself and the less noisy blocks before "
+        "it alone (the window of Wave Forcing, github.com/SJTU-DENG-Lab/WaveForcing)",
         "video",
         "weights",
     )
@@ -275,7 +278,13 @@ class Config:
     independent_first_frame: bool = key(
         False, "the first block is a single frame", "video", "weights"
     )
-    context_noise: float = key(0, "timestep of the clean pass", "video", "weights", bounds=TIMESTEP)
+    context_noise: float = key(
+        0,
+        "timestep of the clean pass, in training rollouts as in inference",
+        "video",
+        "weights",
+        bounds=TIMESTEP,
+    )
     model_kwargs: ModelKwargs = key(ModelKwargs, "options of the student", "video", "weights")
 
     denoising_step_list: list[float] | None = key(
