@@ -275,9 +275,10 @@ class CachedLayer(NamedTuple):
             keys.insert(0, apply_rope(past_k, self.key_rotation[begin:end]))
             values.insert(0, past_v)
             end = begin
+        seen = _joined(keys), _joined(values)
         if self.destination is not None:  # last: what is read is used up then, and is not copied
             self.store.write(self.destination, k, v)
-        return apply_rope(q, self.query_rotation), _joined(keys), _joined(values)
+        return apply_rope(q, self.query_rotation), *seen
 
     def _past(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys before RoPE and values of the recent frames, then of an averaged sink."""

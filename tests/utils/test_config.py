@@ -429,7 +429,6 @@ def test_wrong_types(tmp_path: Path, key: str, value: Any) -> None:
         ("sampling_steps", 0, "sampling_steps must be at least 1"),
         ("clean_context_noise", 5, "needs teacher_forcing or window_forcing"),
         ("sink_ema", 1.5, "sink_ema must be at least 0 and at most 1"),
-        ("window_attention", "causal", "window_attention must be one of full, block_causal"),
         ("clean_context_noise", -50, "clean_context_noise must be at least 0"),
         # These were let through, or ended in tracebacks.
         ("timestep_shift", "inf", "timestep_shift must be a finite number, not inf"),
