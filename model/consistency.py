@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.flow_matching import flow_after
 from model.result import LossResult
+from utils.devices import to_device
 from utils.errors import UserError
 from wan.context import AttentionContext
 from wan.dit import TextContext, WanDiT
@@ -116,7 +117,7 @@ def flow_map_error(
     highest noise, so that ranks that share weights do.
     """
     last, on, past = len(grid) - 1, latents.device, (clean, clean_timesteps)
-    times = [grid[(places + step).clamp(max=last)].to(on) for step in range(last + 1)]
+    times = [to_device(grid[(places + n).clamp(max=last)], on) for n in range(last + 1)]
     sigmas = [sigma_of(each, latents) for each in times]
     noisy = state = add_noise(latents, noise, times[0])
     for at, sigma, following in zip(times, sigmas, sigmas[1:], strict=False):

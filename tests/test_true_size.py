@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from model.dmd import critic_loss, generator_loss, predict_scores
-from model.self_rollout import RolloutDraw, self_rollout
+from model.self_rollout import BatchDraw, RolloutDraw, self_rollout
 from pipeline import VideoPipeline
 from pipeline.sampling import BlockNoise
 from pipeline.setup import Setup
@@ -300,20 +300,25 @@ def trained(size: str, **changed: int) -> WanDiT:
     return dit
 
 
-def text_rows(rows: int) -> Tensor:
-    return torch.zeros(rows, 512, 4096, dtype=torch.bfloat16, device=META)
+def text_rows(rows: int, device: torch.device = META) -> Tensor:
+    return torch.zeros(rows, 512, 4096, dtype=torch.bfloat16, device=device)
 
 
 def rolled_out(
-    generator: WanDiT, schedule: Any = "rolling", blocks: int = 7, **options: bool
+    generator: WanDiT, schedule: Any = "rolling", blocks: int = 7, rows: int = 1, **options: bool
 ) -> Tensor:
-    """The clean latents of a rollout, by default a rolling one of 21 frames."""
+    """The clean latents of a rollout, by default a rolling one of 21 frames.
+
+    Each of `rows` videos stops at a level of its own.
+    """
     setup = Setup.of(load_config(CONFIGS / f"{ROLLING}.yaml", AS_ON_CUDA), sizes=generator.config)
-    noise = BlockNoise(setup.counter_noise(0), [0], META)
-    drawn = RolloutDraw(schedule, num_blocks=blocks, exit_levels=(2,) * blocks)
+    noise = BlockNoise(setup.counter_noise(0), range(rows), generator.device)
+    each = tuple(RolloutDraw(schedule, blocks, (2 + row,) * blocks) for row in range(rows))
+    drawn = BatchDraw(each, each)
     with torch.set_grad_enabled(options["grad"]):
-        text = generator.encode_text(text_rows(1))
-        return self_rollout(setup, generator, text, noise, drawn, scored_frames=21, **options)
+        text = generator.encode_text(text_rows(rows, generator.device))
+        scored = min(21, setup.layout.start(blocks))
+        return self_rollout(setup, generator, text, noise, drawn, scored_frames=scored, **options)
 
 
 @pytest.mark.slow
@@ -359,6 +364,16 @@ def test_memory_of_a_replayed_rollout_does_not_grow(meta: FakeCuda, schedule: st
     plain, plain_long = (peak(blocks, replayed=False) for blocks in (9, 27))
     assert long < 1.02 * short  # a table of rotations more is held
     assert plain_long > plain + 1
+
+
+@pytest.mark.parametrize("schedule", ["rolling", "block"])
+def test_the_host_waits_for_nothing_in_a_training_rollout(cuda: FakeCuda, schedule: str) -> None:
+    """Nor where videos stop at levels of their own, of which it writes down a mask."""
+    generator = made_dit("1.3B", CUDA, num_layers=1)
+    with cuda.measured() as counts:
+        rolled_out(generator, schedule, blocks=3, rows=2, grad=False)
+    assert counts.sent > 0
+    assert not counts.waits
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Batches: which item of the data goes to which rank, micro-batch and row."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,11 +118,20 @@ def split_batches(config: Config, ranks: int) -> BatchSplit:
     return replace(split, notes=tuple(notes))
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What a rank has of a micro-batch: items by their index in the data, draws, weight."""
+
+    items: tuple[int, ...]
+    draws: Draws
+    weight: float
+
+
 class Batches:
     """Micro-batches of this rank, and the data position.
 
     Each player reads its own sequence of the data; its position counts items of the global batch,
-    so it means the same on any number of ranks.
+    so it means the same on any number of ranks. One micro-batch is read ahead, by a thread.
     """
 
     def __init__(self, dataset: Dataset, batch_split: BatchSplit, rank: int, seed: int) -> None:
@@ -130,6 +140,8 @@ class Batches:
         self.rank = rank
         self.order = GlobalOrder(len(dataset), seed)
         self.position = 0
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: tuple[_Share, Future[dict[str, Any]]] | None = None
 
     def micro_batch(
         self, micro: int, draws: Draws, passed_over: int = 0
@@ -139,18 +151,33 @@ class Batches:
         A rank that has no share of it gets an item all the same, of no weight, for its passes with
         the others. `passed_over`: global batches that gave no update, before this one.
         """
+        share, ahead = self._share(micro, draws, passed_over), self._ahead
+        self._ahead = None
+        batch = ahead[1].result() if ahead and ahead[0] == share else self._read(share)
+        return batch, share.draws, share.weight
+
+    def read_ahead(self, micro: int, draws: Draws, passed_over: int = 0) -> None:
+        """Read what `micro_batch` will be asked for, behind its caller's back.
+
+        An error is raised there, and none if it asks for something else.
+        """
+        share = self._share(micro, draws, passed_over)
+        self._ahead = share, self._reader.submit(self._read, share)
+
+    def _share(self, micro: int, draws: Draws, passed_over: int) -> _Share:
         split = self.batch_split
         share = split.indices(micro, self.rank)
         indices = share or (self.rank,)
-        own = draws.for_indices(indices)
         first = self.position + passed_over * split.videos
-        rows = [self.order.index(first + index) for index in indices]
+        rows = tuple(self.order.index(first + index) for index in indices)
+        return _Share(rows, draws.for_indices(indices), split.weight(len(share)))
+
+    def _read(self, share: _Share) -> dict[str, Any]:
         if isinstance(self.dataset, VideoDataset):
-            starts = own.uniform(Purpose.CLIP_START).tolist()
-            items = [self.dataset.clip(*at) for at in zip(rows, starts, strict=True)]
-        else:
-            items = [self.dataset[row] for row in rows]
-        return collate(items), own, split.weight(len(share))
+            starts = share.draws.uniform(Purpose.CLIP_START).tolist()
+            items = zip(share.items, starts, strict=True)
+            return collate([self.dataset.clip(*item) for item in items])
+        return collate([self.dataset[item] for item in share.items])
 
     def advance(self, passed_over: int = 0) -> None:
         """The update is done: go on to the next global batch."""

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ from trainer.ema import EMA
 from trainer.sharding import (
     World,
     agreed,
+    gathered,
     load_drawn,
     load_full_state,
     make_mesh,
@@ -40,6 +41,9 @@ from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
 
+GATHERED_BYTES = 4 * 2**30
+"""Of a network in the dtype that it computes in: so large ones stay gathered by themselves."""
+
 
 @dataclass
 class Player:
@@ -58,6 +62,11 @@ class Player:
     ema: EMA | None = None
     updates: int = 0
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
+    stays_gathered: bool = False
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """The module is gathered once for all passes inside, where the config has it so."""
+        return gathered(self.module) if self.stays_gathered else nullcontext()
 
     def apply(self) -> None:
         """One optimiser step at this update's learning rate; gradients are then dropped."""
@@ -202,7 +211,20 @@ def make_player(
         config.max_grad_norm,
         config.ema_weight if ema and config.ema_weight > 0 else None,
         trained=trained,
+        stays_gathered=stays_gathered(config, module),
     )
+
+
+def stays_gathered(config: Config, module: nn.Module) -> bool:
+    """Whether a trained network is whole on every rank while an update is made.
+
+    A function of the config and of sizes alone, for all ranks have to do the same. Planned for
+    bf16, unless the config computes in fp32.
+    """
+    if config.reshard_after_forward != "auto":
+        return config.reshard_after_forward == "never"
+    size = 4 if config.mixed_precision is False else 2
+    return sum(p.numel() for p in module.parameters()) * size <= GATHERED_BYTES
 
 
 def learning_rate_schedule(config: Config, lr: float, *, critic: bool) -> Callable[[int], float]:

@@ -187,6 +187,28 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, what a pass gathers stays whole for the passes that follow; it is dropped at the end.
+
+    Of each block as of the rest, which stays whole from one forward pass to the next anyway.
+    """
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+    def drop(after: bool) -> None:
+        for part in sharded:
+            part.set_reshard_after_backward(after, recurse=False)
+            if part is not module:
+                part.set_reshard_after_forward(after, recurse=False)
+
+    drop(False)
+    try:
+        yield
+    finally:
+        drop(True)
+        reshard(module)
+
+
 def load_full_state(
     module: nn.Module,
     weights: Mapping[str, Tensor],

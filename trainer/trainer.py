@@ -329,7 +329,7 @@ class Trainer:
     def _sample(self, samples: SampleVideos) -> None:
         player = next(iter(self.task.players.values()))
         averaged = player.averaged if self.config.sample_weights == "ema" else nullcontext
-        with self.timer.phase("samples"), averaged():
+        with self.timer.phase("samples"), averaged(), player.gathered():
             for prompt, path in samples(self.step):
                 self.log.video(self.step, f"samples/{path.stem}", path, prompt)
 

@@ -88,8 +88,7 @@ class Updates:
         failed = 0
         while True:
             attempt = self.broken.get(number, 0)
-            draws = Draws(self.task.config.seed, number + attempt * ATTEMPT, ())
-            measured, found = self._try(player, draws, step, number, attempt)
+            measured, found = self._try(player, step, number, attempt)
             if found is None:
                 if not self.task.keeps_batch(player.name, step):
                     self.batches[player.name].advance(attempt)
@@ -110,26 +109,12 @@ class Updates:
                 logger.info("what %s tells of is drawn anew", folder)
 
     def _try(
-        self, player: Player, draws: Draws, step: int, number: int, attempt: int
+        self, player: Player, step: int, number: int, attempt: int
     ) -> tuple[dict[str, Tensor | float], Diagnosis | None]:
         """What was measured, and the diagnosis if the optimiser did not step."""
-        task, batches = self.task, self.batches[player.name]
-        sums: dict[str, Tensor] = {}
-        measured: list[dict[str, Tensor]] = []
-        for micro in range(task.batch_split.accumulation):
-            task.look()
-            with task.timer.phase("data"):
-                batch, own, weight = batches.micro_batch(micro, draws, attempt)
-            result = task.loss(player.name, batch, own)
-            task.look()
-            with task.timer.phase("backward"):
-                (result.loss * weight).backward()
-            metrics = {f"{player.name}/loss": result.loss.detach(), **result.metrics}
-            for name, value in metrics.items():
-                if value.ndim == 0:
-                    sums[name] = sums.get(name, 0) + value.float() * weight
-            if weight:
-                measured.append(metrics)
+        task = self.task
+        with player.gathered():
+            sums, measured = self._gradients(player, step, number, attempt)
         task.look()
         with task.timer.phase("optimiser"):
             norm = full_tensor(clip_grad_norm_(player.trained.values(), player.max_grad_norm))
@@ -144,6 +129,52 @@ class Updates:
         for metrics in measured:
             task.collect(metrics)
         return {**sums, f"{player.name}/grad_norm": norm, f"{player.name}/lr": rate}, None
+
+    def _gradients(
+        self, player: Player, step: int, number: int, attempt: int
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """All micro-batches, to and fro: means of their numbers, and what each has measured."""
+        task, batches, draws = self.task, self.batches[player.name], self._draws(number, attempt)
+        sums: dict[str, Tensor] = {}
+        measured: list[dict[str, Tensor]] = []
+        for micro in range(task.batch_split.accumulation):
+            task.look()
+            with task.timer.phase("data"):
+                batch, own, weight = batches.micro_batch(micro, draws, attempt)
+            self._read_ahead(player, step, number, attempt, micro + 1)
+            result = task.loss(player.name, batch, own)
+            task.look()
+            with task.timer.phase("backward"):
+                (result.loss * weight).backward()
+            metrics = {f"{player.name}/loss": result.loss.detach(), **result.metrics}
+            for name, value in metrics.items():
+                if value.ndim == 0:
+                    sums[name] = sums.get(name, 0) + value.float() * weight
+            if weight:
+                measured.append(metrics)
+        return sums, measured
+
+    def _draws(self, number: int, attempt: int) -> Draws:
+        return Draws(self.task.config.seed, number + attempt * ATTEMPT, ())
+
+    def _read_ahead(self, player: Player, step: int, number: int, attempt: int, micro: int) -> None:
+        """Have a micro-batch read that is needed next, or the first one of the next update.
+
+        If all goes well: one that is drawn anew is on another batch, which is read when it is due.
+        """
+        task, batches = self.task, self.batches[player.name]
+        if micro < task.batch_split.accumulation:
+            batches.read_ahead(micro, self._draws(number, attempt), attempt)
+            return
+        following = step + 1
+        while player.name not in task.due(following):
+            following += 1
+        if task.config.max_steps is not None and following >= task.config.max_steps:
+            return
+        done = 0 if task.keeps_batch(player.name, step) else 1 + attempt
+        number += (following - step) * len(task.players)
+        attempt = self.broken.get(number, 0)
+        batches.read_ahead(0, self._draws(number, attempt), done + attempt)
 
     def _pass_over(self, found: Diagnosis, failed: int) -> None:
         """Write down what was found; NonFiniteError unless the update may be drawn anew."""

@@ -611,6 +611,12 @@ class Config:
         "distillation: a rollout's graph is made in the backward pass, one window at a time, so "
         "`num_training_frames` costs no memory; the scored part runs once more",
     )
+    reshard_after_forward: Literal["auto", "always", "never"] = key(
+        "auto",
+        "never: the network that is trained, or makes rollouts, stays gathered until all passes of "
+        "the update are made, which takes the memory of its weights in bf16; auto: one of at most "
+        "4 GiB does",
+    )
     sharding_strategy: Strategy = key(
         "hybrid_full", "hybrid, hybrid_full: full within a node, copies across"
     )

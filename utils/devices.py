@@ -121,7 +121,7 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     """`values` on `device`; of a GPU the host does not wait for it."""
     if torch.device(device).type != "cuda" or values.device.type != "cpu":
         return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    return values.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:

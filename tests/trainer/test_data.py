@@ -1,5 +1,6 @@
 """Which videos an update has, and that no item is dropped or repeated within an epoch."""
 
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,40 @@ def test_every_item_comes_once_per_epoch_however_it_is_dealt(
     assert sequence[:7] != sequence[7:14]
     alone = Batches(dataset, split_batches(config, 1), 0, seed=3)
     assert sequence[:5] == [dataset[alone.order.index(n)]["prompt"] for n in range(5)]
+
+
+def test_what_is_read_ahead_is_what_is_asked_for_and_its_errors_wait(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """In a thread, beside the step that is made; nobody hears of an item that is not trained on."""
+    config = training_world.config(tmp_path, batch_size=2, global_batch_size=4)
+    dataset, threads = open_training_data(config, Setup.of(config)), []
+
+    class Watched:
+        def __len__(self) -> int:
+            return len(dataset)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            threads.append(threading.current_thread())
+            if dataset.prompt(index) in broken:
+                raise UserError("a broken item")
+            return dataset[index]
+
+    broken: list[str] = []
+    split = split_batches(config, 1)
+    plain, batches = Batches(dataset, split, 0, seed=3), Batches(Watched(), split, 0, seed=3)  # type: ignore[arg-type]
+    later = plain.micro_batch(1, Draws(0, 0, ()))
+    batches.read_ahead(1, Draws(0, 0, ()))
+    assert batches.micro_batch(1, Draws(0, 0, ())) == later
+    assert threading.main_thread() not in threads
+
+    broken += later[0]["prompt"]
+    batches.read_ahead(1, Draws(0, 0, ()))
+    other = batches.micro_batch(0, Draws(0, 0, ()))
+    assert other == plain.micro_batch(0, Draws(0, 0, ()))
+    batches.read_ahead(1, Draws(0, 0, ()))
+    with pytest.raises(UserError, match="a broken item"):
+        batches.micro_batch(1, Draws(0, 0, ()))
 
 
 @pytest.mark.parametrize(

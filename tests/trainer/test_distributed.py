@@ -87,6 +87,7 @@ def variants(world: TrainingWorld) -> dict[str, dict[str, Any]]:
         "mixed": {
             "sharding_strategy": "full",
             "sharding": {"generator": "none", "real_score": "full", "fake_score": "hybrid"},
+            "reshard_after_forward": "never",
             "reencode_first_frame": True,
             "method": "self_forcing",
             "same_step_across_blocks": False,
@@ -101,7 +102,7 @@ def variants(world: TrainingWorld) -> dict[str, dict[str, Any]]:
             **LORA, sharding_strategy="full", heldout_data_path=str(world.latents), **measured
         ),
         "uneven": {"sharding_strategy": "full", "global_batch_size": 3, **measured}
-        | {"heldout_data_path": str(world.prompts)},
+        | {"heldout_data_path": str(world.prompts), "reshard_after_forward": "always"},
         "uneven ode": world.ode()
         | {"global_batch_size": 3, "sharding_strategy": "full", "text_embeddings": None},
     }

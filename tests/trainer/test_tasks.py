@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +33,7 @@ from trainer.tasks.base import GeneratorTask
 from trainer.trainer import Trainer
 from utils.datasets import write_shard
 from utils.draws import Draws, Purpose
+from utils.embeddings import EmbeddingStore
 from utils.errors import UserError
 from utils.video import VideoWriter
 from wan.context import ForcedContext
@@ -387,6 +389,33 @@ def test_a_rollout_serves_critic_updates_until_the_student_moves(
     assert len(set(prompts)) == 4
     assert len({times for *_, times in seen}) == 6
     assert shares[1] < shares[0]
+
+
+@pytest.mark.parametrize("trainer", ["score_distillation", "consistency"])
+def test_prompts_are_encoded_once_and_the_negative_one_once_in_a_run(
+    trainer: str, training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a sharded encoder remembers nothing, the teacher's were encoded once more.
+
+    And those of a rollout that serves two critic updates in each of them. Two steps, two batches.
+    """
+    changes = training_world.consistency() if trainer == "consistency" else {}
+    changes |= {"trainer": trainer, "global_batch_size": 2, "batch_size": 2}
+    if trainer == "score_distillation":
+        changes |= {"critic_updates_per_rollout": 2}
+    read: list[str] = []
+    stored = EmbeddingStore.__getitem__
+    monkeypatch.setattr(
+        EmbeddingStore,
+        "__getitem__",
+        lambda self, prompt: read.append(prompt) or stored(self, prompt),
+    )
+    with trainer_of(training_world, tmp_path, **changes) as run:
+        run.task.text._remembered = LRUCache(0)  # type: ignore[attr-defined]
+        for _ in range(2):
+            run.train_step()
+    assert read.count("blue") == 1
+    assert len(read) == 1 + 2 * 2
 
 
 def test_more_updates_per_rollout_than_the_student_waits_for_are_refused(

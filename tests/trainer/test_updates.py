@@ -1,6 +1,7 @@
 """What is not finite ends the run, or is drawn anew; the next start does not end there again."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.tiny_training import (
     final_state,
     tensors,
 )
+from trainer.data import Batches
 from trainer.sharding import open_world
 from trainer.trainer import Trainer
 from trainer.updates import ATTEMPT, NonFiniteError
@@ -111,6 +113,28 @@ def test_the_same_command_goes_on_with_other_draws(
     damaged.write_text("[]", encoding="utf-8")
     trained(config, run)
     assert "diagnosis.json is not as it was written" in caplog.text
+
+
+def test_every_batch_but_the_first_of_each_player_is_read_ahead(
+    training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of micro-batches, of the update after the next one, and of a rollout that serves twice.
+
+    After a broken try that of the next try is not; and behind the last step nothing is read.
+    """
+    read: list[bool] = []
+    real = Batches._read
+
+    def watched(batches: Batches, share: Any) -> Any:
+        read.append(threading.current_thread() is threading.main_thread())
+        return real(batches, share)
+
+    monkeypatch.setattr(Batches, "_read", watched)
+    changes = SKIP | {"batch_size": 1, "critic_updates_per_rollout": 2}
+    for broken, first, again in (((), 2, 0), ((0,), 3, 2 + 1)):
+        read.clear()
+        trained(training_world.config(tmp_path, **changes), tmp_path / f"{broken}", broken)
+        assert (read.count(True), len(read)) == (first, 2 * 2 + 3 * 2 + again)
 
 
 def test_numbers_of_tries_never_meet_those_of_updates() -> None:

@@ -71,6 +71,7 @@ def test_what_keys_decide() -> None:
         *("wandb_host", "wandb_key", "wandb_entity", "wandb_project"),
         *("step_rule", "sampler", "sampling_steps", "sampling_guidance_scale"),
         *("vae_dtype", "vae_device", "merge_clean_pass", "replayed_backward", "sequence_parallel"),
+        "reshard_after_forward",
         *("keep_exports", "export_safetensors", "sample_weights", "metrics_every"),
         *("on_nonfinite", "max_skips_in_a_row", "max_skips"),
         *("collective_timeout", "first_step_timeout"),

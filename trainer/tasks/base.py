@@ -23,7 +23,9 @@ from trainer.networks import Player, build_generator, build_text, build_vae
 from trainer.sharding import World, agreed
 from utils.config import Config
 from utils.datasets import Dataset
+from utils.devices import to_device
 from utils.draws import Draws
+from utils.embeddings import pad_batch
 from utils.errors import UserError
 from utils.video import to_float
 from wan.context import AttentionContext, MaskedContext, frame_mask
@@ -163,7 +165,8 @@ class Task(ABC):
         """Video of a batch `[B, F, 3, H, W]` in [-1, 1]."""
         if "video" not in batch:
             raise UserError("the data hold no videos: set data_path to a folder of them")
-        return torch.stack([to_float(clip) for clip in batch["video"]]).to(self.world.device)
+        clips = (to_device(torch.as_tensor(clip), self.world.device) for clip in batch["video"])
+        return torch.stack([to_float(clip) for clip in clips])
 
 
 class GeneratorTask(Task):
@@ -199,6 +202,12 @@ class GeneratorTask(Task):
         with self.timer.phase("text"):
             return self.text(prompts)
 
+    def _with_negative(self, cond: Tensor) -> Tensor:
+        """Embeddings `[B, L, dim]`, and behind them B times those of the negative prompt."""
+        with self.timer.phase("text"):
+            negative = self.text.negative().expand(len(cond), -1, -1)
+            return pad_batch([*cond, *negative])
+
     def _backward_flops(self, forward: int) -> int:
         """Operations of the backward pass of a forward pass, with what is computed once more."""
         whole = training_flops(forward, checkpointing=self.config.gradient_checkpointing)
@@ -215,7 +224,7 @@ class GeneratorTask(Task):
         Of stored latents the first frames, if they are more than the config's.
         """
         if "latents" in batch:
-            return batch["latents"][:, : self.frames].to(self.world.device)
+            return to_device(batch["latents"][:, : self.frames], self.world.device)
         assert self.vae is not None, "load_raw_video loads it"
         with self.timer.phase("encode"):
             return self.vae.encode(self._video(batch)).float()

@@ -17,6 +17,7 @@ from trainer.sharding import overwrite
 from trainer.tasks.base import Batch, TaskInputs
 from trainer.tasks.flow_matching import FlowMatching
 from utils.config import Config
+from utils.devices import to_device
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
 from wan.context import AttentionContext
@@ -58,14 +59,14 @@ class Consistency(FlowMatching):
         """See `Task`."""
         given, places = self._given(batch, draws)
         cond, both = self._texts(batch)
-        timesteps = self.grid[places].to(self.world.device)
+        timesteps = to_device(self.grid[places], self.world.device)
         with self.timer.phase("teacher"), torch.no_grad():
             self._follow()
             end = consistency_target(
                 self.target,
                 self.teacher,
                 timesteps=timesteps,
-                following=self.grid[places + 1].to(self.world.device),
+                following=to_device(self.grid[places + 1], self.world.device),
                 target_text=self.target.encode_text(cond),
                 teacher_text=self.teacher.encode_text(both),
                 guidance_scale=self.config.guidance_scale,
@@ -92,9 +93,8 @@ class Consistency(FlowMatching):
 
     def _texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings of the prompts, and with guidance of as many negative ones behind them."""
-        prompts = batch["prompt"]
-        unguided = [self.config.negative_prompt] * (len(prompts) if self._guided else 0)
-        return self._embedded(prompts), self._embedded([*prompts, *unguided])
+        cond = self._embedded(batch["prompt"])
+        return cond, self._with_negative(cond) if self._guided else cond
 
     @property
     def _guided(self) -> bool:
@@ -107,7 +107,7 @@ class Consistency(FlowMatching):
         places, context = self._places(draws, latents.shape[1])
         return {
             "latents": latents,
-            "noise": draws.normal(Purpose.NOISE, latents.shape[1:]).to(latents.device),
+            "noise": to_device(draws.normal(Purpose.NOISE, latents.shape[1:]), latents.device),
             "context": context,
             "clean": clean,
             "clean_timesteps": clean_timesteps,

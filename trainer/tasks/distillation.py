@@ -1,6 +1,7 @@
 """The task of `model/dmd.py`."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainer.networks import build_score, make_player
 from trainer.tasks.base import Batch, GeneratorTask, TaskInputs, rollout_recipe
 from utils.config import Config
 from utils.datasets import Dataset
+from utils.devices import to_device
 from utils.draws import ATTEMPT, Draws, Purpose, TrainingNoise
 from utils.errors import UserError
 from wan.flops import forward_flops
@@ -33,11 +35,15 @@ from wan.flow import add_noise, shift_timesteps
 
 @dataclass(frozen=True)
 class Clip:
-    """A rollout: `latents` `[B, F, C, h, w]`, and which frames count `[F]` (None: all)."""
+    """A rollout: `latents` `[B, F, C, h, w]`, and which frames count `[F]` (None: all).
+
+    `cond`: the embeddings `[B, L, dim]` of its prompts.
+    """
 
     latents: Tensor
     counts: Tensor | None
     drawn: BatchDraw
+    cond: Tensor
 
 
 class Distillation(GeneratorTask):
@@ -118,13 +124,12 @@ class Distillation(GeneratorTask):
         """See `Task`."""
         if player == "generator":
             return self._generator_loss(batch, draws)
-        cond = self._embedded(batch["prompt"])
-        return self._critic_loss(cond, self._shared_clip(cond, draws), draws)
+        return self._critic_loss(self._shared_clip(batch, draws), draws)
 
     def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
         """See `Task`: on rollouts of its own."""
-        cond = self._embedded(batch["prompt"])
-        return self._critic_loss(cond, self._rollout(cond, draws, grad=False), draws)
+        clip = self._rollout(self._embedded(batch["prompt"]), draws, grad=False)
+        return self._critic_loss(clip, draws)
 
     def _first_use(self, draws: Draws) -> Draws:
         """The draws of the critic's update for which its rollouts were made.
@@ -185,7 +190,7 @@ class Distillation(GeneratorTask):
             self.layout, draws.update, draws.indices, alone=self.world.size == 1
         )
 
-    def _rollout(self, embeddings: Tensor, draws: Draws, *, grad: bool) -> Clip:
+    def _rollout(self, cond: Tensor, draws: Draws, *, grad: bool) -> Clip:
         source = TrainingNoise(
             draws.seed,
             draws.update,
@@ -195,8 +200,10 @@ class Distillation(GeneratorTask):
         )
         noise = BlockNoise(source, draws.indices, self.world.device)
         drawn = self._drawn(draws)
-        with self.timer.phase("rollout"), torch.set_grad_enabled(grad):
-            text = self.generator.encode_text(embeddings)
+        # With gradient it is the student that is trained, and gathered for the whole update.
+        whole = nullcontext() if grad else self.players["generator"].gathered()
+        with self.timer.phase("rollout"), torch.set_grad_enabled(grad), whole:
+            text = self.generator.encode_text(cond)
             latents = self_rollout(
                 self.setup,
                 self.generator,
@@ -214,7 +221,7 @@ class Distillation(GeneratorTask):
                 scored=self.frames,
                 block_frames=self.layout.frames(0),
             )
-        return Clip(clip, counts, drawn)
+        return Clip(clip, counts, drawn, cond)
 
     def _score_inputs(self, clip: Clip, draws: Draws) -> tuple[Tensor, Tensor]:
         """Timesteps `[B, F]` and noise `[B, F, C, h, w]` of the scores."""
@@ -223,7 +230,7 @@ class Distillation(GeneratorTask):
         timesteps = score_timesteps(raw, self.config.timestep_shift)
         shape, on = clip.latents.shape, clip.latents.device
         noise = draws.normal(Purpose.SCORE_NOISE, shape[1:])
-        return timesteps.to(on)[:, None].expand(-1, shape[1]), noise.to(on)
+        return to_device(timesteps, on)[:, None].expand(-1, shape[1]), to_device(noise, on)
 
     def _lowest(self, drawn: RolloutDraw) -> int:
         """With `ts_schedule`, scores stay above the next level of a Self Forcing rollout.
@@ -243,7 +250,7 @@ class Distillation(GeneratorTask):
 
     def _generator_loss(self, batch: Batch, draws: Draws) -> LossResult:
         cond = self._embedded(batch["prompt"])
-        both = self._embedded([*batch["prompt"], *[self.config.negative_prompt] * len(cond)])
+        both = self._with_negative(cond)
         # What is made first is differentiated last: a replay finds no other pass under way.
         guard = self._guard(batch, cond, draws) if self.config.motion_guard_weight else None
         clip = self._rollout(cond, draws, grad=True)
@@ -281,31 +288,33 @@ class Distillation(GeneratorTask):
         """
         latents, device = self._latents(batch), self.world.device
         levels = self.setup.levels.tensor()
-        timesteps = levels[draws.integers(Purpose.GUARD_LEVEL, len(levels))].to(device)
+        drawn = draws.integers(Purpose.GUARD_LEVEL, len(levels))
+        timesteps = to_device(levels[drawn], device)
         with self.timer.phase("guard"):
             return flow_matching_loss(
                 self.generator,
                 latents,
-                draws.normal(Purpose.GUARD_NOISE, latents.shape[1:]).to(device),
+                to_device(draws.normal(Purpose.GUARD_NOISE, latents.shape[1:]), device),
                 timesteps[:, None].expand(-1, latents.shape[1]),
                 self.generator.encode_text(embeddings),
                 shift=None,
             ).loss
 
-    def _shared_clip(self, embeddings: Tensor, draws: Draws) -> Clip:
+    def _shared_clip(self, batch: Batch, draws: Draws) -> Clip:
         """The rollouts of a critic's update, which may have served an earlier one."""
         first = self._first_use(draws)
-        if self.config.critic_updates_per_rollout == 1:
-            return self._rollout(embeddings, first, grad=False)
         key = (first.update, *draws.indices)
         self.clips = {made: clip for made, clip in self.clips.items() if made[0] == first.update}
-        if key not in self.clips:
-            self.clips[key] = self._rollout(embeddings, first, grad=False)
-        return self.clips[key]
+        if key in self.clips:
+            return self.clips[key]
+        clip = self._rollout(self._embedded(batch["prompt"]), first, grad=False)
+        if self.config.critic_updates_per_rollout > 1:
+            self.clips[key] = clip
+        return clip
 
-    def _critic_loss(self, embeddings: Tensor, clip: Clip, draws: Draws) -> LossResult:
+    def _critic_loss(self, clip: Clip, draws: Draws) -> LossResult:
         timesteps, noise = self._score_inputs(clip, draws)
         self.look()
         with self.timer.phase("scores"):
-            text = self.fake_score.encode_text(embeddings)
+            text = self.fake_score.encode_text(clip.cond)
             return critic_loss(self.fake_score, clip.latents, noise, timesteps, text)

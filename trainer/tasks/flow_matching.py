@@ -14,6 +14,7 @@ from trainer.networks import make_player
 from trainer.tasks.base import Batch, GeneratorTask, TaskInputs, rollout_recipe
 from utils.config import Config
 from utils.datasets import Dataset
+from utils.devices import to_device
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
 from wan.context import AttentionContext, ForcedContext
@@ -61,8 +62,8 @@ class FlowMatching(GeneratorTask):
             return flow_matching_loss(
                 self.generator,
                 latents,
-                draws.normal(Purpose.NOISE, latents.shape[1:]).to(device),
-                timesteps.to(device),
+                to_device(draws.normal(Purpose.NOISE, latents.shape[1:]), device),
+                to_device(timesteps, device),
                 self.generator.encode_text(embeddings),
                 shift=config.generator_shift if config.weighting_scheme == "bell" else None,
                 context=context,
@@ -96,9 +97,9 @@ class FlowMatching(GeneratorTask):
 
     def _clean(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The frames that the noisy ones look back at, and their timesteps `[B, F]`."""
-        noise = draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]).to(latents.device)
+        noise = to_device(draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]), latents.device)
         level = draws.uniform(Purpose.CLEAN_TIMESTEP) * self.config.clean_context_noise
-        timesteps = level[:, None].expand(-1, latents.shape[1]).to(latents.device)
+        timesteps = to_device(level, latents.device)[:, None].expand(-1, latents.shape[1])
         return add_noise(latents, noise, timesteps), timesteps
 
     def _levels(self, draws: Draws, frames: int) -> tuple[Tensor, AttentionContext | None]:

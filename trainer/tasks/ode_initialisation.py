@@ -13,6 +13,7 @@ from trainer.networks import make_player
 from trainer.tasks.base import Batch, GeneratorTask, TaskInputs
 from utils.config import Config
 from utils.datasets import Dataset
+from utils.devices import to_device
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
 from wan.flops import forward_flops
@@ -50,14 +51,15 @@ class OdeInitialisation(GeneratorTask):
         return self._regression(batch, draws, size)
 
     def _regression(self, batch: Batch, draws: Draws, frames_in_loss: float) -> LossResult:
-        trajectory = batch["trajectory"].to(self.world.device)
+        device = self.world.device
+        trajectory = to_device(batch["trajectory"], device)
         embeddings = self._embedded(batch["prompt"])
         with self.timer.phase("forward"):
             return ode_regression_loss(
                 self.generator,
                 trajectory,
-                self._levels(draws, trajectory.shape[2]).to(self.world.device),
-                self.timesteps.to(self.world.device),
+                to_device(self._levels(draws, trajectory.shape[2]), device),
+                to_device(self.timesteps, device),
                 self.generator.encode_text(embeddings),
                 self.context,
                 frames_in_loss=frames_in_loss,

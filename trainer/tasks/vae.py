@@ -9,6 +9,7 @@ from trainer.networks import build_trained_vae, make_player
 from trainer.tasks.base import Batch, Task, TaskInputs
 from utils.config import Config
 from utils.datasets import Dataset
+from utils.devices import to_device
 from utils.draws import Draws, Purpose
 
 
@@ -30,7 +31,7 @@ class VaeTraining(Task):
         """See `Task`."""
         video = self._video(batch)
         latent = self.autoencoder.latent_shape(video)
-        noise = draws.normal(Purpose.NOISE, latent).to(self.world.device)
+        noise = to_device(draws.normal(Purpose.NOISE, latent), self.world.device)
         with self.timer.phase("forward"):
             return vae_loss(
                 self.autoencoder,
