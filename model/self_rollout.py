@@ -314,7 +314,7 @@ class _Replayed(torch.autograd.Function):
     with its share of the gradient of the video, and its graph is gone before the next one. That is
     exact, for windows are independent given the context, which carries no gradient. It costs the
     scored part of the rollout once more, and a second cache meanwhile. Sharded networks reduce
-    their gradients window by window, as they do with one graph of all.
+    their gradients window by window, in fp32; of one graph autograd sums them before, in bf16.
     """
 
     @staticmethod
