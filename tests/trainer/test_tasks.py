@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,23 @@ def test_gradient_checkpointing_changes_nothing(
         config = training_world.config(tmp_path, gradient_checkpointing=on, max_steps=3, **changes)
         found.append(trained_state(config, tmp_path / f"{on}"))
     assert_close_states(*found, 1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_is_the_eager_one(
+    training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of two updates, with checkpointing; traced as on a GPU, without its kernels."""
+    compiled = partialmethod(WanDiT.compile_blocks, backend="aot_eager")
+    monkeypatch.setattr(WanDiT, "compile_blocks", compiled)
+    eager, traced = (
+        trained_state(
+            training_world.config(tmp_path, **training_world.flow(), max_steps=2, compile=choice),
+            tmp_path / f"{choice}",
+        )
+        for choice in (False, True)
+    )
+    assert_close_states(traced, eager)
 
 
 def test_videos_and_their_latents_give_one_loss(
