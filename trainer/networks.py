@@ -21,7 +21,7 @@ from trainer.ema import EMA
 from trainer.sharding import (
     World,
     agreed,
-    gathered,
+    keep_gathered,
     load_drawn,
     load_full_state,
     make_mesh,
@@ -66,7 +66,7 @@ class Player:
 
     def gathered(self) -> AbstractContextManager[None]:
         """The module is gathered once for all passes inside, where the config has it so."""
-        return gathered(self.module) if self.stays_gathered else nullcontext()
+        return keep_gathered(self.module) if self.stays_gathered else nullcontext()
 
     def apply(self) -> None:
         """One optimiser step at this update's learning rate; gradients are then dropped."""

@@ -188,7 +188,7 @@ def reshard(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def keep_gathered(module: nn.Module) -> Iterator[None]:
     """Inside, what a pass gathers stays whole for the passes that follow; it is dropped at the end.
 
     Of each block as of the rest, which stays whole from one forward pass to the next anyway.
