@@ -54,9 +54,9 @@ def trace(values: Array, known: Property, *, fps: float, given: int = 0) -> Trac
     seconds = _per_second(values, known, fps)
     pairs = {"first_last_5s": _ends(values, known, fps)}
     span = max(1, round(END_SHARE * len(values)))
-    pairs["first_last_15_percent"] = _mean(values[:span], known), _mean(values[-span:], known)
+    pairs["first_last_15_percent"] = mean_of(values[:span], known), mean_of(values[-span:], known)
     apart = {name: float(known.distance(*pair)) for name, pair in pairs.items()}
-    return {"first": _mean(reference, known).tolist(), "seconds": seconds.tolist(), **apart}
+    return {"first": mean_of(reference, known).tolist(), "seconds": seconds.tolist(), **apart}
 
 
 FORMULAS = {
@@ -67,7 +67,9 @@ FORMULAS = {
 
 def drift_curve(traces: Sequence[Trace], known: Property, spread: float) -> Array:
     """Drift [S] of one video, the mean over its things; NaN in seconds without a value."""
-    curves = [known.distance(_array(t["seconds"]), _array(t["first"])) / spread for t in traces]
+    curves = [
+        known.distance(values_of(t["seconds"]), values_of(t["first"])) / spread for t in traces
+    ]
     return mean(np.array(curves))
 
 
@@ -77,7 +79,7 @@ def spread_of(videos: Sequence[Sequence[Trace]], known: Property) -> float:
     """
     if known.spread is not None:
         return known.spread
-    spread = _variety([_array(t["first"]) for traces in videos for t in traces], known)
+    spread = variety_of([values_of(t["first"]) for traces in videos for t in traces], known)
     return spread if spread > 0 else math.nan
 
 
@@ -100,17 +102,18 @@ def keeping(
     spread = spread_of(videos, known) if spread is None else spread
     shortest = min(len(t["seconds"]) for traces in videos for t in traces)
     things = [t for traces in videos for t in traces]
-    first = np.stack([_array(t["first"]) for t in things])  # [things, n]
-    later = np.stack([_array(t["seconds"])[:shortest] for t in things], 1)  # [S, things, n]
+    first = np.stack([values_of(t["first"]) for t in things])  # [things, n]
+    later = np.stack([values_of(t["seconds"])[:shortest] for t in things], 1)  # [S, things, n]
     drifts = [drift_curve(traces, known, spread)[:shortest] for traces in videos]
     return Keeping(
         drift=mean(np.array(drifts)),
-        gain=np.array([_gain(now, first, known) for now in later]),
-        variety=np.array([_variety(now, known) / spread for now in later]),
+        gain=np.array([gain_of(now, first, known) for now in later]),
+        variety=np.array([variety_of(now, known) / spread for now in later]),
     )
 
 
-def _gain(now: Array, first: Array, known: Property) -> float:
+def gain_of(now: Array, first: Array, known: Property) -> float:
+    """Gain of things from their first values to later ones, both [things, n] (see `keeping`)."""
     there = np.isfinite(now).all(1) & np.isfinite(first).all(1)
     now, first = now[there], first[there]
     if known.circular:
@@ -122,7 +125,7 @@ def _gain(now: Array, first: Array, known: Property) -> float:
     return float((now * first).sum() / varied) if varied > 0 else math.nan
 
 
-def _variety(values: Sequence[Array] | Array, known: Property) -> float:
+def variety_of(values: Sequence[Array] | Array, known: Property) -> float:
     """Mean distance of two of the values [things, n]; NaN of fewer than two."""
     there = np.array([value for value in values if np.isfinite(value).all()])
     if len(there) < 2:
@@ -131,7 +134,7 @@ def _variety(values: Sequence[Array] | Array, known: Property) -> float:
     return float(apart.sum() / (len(there) * (len(there) - 1)))
 
 
-def _mean(values: Array, known: Property) -> Array:
+def mean_of(values: Array, known: Property) -> Array:
     """Mean over the first axis; of angles, the direction of the mean of their unit vectors."""
     if not known.circular:
         return mean(values)
@@ -151,7 +154,7 @@ def _ends(values: Array, known: Property, fps: float) -> tuple[Array, Array]:
     return np.arctan2(sine, cosine), np.arctan2(last_sine, last_cosine)
 
 
-def _array(values: Any) -> Array:
+def values_of(values: Any) -> Array:
     """Plain data as numbers; None is NaN."""
     return np.array(values, float)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config import find_file, load_config
+from utils.distributed import ALONE, Ranks
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,8 +25,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="key=value", help="of the config")
 
 
-def open_model(args: argparse.Namespace) -> VideoPipeline:
-    """The pipeline that the flags name; UserError for one whose videos are not square."""
+def open_model(args: argparse.Namespace, ranks: Ranks = ALONE) -> VideoPipeline:
+    """The pipeline that the flags name, on this rank's own GPU if there are several.
+
+    UserError for one whose videos are not square.
+    """
     config = load_config(args.config_path, args.overrides)
     weights = args.checkpoint_path
     checkpoint = find_file(weights, "checkpoint") if weights else None
@@ -33,7 +37,8 @@ def open_model(args: argparse.Namespace) -> VideoPipeline:
         raise UserError(f"{args.config_path} makes no square videos, as the shapes world needs")
     from pipeline import load_pipeline
 
-    return load_pipeline(config, checkpoint, args.device, use_ema=args.use_ema)
+    device = ranks.device_name(args.device or config.device) if ranks.world > 1 else args.device
+    return load_pipeline(config, checkpoint, device, use_ema=args.use_ema)
 
 
 def describe_model(args: argparse.Namespace, pipe: VideoPipeline) -> dict[str, Any]:

@@ -2,34 +2,26 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from evaluation.meters import Judge
 from shapes import drift
-from shapes.drift import TRUTH, Protocol, drift_rows, main, margin, spans, table
+from shapes.drift import TRUTH, Protocol, drift_rows, main, table
 from shapes.kept import ERRORS, PROPERTIES
+from shapes.stored import POINTS, spans, sum_up
 from shapes.world import render, sample_scene
 from utils.cli import run_main
 
 
 def test_a_length_is_told_over_the_seconds_of_that_clip():
     """Seconds that were given are the reference, and never counted."""
-    assert dict(spans(101, 5.0, 0.0)) == {
-        1: slice(1, 5),
-        2: slice(5, 10),
-        5: slice(20, 25),
-        10: slice(45, 50),
-        20: slice(95, 100),
-    }
+    found = dict(spans(101, 5.0, 0.0))
+    assert tuple(found) == POINTS[: POINTS.index(20) + 1]
+    assert found[1] == slice(1, 5)
+    assert found[5] == slice(20, 25)
+    assert found[20] == slice(95, 100)
     assert dict(spans(10, 5.0, 1.3)) == {1: slice(2, 5), 2: slice(5, 10)}
-
-
-def test_the_interval_is_that_of_the_mean():
-    values = np.random.default_rng(0).normal(0, 1, 400)
-    assert margin(values) == pytest.approx(1.96 / 20, rel=0.1)
-    assert margin(np.r_[values, np.nan]) == margin(values)
-    assert np.isnan(margin(values[:1]))
+    assert dict(spans(2, 0.8, 0.0)) == {1: slice(1, 1), 2: slice(1, 2), 3: slice(2, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +37,19 @@ def true_results():
 
 
 def test_true_clips_keep_everything(true_results):
-    rows = drift_rows(true_results, clip_seconds=2.0, given_seconds=9 / 16)
+    """Lengths below a second tell nothing of the first one, which is the reference."""
+    numbered = enumerate(true_results)
+    videos = [sum_up(result, n, clip_seconds=0.8, given_seconds=9 / 16) for n, result in numbered]
+    rows = drift_rows(videos)
     assert set(rows) == set(PROPERTIES)
     for name, row in rows.items():
         assert row["error"] == ERRORS[name]
-        assert set(row) == {"error", "1x", "2x"}
-        assert row["2x"]["drift"] < 2 * ERRORS[name], name
-        assert row["2x"]["gain"] == pytest.approx(1, abs=0.02)
+        assert set(row) == {"error", "5x"}
+        assert row["5x"]["low"] <= row["5x"]["drift"] <= row["5x"]["high"] < 4 * ERRORS[name], name
+        assert row["5x"]["gain"] == pytest.approx(1, abs=0.02)
     lines = table(rows).splitlines()
     assert len(lines) == 1 + len(PROPERTIES)
-    assert lines[0].split()[-2:] == ["1x", "2x"]
+    assert lines[0].split()[-1] == "5x"
 
 
 def test_scenes_are_none_that_training_draws():
