@@ -35,6 +35,7 @@ MODULES = (
     "shapes.continuation",
     "shapes.direction",
     "shapes.drift",
+    "shapes.picture",
     "shapes.starts",
     "shapes.init",
 )

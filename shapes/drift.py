@@ -152,7 +152,7 @@ def drift_rows(videos: Sequence[Video]) -> dict[str, dict[str, Any]]:
     measured = Measured([videos])
     rows: dict[str, dict[str, Any]] = {}
     for name in PROPERTIES:
-        found = mean_interval(measured.drift(name))
+        found = mean_interval(measured.curve(name))
         row: dict[str, Any] = {"error": ERRORS[name]}
         for times in filter(measured.reaches, COLUMNS):
             at = POINTS.index(times)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from evaluation.intervals import Interval
 from evaluation.keeping import Property, Trace, Traces, trace
 from evaluation.statistics import Array
 from shapes.ground import allowed
@@ -20,9 +21,13 @@ PROPERTIES = {
 """Spreads are the mean distances of two clips; tints are measured in theirs, as it is another for
 each colour."""
 
-ERRORS = {"tint": 0.015, "phase": 0.005, "direction": 0.002, "shade": 0.015, "size": 0.03}
-"""Mean drift that is read in true clips, in each property's spread: none below three times that is
-told from none (`told_apart`)."""
+ERRORS = {
+    **{"tint": 0.015, "phase": 0.005, "direction": 0.002, "shade": 0.015, "size": 0.03},
+    **{"right": 0.01, "background_right": 0.01, "motion": 0.04, "path": 0.04},
+}
+"""What is read in true clips: of properties the mean drift, in their spread; of what stands beside
+them (`ShapesReport.per_second`) how far the mean is from 1. No difference below three times that is
+claimed (`told_apart`)."""
 
 
 def traces(measures: Measures, *, given: int = 0) -> Traces:
@@ -45,9 +50,11 @@ def wave_height(measures: Measures) -> Array:
     return measures.seen.grating[:, 0] / WAVE_HEIGHT
 
 
-def told_apart(name: str, one: float, other: float) -> bool:
-    """Whether two drifts of a property differ by more than the meter's error explains."""
-    return abs(one - other) > 3 * ERRORS[name]
+def told_apart(name: str, difference: Interval) -> bool:
+    """Whether a difference of means is claimed: its interval leaves out 0, and it is above three
+    times the meter's error.
+    """
+    return difference.leaves_out_zero() and bool(abs(difference.mean) > 3 * ERRORS[name])
 
 
 def _traces(things: list[Array], name: str, fps: float, given: int) -> list[Trace]:

@@ -91,13 +91,14 @@ class Measured:
 
     seeds: Sequence[Sequence[Video]]
 
-    def drift(self, name: str) -> Array:
-        """Of a property `[seeds, scenes, POINTS]`, NaN where a video does not reach."""
-        return self._values(lambda video: video["kept"][name]["drift"])
+    def curve(self, name: str) -> Array:
+        """Drift of a property, or what has a name of `BESIDE`, `[seeds, scenes, POINTS]`.
 
-    def beside(self, name: str) -> Array:
-        """Of a name of `BESIDE` `[seeds, scenes, POINTS]`."""
-        return self._values(lambda video: video["curves"][name])
+        NaN where a video does not reach.
+        """
+        if name in BESIDE:
+            return self._values(lambda video: video["curves"][name])
+        return self._values(lambda video: video["kept"][name]["drift"])
 
     def formula(self, name: str, formula: str) -> Array:
         """A property by a published formula `[seeds, scenes]`, over the whole video."""
@@ -120,7 +121,7 @@ class Measured:
 
     def reaches(self, times: int) -> bool:
         """Whether its videos are so long."""
-        return bool(np.isfinite(self.drift("tint")[..., POINTS.index(times)]).any())
+        return bool(np.isfinite(self.curve("tint")[..., POINTS.index(times)]).any())
 
     def _values(self, pick: Callable[[Video], Sequence[float | None]]) -> Array:
         scenes = 1 + max(video["scene"] for videos in self.seeds for video in videos)

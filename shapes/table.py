@@ -1,149 +1,371 @@
-"""What becomes of the figures of the ablations: a table, curves, a place in a page."""
+"""The page of the ablations from stored results: what is claimed, tables, what each row is."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from evaluation.curves import draw_curves
-from evaluation.meters import Curve, Result
-from evaluation.results import mean_and_spread, measures_of
-from evaluation.statistics import mean as mean_of_known
-from shapes.truth import ShapesTruth
-from shapes.variants import VARIANTS
-from utils.config import ROOT
+from evaluation.intervals import Interval, difference, mean_interval
+from evaluation.keeping import FORMULAS
+from shapes.kept import ERRORS, PROPERTIES, told_apart
+from shapes.stored import BESIDE, COLUMNS, POINTS, Measured, read_run
+from shapes.variants import BEGINNINGS, EQUAL_SINK, ROWS, Comparison, comparisons
 from utils.errors import UserError
-from utils.files import write_text
 
-TRUTH = ShapesTruth()
 MARKS = ("<!-- ablations -->", "<!-- /ablations -->")
 UNKNOWN = "–"
+COMMON = 10
+"""The length, in training clips, that every row is told at."""
+PLATEAU = 0.15
+"""A row whose tint drifts as much within the first clip was not trained enough to be compared."""
+SPEED = "speed.json"
+
+Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Column:
-    """Mean over the videos of the mean over `measures`.
+class Results:
+    """What is stored: by row and beginning the videos, by row the settings of each training seed.
 
-    `lengths`: the videos that tell it; of several the first that know the measures.
+    `rates`: frames per second of each row, round by round, on `device`.
     """
 
-    title: str
-    measures: tuple[str, ...]
-    digits: int = 2
-    lengths: tuple[Literal["short", "long"], ...] = ("short",)
+    measured: Mapping[tuple[str, str], Measured]
+    settings: Mapping[str, Sequence[Settings]]
+    rates: Mapping[str, Sequence[float]]
+    device: str
+
+    def primary(self, key: str) -> Measured | None:
+        """A row's videos that go on from a true prefix."""
+        return self.measured.get((key, "true"))
+
+    def comparable(self, key: str) -> bool:
+        """Whether a row keeps its tint within the first clip."""
+        seen = self.primary(key)
+        return seen is not None and bool(at(seen, "tint", 1).mean < PLATEAU)
 
 
-ANY_LENGTH: tuple[Literal["short", "long"], ...] = ("short", "long")
+def read_results(folder: Path, of_today: Callable[[Path, str, Settings], bool]) -> Results | None:
+    """Of each row the training seeds from the first on, as far as they are there and `of_today`.
+
+    None if nothing is.
+    """
+    measured: dict[tuple[str, str], Measured] = {}
+    settings: dict[str, list[Settings]] = {}
+    for key, row in ROWS.items():
+        for beginning in BEGINNINGS:
+            runs = []
+            for seed in row.seeds:
+                path = folder / f"{key}-{seed}-{beginning}.json"
+                run = read_run(path) if path.is_file() else None
+                if run is None or not of_today(path, key, run["settings"]):
+                    break
+                runs.append(run)
+            if runs:
+                measured[key, beginning] = Measured([run["videos"] for run in runs])
+                settings.setdefault(key, [run["settings"] for run in runs])
+    if not measured:
+        return None
+    speed = read_speed(folder / SPEED)
+    return Results(measured, settings, speed["frames_per_second"], speed["device"])
 
 
-COLUMNS = (
-    Column(
-        "prompt followed, first 5 s",
-        ("accuracy.colour", "accuracy.kind", "accuracy.background", "accuracy.direction"),
-    ),
-    Column("right, last 5 s", ("late.right",)),
-    Column("drift of right", ("drift.right",)),
-    Column("drift of background", ("drift.background_error",), 1),
-    Column("drift of colour", ("drift.colour_error",), 1),
-    Column("motion, last 5 s", ("late.motion",)),
-    Column("drift of motion", ("drift.motion",)),
-    Column("path, last 5 s", ("late.path",)),
-    Column("drift of path", ("drift.path",)),
-    Column("flicker", ("background_flicker.ratio",)),
-    Column("never wrong in 5 s", ("survival.5s",), lengths=ANY_LENGTH),
-    Column("never wrong in 60 s", ("survival.60s",), lengths=ANY_LENGTH),
-    Column("never wrong in 5 min", ("survival.300s",), lengths=ANY_LENGTH),
-    Column("right at 60 s", ("right_at.60s",), lengths=ANY_LENGTH),
-    Column("right at 5 min", ("right_at.300s",), lengths=ANY_LENGTH),
-    Column("right, last 5 s of long videos", ("late.right",), lengths=("long",)),
-    Column("motion, last 5 s of long videos", ("late.motion",), lengths=("long",)),
-    Column("frames/s", ("fps",), 1),
-)
-
-CURVES = {
-    "right": TRUTH.curves["right"],
-    "colour_right": Curve("colour right (share of frames)", share=True),
-    "kind_right": Curve("kind right (share of frames)", share=True),
-    **{name: TRUTH.curves[name] for name in ("motion", "path", "background_error", "survival")},
-}
-
-LEGEND = (
-    "Mean over all videos ± standard deviation (n - 1) of the seeds' means, where there are "
-    "several. Prompt followed: mean of colour, kind, background and direction. Right: share of the "
-    "frames in which every shape has its colour and kind. Motion: speed over the prompt's. Path: 1 "
-    "if each half second follows the world's law, 0 for a still picture. Drift: last 5 s minus "
-    "first 5 s; of background and colour, of their error in grey levels. Never wrong: share of the "
-    "videos without a second in which half of the frames are wrong; right at: of those that are "
-    "right in most of the 5 s before, whatever was earlier. Long videos: those of the greater "
-    "length. The formulas are in docs/shapes.md."
-)
+def read_speed(path: Path) -> dict[str, Any]:
+    """Frames per second of rows; none if they were not measured."""
+    if not path.is_file():
+        return {"of": {}, "device": "", "frames_per_second": {}}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-Figures = dict[str, dict[str, Any]]  # by variant
+def at(seen: Measured, name: str, times: int) -> Interval:
+    """Interval of a property's drift, or of what stands beside it, at one of the points."""
+    return mean_interval(seen.curve(name)[..., POINTS.index(times)])
 
 
-def write_table(folder: Path, short: Figures, long: Figures) -> str:
-    """The table as a file, and as text."""
-    text = make_table(short, long)
-    write_text(folder / "table.md", text)
-    return text
+# --- what is claimed -----------------------------------------------------------------------------
 
 
-def make_table(short: Figures, long: Figures) -> str:
-    """Markdown: what was measured, the table, and what each variant is for."""
-    rows = [variant for variant in VARIANTS if variant.key in short or variant.key in long]
-    lines = [f"{describe(short, long)}. {LEGEND}", ""]
-    lines.append(markdown_row(["variant", *(column.title for column in COLUMNS)]))
-    lines.append(markdown_row(["---", *("---:" for _ in COLUMNS)]))
-    made = {
-        variant.key: [figures[variant.key] for figures in (short, long) if variant.key in figures]
-        for variant in rows
+@dataclass(frozen=True)
+class Finding:
+    """How two rows differ at the greatest length that both reach, by property and measure."""
+
+    comparison: Comparison
+    times: int
+    differences: Mapping[str, Interval]
+
+    @property
+    def seeds(self) -> int:
+        """Training seeds that both have."""
+        return next(iter(self.differences.values())).seeds
+
+    def told(self, name: str) -> bool:
+        """Whether a difference is claimed."""
+        return told_apart(name, self.differences[name])
+
+    def less(self, names: Sequence[str]) -> list[str]:
+        """Those of the names in which the first row has less."""
+        return [n for n in names if self.told(n) and self.differences[n].mean < 0]
+
+    def more(self, names: Sequence[str]) -> list[str]:
+        """Those of the names in which it has more."""
+        return [n for n in names if self.told(n) and self.differences[n].mean > 0]
+
+
+def compare(results: Results, comparison: Comparison) -> Finding | None:
+    """What there is to say of two rows that go on from true prefixes; None if one is missing."""
+    one, other = results.primary(comparison.one), results.primary(comparison.other)
+    if one is None or other is None:
+        return None
+    common = [column for column in COLUMNS if one.reaches(column) and other.reaches(column)]
+    if not common:
+        return None
+    column = POINTS.index(common[-1])
+    found = {
+        name: difference(one.curve(name)[..., column], other.curve(name)[..., column])
+        for name in (*PROPERTIES, *BESIDE)
     }
-    changes = {key: changed(contents) for key, contents in made.items()}
-    alike = len(set(changes.values())) == 1
-    for variant in rows:
-        title = variant.title if alike else f"{variant.title}{changes[variant.key]}"
-        videos = [figures.get(variant.key, {}).get("videos", []) for figures in (short, long)]
-        lines.append(markdown_row([title, *(cell(c, *videos) for c in COLUMNS)]))
-    lines.append("")
-    for variant in rows:
-        config, weights = (
-            " and ".join(dict.fromkeys(shown_path(c["settings"][key]) for c in made[variant.key]))
-            for key in ("config", "checkpoint")
+    return Finding(comparison, common[-1], found)
+
+
+def verdict(results: Results) -> str:
+    """Whether the rolling window keeps more than block by block, at equal sink."""
+    sentences = []
+    for comparison in EQUAL_SINK:
+        where = comparison.title.rpartition(", ")[2]
+        rows = [comparison.one, comparison.other]
+        found = compare(results, comparison)
+        lacking = [ROWS[key].title for key in rows if results.primary(key) is None]
+        poor = [ROWS[k].title for k in rows if k not in lacking and not results.comparable(k)]
+        if found is None:
+            sentences.append(f"{where.capitalize()}, nothing is known yet: a row is missing.")
+        elif poor:
+            sentences.append(
+                f"{where.capitalize()}, nothing is compared: {' and '.join(poor)} drifts by "
+                f"{PLATEAU} or more within the first clip."
+            )
+        else:
+            sentences.append(window_sentence(where, found))
+    return " ".join(sentences)
+
+
+def window_sentence(where: str, found: Finding) -> str:
+    """What the rolling window adds, without or with a sink."""
+    names = list(PROPERTIES)
+    less, more = found.less(names), found.more(names)
+    if less and not more:
+        start = f"**{where.capitalize()}, rolling beats block by block**"
+    else:
+        start = f"**{where.capitalize()}, rolling does not beat block by block here**"
+    parts = [
+        f"{word} {listed(found, chosen)}"
+        for word, chosen in (("it drifts less in", less), ("it drifts more in", more))
+        if chosen
+    ]
+    rest = [name for name in names if name not in (*less, *more)]
+    if rest:
+        parts.append(f"not distinguished are {listed(found, rest)}")
+    seeds = counted(found.seeds, "training seed")
+    return f"{start}: at {found.times}x, {', '.join(parts)} ({seeds})."
+
+
+def listed(found: Finding, names: Sequence[str]) -> str:
+    """Names with what they differ by."""
+    return ", ".join(f"{name} ({shown(found.differences[name], sign=True)})" for name in names)
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def make_page(results: Results) -> str:
+    """Markdown: what is claimed, how it was measured, the tables, what each row is."""
+    parts = [verdict(results), protocol_text(results)]
+    for name, known in PROPERTIES.items():
+        title = f"### Drift of {name}: {known.title}"
+        note = f"Claimed are differences above {3 * ERRORS[name]:g}, three times the meter's error."
+        parts += [title, note, property_table(results, name)]
+    parts += ["### Beside it, from a true prefix", BESIDE_NOTE, beside_table(results)]
+    parts += ["### Published formulas, from noise", formula_note(), formula_table(results)]
+    parts += ["### What differs", DIFFERENCE_NOTE, difference_table(results)]
+    parts += ["### The rows", row_list(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+BESIDE_NOTE = (
+    "Right: share of the frames of that clip in which every shape has its colour and kind (and of "
+    "those with the right background). Motion: speed over the prompt's. Path: 1 if each half "
+    "second follows the world's law, 0 for a still picture. Flicker: change at block boundaries "
+    "over that inside blocks, of the whole video. Frames/s: the median of rounds in which all rows "
+    "took turns, one video at a time, decoding included, with the least and the most."
+)
+DIFFERENCE_NOTE = (
+    "The first row minus the second, paired by scene, noise and number of the training seed, at "
+    "the greatest length that both reach. In bold what is claimed: the interval leaves out 0, and "
+    "the difference is above three times the meter's error. Everything else is not distinguished."
+)
+
+
+def protocol_text(results: Results) -> str:
+    """How everything was measured."""
+    scenes = {len(videos) for seen in results.measured.values() for videos in seen.seeds}
+    number = " or ".join(map(str, sorted(scenes)))
+    clip = next(iter(results.settings.values()))[0]["clip_seconds"]
+    poor = [ROWS[k].title for k, _ in results.measured if not results.comparable(k)]
+    lines = [
+        f"{number} scenes of each row and training seed, none of which training, its monitors or "
+        f"any decision saw. Videos go on from a true prefix of one block (and, where it says so, "
+        f"start from noise); 1x is the length of a training clip, {clip:.1f} s, and 10x the tenth "
+        "such stretch. Drift is the distance of a property from its value in the prefix (from "
+        "noise: in the first second) over its spread over clips: 0 is kept, about 1 another "
+        "clip's. Gain is the regression of the later value on the first: 1 kept, above 1 "
+        "amplified, 0 forgotten; variety is the spread of the generated values over that of true "
+        "clips. In brackets are 95 % intervals by a bootstrap over training seeds and scenes "
+        "(`evaluation/intervals.py`); of rows with one training seed, marked ¹, over scenes alone, "
+        "which says nothing of another training.",
+        "All distillations took equally many operations, so their numbers of updates differ.",
+    ]
+    if poor:
+        titles = ", ".join(dict.fromkeys(poor))
+        lines.append(
+            f"Not comparable, marked ², and left out of comparisons: {titles}, whose tint drifts "
+            f"by {PLATEAU} or more within the first clip already."
         )
-        parts = f"{config} with {weights}{changes[variant.key]}"
-        lines.append(f"- **{variant.title}** ({parts}): {variant.why}.")
-    return "\n".join(lines) + "\n"
+    return " ".join(lines)
 
 
-def changed(contents: Sequence[dict[str, Any]]) -> str:
-    """The overrides that figures were made with, to follow a name; empty if there were none."""
-    seen = dict.fromkeys(item for c in contents for item in c["settings"]["overrides"])
-    return "".join(f", {override}" for override in seen)
+def row_title(results: Results, key: str) -> str:
+    """A row's name, with its marks."""
+    marks = "¹" * (len(results.settings[key]) == 1) + "²" * (not results.comparable(key))
+    return f"{ROWS[key].title}{marks}"
 
 
-def shown_path(path: str) -> str:
-    """A file as people know it: from the project's root on, if it is in there."""
-    absolute = Path(path).absolute()
-    inside = absolute.is_relative_to(ROOT)
-    return f"`{absolute.relative_to(ROOT) if inside else path}`"
+def rows_of(results: Results) -> list[str]:
+    """Keys of the rows that are there, in order."""
+    return [key for key in ROWS if any(key == there for there, _ in results.measured)]
 
 
-def describe(*figures: Figures) -> str:
-    """How many videos of what length, made where."""
-    seen = []
-    for content in (content for group in figures for content in group.values()):
-        prompts = len({result["prompt"] for result in content["videos"]})
-        seeds = len({result["seed"] for result in content["videos"]})
-        settings = content["settings"]
-        seen.append(
-            f"{counted(prompts, 'prompt')} × {counted(seeds, 'seed')} × {settings['seconds']:g} s "
-            f"on {settings['device']}{changed([content])}"
-        )
-    return "; ".join(dict.fromkeys(seen))
+def property_table(results: Results, name: str) -> str:
+    """Of one property: drift over time from a true prefix, gain, variety, and drift from noise."""
+    heads = [*(f"{times}x" for times in COLUMNS), f"gain, {COMMON}x", f"variety, {COMMON}x"]
+    lines = head(["row", *heads, f"from noise, {COMMON}x"])
+    for key in rows_of(results):
+        true, noise = (results.measured.get((key, start)) for start in BEGINNINGS)
+        cells = [shown_at(true, name, times) for times in COLUMNS]
+        cells += [number(true.gain(name, COMMON)) if true else UNKNOWN]
+        cells += [number(true.variety(name, COMMON)) if true else UNKNOWN]
+        cells += [shown_at(noise, name, COMMON)]
+        lines.append(markdown_row([row_title(results, key), *cells]))
+    return "\n".join(lines)
+
+
+def beside_table(results: Results) -> str:
+    """Prompt, motion, path and flicker, frames per second, what training took."""
+    last = COLUMNS[-1]
+    heads = [f"{title}, {COMMON}x" for title in BESIDE.values()]
+    heads += [f"{BESIDE[name]}, {last}x" for name in ("right", "motion")]
+    lines = head(["row", *heads, "flicker", "frames/s", "updates", "TFLOP of training"])
+    for key in rows_of(results):
+        seen = results.primary(key)
+        cells = [shown_at(seen, name, COMMON) for name in BESIDE]
+        cells += [shown_at(seen, name, last) for name in ("right", "motion")]
+        cells.append(shown(mean_interval(seen.flicker())) if seen else UNKNOWN)
+        cells.append(rate(results.rates.get(key, ())))
+        training = results.settings[key][0]["training"]
+        cells.append(f"{training['updates']:,}" if training else UNKNOWN)
+        cells.append(f"{training['operations'] / 1e12:.1f}" if training else UNKNOWN)
+        lines.append(markdown_row([row_title(results, key), *cells]))
+    device = f"\n\nFrames/s on {results.device}." if results.device else ""
+    return "\n".join(lines) + device
+
+
+def formula_table(results: Results) -> str:
+    """Each property by the published formulas, over whole videos from noise."""
+    lines = head(["row", *(f"{n}, {label}" for n in PROPERTIES for label in FORMULA_LABELS)])
+    for key in rows_of(results):
+        seen = results.measured.get((key, "noise"))
+        cells = [
+            shown(mean_interval(seen.formula(name, formula))) if seen else UNKNOWN
+            for name in PROPERTIES
+            for formula in FORMULAS
+        ]
+        lines.append(markdown_row([row_title(results, key), *cells]))
+    return "\n".join(lines)
+
+
+FORMULA_LABELS = ("5 s", "15 %")
+
+
+def formula_note() -> str:
+    """Where the formulas are from."""
+    told = "; ".join(FORMULAS.values())
+    return f"Distance over the spread, as drift is: {told}."
+
+
+def difference_table(results: Results) -> str:
+    """Every comparison of rows that can be compared."""
+    lines = head(["what differs", "at", "seeds", *PROPERTIES, *BESIDE.values()])
+    for comparison in comparisons():
+        found = compare(results, comparison)
+        if found is None or not all(map(results.comparable, (comparison.one, comparison.other))):
+            continue
+        cells = [claim(found, name) for name in found.differences]
+        start = [comparison.title, f"{found.times}x", str(found.seeds)]
+        lines.append(markdown_row([*start, *cells]))
+    return "\n".join(lines)
+
+
+def claim(found: Finding, name: str) -> str:
+    """A difference, in bold if it is claimed."""
+    text = shown(found.differences[name], sign=True)
+    if text == UNKNOWN:
+        return text
+    mean, space, ends = text.partition(" ")
+    return f"**{mean}**{space}{ends}" if found.told(name) else f"not distinguished, {text}"
+
+
+def row_list(results: Results) -> str:
+    """What each row is, and what it is made of."""
+    lines = []
+    for key in rows_of(results):
+        row, settings = ROWS[key], results.settings[key][0]
+        changes = "".join(f", {change}" for change in settings["overrides"])
+        parts = f"`{settings['config']}`{changes}, weights `{settings['weights']}`"
+        hashes = ", ".join(each["checkpoint_hash"][:8] for each in results.settings[key])
+        lines.append(f"- **{row.title}** ({parts}, {hashes}): {row.why}.")
+    return "\n".join(lines)
+
+
+# --- cells ---------------------------------------------------------------------------------------
+
+
+def shown_at(seen: Measured | None, name: str, times: int) -> str:
+    """`mean [low, high]` at a length; unknown where the videos are shorter, or there are none."""
+    return UNKNOWN if seen is None else shown(at(seen, name, times))
+
+
+def shown(found: Interval, *, sign: bool = False) -> str:
+    """`mean [low, high]`."""
+    mean, low, high = (float(value) for value in found[:3])
+    if np.isnan(mean):
+        return UNKNOWN
+    plus = "+" if sign else ""
+    ends = "" if np.isnan(low) else f" [{low:{plus}.2f}, {high:{plus}.2f}]"
+    return f"{mean:{plus}.2f}{ends}"
+
+
+def number(value: float) -> str:
+    """A number; unknown where there is none."""
+    return UNKNOWN if np.isnan(value) else f"{value:.2f}"
+
+
+def rate(rounds: Sequence[float]) -> str:
+    """The median of some rounds, and their ends."""
+    if not rounds:
+        return UNKNOWN
+    return f"{np.median(rounds):.0f} [{min(rounds):.0f}, {max(rounds):.0f}]"
 
 
 def counted(number: int, noun: str) -> str:
@@ -151,43 +373,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def cell(column: Column, short: Sequence[Result], long: Sequence[Result]) -> str:
-    """`mean ± spread` of the first of the column's videos that know the measures."""
-    videos = {"short": short, "long": long}
-    for results in (videos[length] for length in column.lengths):
-        if results:
-            mean, spread = column_figures(column, results)
-            if not np.isnan(mean):
-                shown = f"{mean:.{column.digits}f}"
-                return shown if np.isnan(spread) else f"{shown} ± {spread:.{column.digits}f}"
-    return UNKNOWN
-
-
-def column_figures(column: Column, results: Sequence[Result]) -> tuple[float, float]:
-    """Mean over the videos, and spread of the seeds' means."""
-    values = []
-    for result in results:
-        known = measures_of(result, TRUTH)
-        values.append([known.get(name, np.nan) for name in column.measures])
-    each = mean_of_known(np.array(values, float).T)  # [videos]
-    mean, spread = mean_and_spread(each[:, None], [result["seed"] for result in results])
-    return float(mean[0]), float(spread[0])
+def head(titles: Sequence[str]) -> list[str]:
+    """The first two lines of a table: all but the first column to the right."""
+    return [markdown_row(titles), markdown_row(["---", *("---:" for _ in titles[1:])])]
 
 
 def markdown_row(cells: Sequence[str]) -> str:
     """One line of a table."""
     return f"| {' | '.join(cells)} |"
-
-
-def draw(figures: Figures, out: Path) -> None:
-    """The curves of the main variants, as far as they are there."""
-    drawn = {
-        variant.title: figures[variant.key]["summary"]["shapes"]
-        for variant in VARIANTS
-        if variant.drawn and variant.key in figures
-    }
-    if drawn:
-        draw_curves(drawn, out, CURVES)
 
 
 def split_page(page: Path) -> tuple[str, str]:

@@ -1,115 +1,207 @@
-"""What the ablations compare: whose weights are played in which way, and why."""
+"""What the ablations compare: how each row is played, with whose weights, and against what."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-START = "causal_init"  # of every training here
-INITIALISATIONS = ("ode_init", START)
+START = "causal_init"  # of every distillation
+REFERENCE = "rolling_forcing"
+"""The row whose training says how many operations each distillation may take."""
+CORE_SEEDS = (0, 1, 2)
+
+
+class Beginning(NamedTuple):
+    """What videos start from: `given` blocks of true frames, or noise."""
+
+    title: str
+    given: int
+
+
+BEGINNINGS = {"true": Beginning("from a true prefix", 1), "noise": Beginning("from noise", 0)}
 
 
 @dataclass(frozen=True)
-class Variant:
+class Weights:
+    """Weights that a training ends with: a file of configs/shapes, and changes of it.
+
+    `start`: whose weights it goes on from; None: as its config says.
+    """
+
+    config: str
+    overrides: tuple[str, ...] = ()
+    start: str | None = START
+
+
+@dataclass(frozen=True)
+class Row:
     """Weights and the way in which they are played.
 
-    `config` names a file of configs/shapes, and so does `weights`: the training that they are
-    from. `drawn`: in the plot of the curves. `long`: measured at the greater length, too.
+    config, overrides: how it is played, and trained, unless `weights` names another row, or one of
+    `STARTS`, whose weights it plays. core: with three training seeds, and for five minutes too.
+    against: the row that it is compared with.
     """
 
     key: str
     title: str
     why: str
     config: str
-    weights: str
-    drawn: bool = False
-    long: bool = False
+    overrides: tuple[str, ...] = ()
+    weights: str | None = None
+    core: bool = False
+    against: str | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of its training."""
+        return CORE_SEEDS if self.core else (0,)
 
 
-def whole(key: str, title: str, why: str, *, drawn: bool = True, long: bool = False) -> Variant:
-    """A variant that is played as it was trained."""
-    return Variant(key, title, why, key, key, drawn, long)
+STARTS = {
+    "ode_init": Weights("ode_init", start=None),
+    START: Weights(START, start="ode_init"),
+    "teacher_forcing": Weights("teacher_forcing", start=None),
+    "consistency_init": Weights("consistency_init", start="teacher_forcing"),
+}
 
-
-VARIANTS = (
-    whole(
-        "rolling_forcing",
+ROLLING, ROLLING_BARE, BLOCK, BLOCK_BARE = CORE = (
+    Row(
+        REFERENCE,
         "Rolling Forcing",
-        "the method: a rolling window of five levels, three sink frames",
-        long=True,
+        "the method: a rolling window, and a sink",
+        "rolling_forcing",
+        core=True,
     ),
-    whole("self_forcing", "Self Forcing", "block by block, without a sink", long=True),
-    whole("self_forcing_sink", "Self Forcing with a sink", "what a sink does without a window"),
-    whole(
-        "infinite_forcing",
-        "Infinite-Forcing (V-sink)",
-        "block by block, one sink frame kept right before the recent ones",
-    ),
-    whole(
+    Row(
         "rolling_no_sink",
         "Rolling Forcing, no sink",
         "what the window does without a sink",
-        long=True,
-    ),
-    whole(
-        "rolling_levels_3",
-        "Rolling Forcing, 3 levels",
-        "a shorter window: fewer levels, less latency",
-        drawn=False,
-    ),
-    Variant(
-        "rolling_on_self_forcing",
-        "Rolling inference, Self Forcing's weights",
-        "whether the rolling window has to be trained",
-        "rolling_forcing",
-        "self_forcing",
-    ),
-    Variant(
-        "block_on_rolling",
-        "Block-by-block inference, Rolling Forcing's weights",
-        "whether what training with the window teaches shows without it",
-        "self_forcing",
-        "rolling_forcing",
-    ),
-    Variant(
-        "no_sink_on_rolling",
-        "Rolling inference without sink, weights trained with one",
-        "what happens when the sink is taken away from weights that rely on it",
         "rolling_no_sink",
-        "rolling_forcing",
+        core=True,
     ),
-    Variant(
-        "sink_on_rolling_no_sink",
-        "Rolling inference with sink, weights trained without one",
-        "whether the sink has to be trained",
-        "rolling_forcing",
-        "rolling_no_sink",
+    Row(
+        "self_forcing_sink",
+        "Self Forcing with a sink",
+        "block by block, with the same sink",
+        "self_forcing_sink",
+        core=True,
     ),
-    Variant(
-        "rolling_on_ode_init",
-        "ODE initialisation only, rolling",
-        "what a student knows that has seen the teacher's videos alone",
-        "rolling_forcing",
-        "ode_init",
-    ),
-    Variant(
-        "block_on_ode_init",
-        "ODE initialisation only, block by block",
-        "the same, block by block",
+    Row(
         "self_forcing",
-        "ode_init",
-    ),
-    Variant(
-        "rolling_on_causal_init",
-        "causal initialisation only, rolling",
-        "what distillation adds to where it starts",
-        "rolling_forcing",
-        "causal_init",
-    ),
-    Variant(
-        "block_on_causal_init",
-        "causal initialisation only, block by block",
-        "the same, block by block",
+        "Self Forcing",
+        "block by block, without a sink",
         "self_forcing",
-        "causal_init",
+        core=True,
     ),
 )
 
-STUDENTS = tuple(dict.fromkeys(v.weights for v in VARIANTS if v.weights not in INITIALISATIONS))
+
+def variation(key: str, title: str, why: str, *overrides: str, config: str = REFERENCE) -> Row:
+    """A row that is Rolling Forcing but for one thing."""
+    return Row(key, title, why, config, overrides, against=REFERENCE)
+
+
+def of_start(start: str, title: str, against: str = BLOCK.key) -> Row:
+    """A start that is played as another row is, before any distillation."""
+    how = "rolling" if against == REFERENCE else "block by block"
+    return Row(
+        f"{start}_alone" if against == BLOCK.key else f"{start}_alone_rolling",
+        f"{title} alone, {how}",
+        "what distillation adds to where it starts",
+        against,
+        weights=start,
+        against=against,
+    )
+
+
+FURTHER = (
+    Row(
+        "infinite_forcing",
+        "Infinite-Forcing (V-sink)",
+        "block by block, the first frame kept right before the recent ones",
+        "infinite_forcing",
+        against=BLOCK.key,
+    ),
+    variation(
+        "rolling_levels_3",
+        "Rolling Forcing, three levels",
+        "a shorter window: fewer levels, less latency",
+        config="rolling_levels_3",
+    ),
+    variation(
+        "critic_reuse_2",
+        "Rolling Forcing, rollouts used twice",
+        "two updates of the critic on each of its rollouts",
+        "critic_updates_per_rollout=2",
+    ),
+    variation(
+        "critic_reuse_5",
+        "Rolling Forcing, rollouts used five times",
+        "all five updates of the critic between two of the student on one rollout",
+        "critic_updates_per_rollout=5",
+        "dfake_gen_update_ratio=5",
+    ),
+    variation(
+        "rollouts_63",
+        "Rolling Forcing, rollouts of up to 63 frames",
+        "training three times as far as the scored clip is long",
+        "num_training_frames=63",
+        "replayed_backward=true",
+    ),
+    Row(
+        "rolling_on_block",
+        "Rolling inference, Self Forcing's weights",
+        "whether the rolling window has to be trained",
+        ROLLING.config,
+        weights=BLOCK.key,
+        against=ROLLING.key,
+    ),
+    Row(
+        "block_on_rolling",
+        "Block-by-block inference, Rolling Forcing's weights",
+        "whether what training with the window teaches shows without it",
+        BLOCK.config,
+        weights=ROLLING.key,
+        against=BLOCK.key,
+    ),
+    of_start("ode_init", "ODE start"),
+    of_start("teacher_forcing", "Teacher forcing"),
+    of_start("consistency_init", "Consistency start"),
+    of_start(START, "Causal start"),
+    of_start(START, "Causal start", against=REFERENCE),
+)
+
+ROWS = {row.key: row for row in (*CORE, *FURTHER)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows, `one` minus `other`, and what their difference tells."""
+
+    title: str
+    one: str
+    other: str
+
+
+EQUAL_SINK = (
+    Comparison("the rolling window, without a sink", ROLLING_BARE.key, BLOCK_BARE.key),
+    Comparison("the rolling window, with a sink", ROLLING.key, BLOCK.key),
+)
+
+
+def comparisons() -> Iterator[Comparison]:
+    """All that are made: the window and the sink, then each further row with what it varies."""
+    yield from EQUAL_SINK
+    yield Comparison("the sink, block by block", BLOCK.key, BLOCK_BARE.key)
+    yield Comparison("the sink, with the rolling window", ROLLING.key, ROLLING_BARE.key)
+    for row in FURTHER:
+        if row.against is not None:
+            title = f"{row.title}, against {ROWS[row.against].title}"
+            yield Comparison(title, row.key, row.against)
+
+
+def training_of(key: str) -> Weights:
+    """The training whose weights a row or a start has."""
+    if key in STARTS:
+        return STARTS[key]
+    row = ROWS[key]
+    return Weights(row.config, row.overrides) if row.weights is None else training_of(row.weights)

@@ -1,0 +1,352 @@
+"""What the ablations have to make: trainings of equal cost, and what is measured of each row."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shapes.build import (
+    CommandTarget,
+    Training,
+    add_processes,
+    decides_weights,
+    processes_of,
+    publish_to,
+)
+from shapes.drift import TRUTH, Protocol
+from shapes.stored import read_run, sum_up, write_run
+from shapes.table import Results, Settings, read_results
+from shapes.variants import BEGINNINGS, REFERENCE, ROWS, START, STARTS, Row, Weights, training_of
+from utils.config import ROOT, VIDEO_KEYS, Config, find_file, fingerprint, load_config, to_dict
+from utils.errors import UserError
+from utils.processes import script_command, videos_per_update
+from wan.geometry import WAN_STRIDES
+
+if TYPE_CHECKING:
+    from pipeline import VideoPipeline
+
+logger = logging.getLogger(__name__)
+
+FOLDER, RESULTS = Path("runs/ablations"), Path("results/ablations")
+CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
+SINK_KEYS = frozenset({"sink_position", "clean_pass_sees_sink"})  # besides sink_size
+CHAIN_MAKES = ("ode_init", START)
+NEAR_BUDGET = 0.02
+"""A training this near to the budget keeps the `max_steps` of its config."""
+
+
+def add_weights_flags(parser: argparse.ArgumentParser) -> None:
+    """Where weights and results are, for `Plan` and `current_results`."""
+    add = parser.add_argument
+    add("--folder", type=Path, default=FOLDER, help="what is trained (default: %(default)s)")
+    add("--results", type=Path, default=RESULTS, help="the figures (default: %(default)s)")
+    add("--configs", type=Path, default=CONFIGS, help="folder of the configs")
+    add("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of what ships")
+    add("--retrain", action="store_true", help="train all anew, though weights ship")
+    add_processes(parser)
+    add("overrides", nargs="*", metavar="key=value", help="of every config")
+
+
+def current_results(args: argparse.Namespace) -> Results | None:
+    """The stored results that are of today's configs and meter; None if there are none."""
+
+    def of_today(path: Path, key: str, settings: Settings) -> bool:
+        row = ROWS[key]
+        config = load_config(args.configs / f"{row.config}.yaml", [*row.overrides, *args.overrides])
+        asked = {**played(config), "meter": TRUTH.version}
+        same = all(settings.get(name) == value for name, value in asked.items())
+        if not same:
+            logger.warning("%s is of another config or meter: left out", path)
+        return same
+
+    return read_results(args.results, of_today)
+
+
+@dataclass(frozen=True)
+class Measurement(CommandTarget):
+    """The videos of a row, of one training seed and one beginning: `shapes.drift`, summed up."""
+
+    row: Row
+    seed: int
+    beginning: str
+    config_path: Path
+    weights: Path
+    protocol: Protocol
+    overrides: Sequence[str]
+    training: dict[str, Any]
+    folder: Path
+    results: Path
+    processes: int
+
+    @property
+    def name(self) -> str:
+        """See `CommandTarget`."""
+        return f"{self.row.key}, seed {self.seed}, {BEGINNINGS[self.beginning].title}"
+
+    @property
+    def stem(self) -> str:
+        """The name of its files."""
+        return f"{self.row.key}-{self.seed}-{self.beginning}"
+
+    @property
+    def result(self) -> Path:
+        """The file to commit."""
+        return self.results / f"{self.stem}.json"
+
+    @property
+    def measured(self) -> Path:
+        """What `shapes.drift` writes."""
+        return self.folder / "measured" / f"{self.stem}.json"
+
+    @property
+    def videos(self) -> int:
+        """How many it makes."""
+        return self.protocol.scenes
+
+    @property
+    def frames(self) -> int:
+        """Video frames of all of them."""
+        return self.videos * WAN_STRIDES.time * self.protocol.times * self.protocol.clip
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """See `CommandTarget`."""
+        p = self.protocol
+        words = (
+            *("--config_path", self.config_path, "--checkpoint_path", self.weights),
+            *("--scenes", p.scenes, "--given", p.given, "--times", p.times, "--clip", p.clip),
+            *("--batch", p.batch, "--json", self.measured, *self.overrides),
+        )
+        return script_command("shapes/drift.py", words, min(self.processes, p.scenes))
+
+    def identity(self) -> dict[str, Any]:
+        """See `Target`: the same on every machine."""
+        from pipeline.records import model_settings
+        from pipeline.setup import Setup
+
+        config = load_config(self.config_path, self.overrides)
+        model = model_settings(Setup.of(config), self.weights, use_ema=False)
+        return {**model, **played(config), **protocol_settings(self.protocol)}
+
+    def is_done(self) -> bool:
+        """See `CommandTarget`: figures of these settings are there, of so many scenes or more."""
+        if not (self.result.is_file() and self.weights.is_file()):
+            return False
+        content = read_run(self.result)
+        same = all(content["settings"].get(k) == value for k, value in self.identity().items())
+        return same and len(content["videos"]) >= self.protocol.scenes
+
+    def make(self) -> str:
+        """See `Target`."""
+        if not self.weights.is_file():
+            raise UserError(f"{self.name}: its weights {self.weights} are missing")
+        self.run()
+        content = json.loads(self.measured.read_text(encoding="utf-8"))
+        clip, given = (content["settings"][f"{name}_seconds"] for name in ("clip", "given"))
+        videos = [sum_up(result, n, clip, given) for n, result in enumerate(content["videos"])]
+        told = {
+            **{"row": self.row.key, "training_seed": self.seed, "start": self.beginning},
+            **{"config": str(self.config_path), "overrides": list(self.overrides)},
+            **{"weights": self.weights.name, "training": self.training, "clip_seconds": clip},
+        }
+        write_run(self.result, {**told, **self.identity()}, videos)
+        return str(self.result)
+
+    def open(self) -> VideoPipeline:
+        """The model that it plays."""
+        from pipeline import load_pipeline
+
+        return load_pipeline(load_config(self.config_path, self.overrides), self.weights)
+
+
+def played(config: Config) -> dict[str, str]:
+    """A hash of all in a config that its videos depend on, on any machine."""
+    values = {k: v for k, v in to_dict(config).items() if k in VIDEO_KEYS and k != "seed"}
+    return {"config_hash": fingerprint(values)}
+
+
+def protocol_settings(protocol: Protocol) -> dict[str, Any]:
+    """What a measured video depends on beside its model."""
+    settings = {**asdict(protocol), "meter": TRUTH.version}
+    return {name: value for name, value in settings.items() if name not in ("scenes", "batch")}
+
+
+class Plan:
+    """What is to be done, in order: each training right before the first row that needs it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Nothing yet: `add` and `find` plan.
+
+        UserError for a config that is not possible, or weights that nobody can make.
+        """
+        self.args = args
+        self.targets: list[Training | Measurement] = []
+        self.weights: dict[str, Path] = {}
+        self.updates: dict[str, tuple[int, float]] = {}
+
+    def add(self, row: Row, seed: int) -> None:
+        """A row's training, if it is to be made, and its videos."""
+        args = self.args
+        weights, training = self.find(row.weights or row.key, seed)
+        for beginning, how in BEGINNINGS.items():
+            protocol = Protocol(
+                scenes=args.scenes,
+                given=how.given,
+                times=args.long_times if row.core and how.given else args.times,
+                clip=self.reference.image_or_video_shape[1],
+                batch=args.batch,
+            )
+            path, changes = self.path(row.config), [*row.overrides, *args.overrides]
+            where = args.folder, args.results, processes_of(args)
+            self.targets.append(
+                Measurement(
+                    row, seed, beginning, path, weights, protocol, changes, training, *where
+                )
+            )
+
+    def find(self, key: str, seed: int) -> tuple[Path, dict[str, Any]]:
+        """The weights of a row or a start, and what a distillation takes; planned if need be."""
+        if key in STARTS:
+            return self.start(key), {}
+        training = training_of(key)
+        config, changes = self.distillation(training, seed)
+        steps, operations = self.updates[repr(training)]
+        told = {"updates": steps, "operations": operations}
+        shipped = self.shipped.get(fingerprint(decides(config)))
+        if shipped is not None:
+            return shipped, told
+        return self.planned(f"{key}, seed {seed}", training, changes), told
+
+    def start(self, key: str) -> Path:
+        """The weights of a start: those that ship, as they are, or from data of the chain.
+
+        UserError if the chain alone can make them.
+        """
+        name = self.args.checkpoints / f"shapes_{key}.pt"
+        found = next((path for path in (name, ROOT / name) if path.is_file()), None)
+        if found is None and key in CHAIN_MAKES:
+            raise UserError(f"{name} is missing and not trained here; make it with shapes/chain.py")
+        return found or self.planned(key, STARTS[key], self.args.overrides)
+
+    def planned(self, name: str, training: Weights, changes: Sequence[str]) -> Path:
+        """The weights that a training ends with; it is planned unless another ends with them."""
+        inputs = []
+        if training.start is not None:
+            inputs = [f"generator_ckpt={self.start(training.start)}"]
+        path, where = self.path(training.config), self.args.folder / "train"
+        config = load_config(path, [*inputs, *changes])
+        identity = fingerprint({**decides(config), "generator_ckpt": self.started(config)})
+        if identity not in self.weights:
+            logdir = where / identity
+            result = self.weights[identity] = logdir / f"shapes_{path.stem}.pt"
+            install, ranks = partial(publish_to, result), processes_of(self.args)
+            made = Training(
+                name, path, logdir, ranks, install, inputs=inputs, changes=changes, result=result
+            )
+            self.targets.append(made)
+        return self.weights[identity]
+
+    def started(self, config: Config) -> str:
+        """What a training goes on from: a hash of the file, or of the training that makes it."""
+        from pipeline.records import file_hash
+
+        if config.generator_ckpt is None:
+            return ""
+        to_make = {str(path): identity for identity, path in self.weights.items()}
+        known = to_make.get(config.generator_ckpt)
+        return known or file_hash(find_file(config.generator_ckpt, "checkpoint"))
+
+    def distillation(self, training: Weights, seed: int) -> tuple[Config, list[str]]:
+        """A distillation and its overrides: its own, those of all, and the updates it may take.
+
+        It takes as many operations as the reference does; of every seed as many updates as of the
+        first.
+        """
+        path, changes = self.path(training.config), [*training.overrides, *self.args.overrides]
+        config = load_config(path, changes)
+        if repr(training) not in self.updates:
+            self.updates[repr(training)] = affordable(config, self.budget)
+        steps, _ = self.updates[repr(training)]
+        changes += [f"max_steps={steps}"] * (steps != config.max_steps)
+        changes += [f"seed={config.seed + seed}"] * (seed > 0)
+        return load_config(path, changes), changes
+
+    @cached_property
+    def reference(self) -> Config:
+        """The config that the budget comes from; UserError if it has no end."""
+        path = self.path(training_of(REFERENCE).config)
+        config = load_config(path, self.args.overrides)
+        if config.max_steps is None:
+            raise UserError(f"{path} never ends; give max_steps=…")
+        return config
+
+    @cached_property
+    def budget(self) -> float:
+        """Floating-point operations of each distillation."""
+        return update_operations(self.reference) * (self.reference.max_steps or 0)
+
+    @cached_property
+    def shipped(self) -> dict[str, Path]:
+        """Students that ship, by what decides their weights.
+
+        What ships was trained with the project's configs, what lies elsewhere with `--configs`.
+        """
+        args, found = self.args, dict[str, Path]()
+        ours = args.checkpoints.resolve() in (CHECKPOINTS.resolve(), (ROOT / CHECKPOINTS).resolve())
+        for row in () if args.retrain else ROWS.values():
+            name = args.checkpoints / f"shapes_{row.key}.pt"
+            path = next((path for path in (name, ROOT / name) if path.is_file()), None)
+            if path is not None:
+                config = (ROOT / CONFIGS if ours else args.configs) / f"{row.config}.yaml"
+                found.setdefault(fingerprint(decides(load_config(config))), path)
+        return found
+
+    def path(self, config: str) -> Path:
+        """A file of the configs."""
+        return Path(self.args.configs / f"{config}.yaml")
+
+
+def affordable(config: Config, budget: float) -> tuple[int, float]:
+    """How many steps of a distillation a budget of operations pays, and what they take.
+
+    Those of its config, if they are near enough; else whole turns of student and critic.
+    """
+    of_one = update_operations(config)
+    own = (config.max_steps or 0) * of_one
+    if abs(own / budget - 1) <= NEAR_BUDGET:
+        return config.max_steps or 0, own
+    every = config.dfake_gen_update_ratio
+    steps = every * max(1, round(budget / of_one / every))
+    return steps, steps * of_one
+
+
+def update_operations(config: Config) -> float:
+    """Floating-point operations of a step of a distillation, all its videos together."""
+    from trainer.estimate import operations
+
+    return operations(config).step * videos_per_update(config)
+
+
+def decides(config: Config) -> dict[str, Any]:
+    """What decides the weights of a training.
+
+    A rollout that fits into one attention sees its first frames anyway: no sink changes a bit.
+    """
+    from pipeline.schedule import BlockLayout
+    from trainer.tasks.base import rollout_recipe
+
+    decided = decides_weights(config)
+    if config.trainer != "score_distillation":
+        return decided
+    layout = BlockLayout(config.num_frame_per_block, config.independent_first_frame)
+    if rollout_recipe(config).longest_frames(layout) > config.attention_frames:
+        return decided
+    model = {key: value for key, value in decided["model_kwargs"].items() if key != "sink_size"}
+    rest = {key: value for key, value in decided.items() if key not in SINK_KEYS}
+    return {**rest, "model_kwargs": model}
