@@ -1,0 +1,122 @@
+"""The page of the ablations, from results whose truth is known."""
+
+import pytest
+
+from shapes.stored import POINTS, Measured, read_run
+from shapes.table import UNKNOWN, compare, difference_table, make_page, read_results, verdict
+from shapes.variants import EQUAL_SINK
+from tests.shapes.tiny_results import write_core, write_row
+from utils.errors import UserError
+
+WINNING = {
+    "rolling_forcing": 0.1,
+    "self_forcing_sink": 0.3,
+    "rolling_no_sink": 0.8,
+    "self_forcing": 1.2,
+}
+EQUAL = {**WINNING, "rolling_forcing": 0.3}
+
+
+def read(folder):
+    return read_results(folder, lambda path, key, settings: True)
+
+
+def rows(text):
+    """Of every table the cells of each row, by the column's title."""
+    tables, found = text.split("\n\n"), []
+    for part in tables:
+        lines = [line.strip("| ").split(" | ") for line in part.splitlines() if "|" in line]
+        if len(lines) > 2:
+            found.append({ln[0]: dict(zip(lines[0][1:], ln[1:], strict=True)) for ln in lines[2:]})
+    return found
+
+
+def test_what_is_claimed_of_the_window_follows_from_the_results(tmp_path):
+    """It is said in the first paragraph if the window does not help, as the rows then are."""
+    write_core(tmp_path, **WINNING)
+    said = make_page(read(tmp_path)).splitlines()[0]
+    assert said.startswith("**Without a sink, rolling beats block by block**: at 60x, it drifts")
+    assert (
+        "**With a sink, rolling beats block by block**: at 60x, it drifts less in tint (-0.20"
+        in (said)
+    )
+    write_core(tmp_path, **EQUAL)
+    said = make_page(read(tmp_path)).splitlines()[0]
+    assert "**With a sink, rolling does not beat block by block here**: at 60x, not disting" in said
+    assert "tint (+0.00 [" in said
+    write_row(tmp_path, "rolling_forcing", 0.1, seed_shift=0.3)
+    assert "With a sink, rolling does not" in verdict(read(tmp_path)), "one training seed of three"
+
+
+def test_a_row_that_drifts_within_the_first_clip_is_shown_and_not_compared(tmp_path):
+    write_core(tmp_path, **WINNING)
+    write_row(tmp_path, "rolling_forcing", 0.1, first=0.2)
+    results = read(tmp_path)
+    text = make_page(results)
+    assert "Rolling Forcing² drifts" not in text
+    assert "left out of comparisons: Rolling Forcing, whose tint drifts by 0.15 or more" in text
+    assert "With a sink, nothing is compared: Rolling Forcing drifts by 0.15" in verdict(results)
+    assert "| Rolling Forcing² | 0.20 [" in text
+    table = difference_table(results)
+    assert "the rolling window, without a sink" in table
+    assert "the rolling window, with a sink" not in table
+    assert "the sink, with the rolling window" not in table
+
+
+def test_every_table_has_every_row_that_is_there(tmp_path):
+    write_core(tmp_path, **WINNING)
+    write_row(tmp_path, "infinite_forcing", 0.35, times=12, motion=0.5)
+    results = read(tmp_path)
+    *properties, beside, formulas, differences = rows(make_page(results))
+    assert len(properties) == 5
+    for table in (*properties, beside, formulas):
+        assert list(table) == [
+            *("Rolling Forcing", "Rolling Forcing, no sink", "Self Forcing with a sink"),
+            *("Self Forcing", "Infinite-Forcing (V-sink)¹"),
+        ]
+    tint = properties[0]["Infinite-Forcing (V-sink)¹"]
+    assert tint["1x"] == "0.02 [0.02, 0.02]"
+    assert tint["10x"].startswith("0.3")
+    assert tint["20x"] == tint["60x"] == tint["from noise, 10x"] == UNKNOWN
+    assert tint["gain, 10x"] == "0.50"
+    assert beside["Self Forcing"]["updates"] == "300"
+    assert beside["Self Forcing"]["motion, 60x"] == "1.00 [1.00, 1.00]"
+    key = "Infinite-Forcing (V-sink), against Self Forcing with a sink"
+    assert differences[key]["at"] == "10x"
+    assert differences[key]["seeds"] == "1"
+    assert differences[key]["motion"] == "**-0.50** [-0.50, -0.50]"
+    assert differences[key]["path"] == "not distinguished, +0.00 [+0.00, +0.00]"
+
+
+def test_a_difference_below_three_times_the_meters_error_is_none(tmp_path):
+    """However sure: the same shift in every video is above the error of the phase alone."""
+    write_core(tmp_path, **{**WINNING, "rolling_forcing": 0.27})
+    found = compare(read(tmp_path), EQUAL_SINK[1])
+    assert found.differences["tint"].leaves_out_zero()
+    assert found.less(["tint", "phase"]) == ["phase"]
+
+
+def test_training_seeds_count_from_the_first_without_a_gap(tmp_path):
+    write_row(tmp_path, "self_forcing", 0.5)
+    (tmp_path / "self_forcing-1-true.json").unlink()
+    results = read(tmp_path)
+    assert len(results.measured["self_forcing", "true"].seeds) == 1
+    assert "Self Forcing¹" in make_page(results)
+    assert "Without a sink, nothing is known yet: a row is missing." in verdict(results)
+    assert read_results(tmp_path, lambda path, key, settings: False) is None
+    (tmp_path / "self_forcing-0-true.json").write_text("{}")
+    with pytest.raises(UserError, match=r"self_forcing-0-true.json holds no results"):
+        read(tmp_path)
+
+
+def test_values_lie_where_their_scene_and_point_are(tmp_path):
+    write_row(tmp_path, "self_forcing", 0.5, times=12)
+    path = tmp_path / "self_forcing-0-true.json"
+    videos = read_run(path)["videos"]
+    seen = Measured([[videos[2]], videos])
+    values = seen.curve("tint")
+    assert values.shape == (2, 8, len(POINTS))
+    assert values[0, 2, 1] == values[1, 2, 1] == videos[2]["kept"]["tint"]["drift"][1]
+    assert seen.reaches(10)
+    assert not seen.reaches(20)
+    assert path.stat().st_size < 12_000, "eight videos of a minute"

@@ -1,0 +1,67 @@
+"""Stored results of the ablations without any video: each row drifts as it is told to."""
+
+from pathlib import Path
+
+import numpy as np
+
+from shapes.drift import TRUTH
+from shapes.kept import PROPERTIES
+from shapes.plan import played
+from shapes.stored import BESIDE, COLUMNS, POINTS, write_run
+from shapes.variants import ROWS
+from utils.config import load_config
+
+CLIP = 81 / 16
+
+
+def write_row(
+    folder: Path,
+    key: str,
+    drift: float,
+    *,
+    seeds: int = 3,
+    scenes: int = 8,
+    times: int = 60,
+    first: float = 0.02,
+    motion: float = 1.0,
+    start: str = "true",
+    seed_shift: float = 0.0,
+) -> None:
+    """Drift grows from `first` at 1x to `drift`, by each scene's own; `seed_shift` to a seed."""
+    row = ROWS[key]
+    points = [point for point in POINTS if point <= times]
+    told = [column for column in COLUMNS if column <= times]
+    for seed in range(min(seeds, len(row.seeds))):
+        videos = []
+        for scene in range(scenes):
+            own = np.random.default_rng((seed, scene)).normal(0, 0.01)
+            own += 0.05 * np.sin(scene) + seed_shift * seed
+            curve = [first if point == 1 else max(0.0, drift + own) for point in points]
+            value = float(np.cos(3 * scene))
+            kept = {
+                "drift": curve,
+                "first": [[value]],
+                "later": [[[0.5 * value]]] * len(told),
+                "first_last_5s": curve[-1],
+                "first_last_15_percent": curve[-1],
+            }
+            curves = {name: [motion if name == "motion" else 1.0] * len(points) for name in BESIDE}
+            of_all = {"kept": dict.fromkeys(PROPERTIES, kept), "curves": curves}
+            videos.append({"scene": scene, **of_all, "flicker": 1.1})
+        config = load_config(f"configs/shapes/{row.config}.yaml", row.overrides)
+        settings = {
+            **{"row": key, "training_seed": seed, "start": start, "clip_seconds": CLIP},
+            **{"config": f"configs/shapes/{row.config}.yaml", "overrides": list(row.overrides)},
+            **{"weights": f"shapes_{key}.pt", "checkpoint_hash": "0123456789abcdef"},
+            "training": {"updates": 300, "operations": 30e12},
+            **played(config),
+            "meter": TRUTH.version,
+        }
+        write_run(folder / f"{key}-{seed}-{start}.json", settings, videos)
+
+
+def write_core(folder: Path, **drifts: float) -> None:
+    """The four core rows from both beginnings, with these drifts at last."""
+    for key, drift in drifts.items():
+        write_row(folder, key, drift)
+        write_row(folder, key, drift, start="noise", times=12)
