@@ -10,6 +10,7 @@ training seed says nothing of others: then the interval is over the videos alone
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -45,11 +46,10 @@ def mean_interval(values: Array) -> Interval:
     of_seed, of_video = (_known_mean(values, axis) - centre for axis in (1, 0))
     rest = values - centre - of_seed - of_video
     spread = centre + _wider(seeds) * of_seed + _wider(videos) * of_video + rest
-    draw = np.random.default_rng(0)
-    drawn = [draw.multinomial(n, [1 / n] * n, DRAWS).astype(float) for n in (seeds, videos)]
-    known = ~np.isnan(spread)
-    total = np.einsum("ds,dv,sv...->d...", *drawn, np.where(known, spread, 0.0))
-    count = np.einsum("ds,dv,sv...->d...", *drawn, known.astype(float))
+    flat = spread.reshape(seeds * videos, *values.shape[2:])
+    known, drawn = ~np.isnan(flat), _drawn(seeds, videos)
+    total = np.tensordot(drawn, np.where(known, flat, 0.0), 1)
+    count = np.tensordot(drawn, known.astype(float), 1)
     means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     ends = _quantiles(means) if seeds * videos > 1 else (centre * np.nan,) * 2
     return Interval(centre, *ends, seeds)
@@ -62,6 +62,15 @@ def difference(one: Array, other: Array) -> Interval:
     """
     seeds, videos = (min(pair) for pair in zip(one.shape[:2], other.shape[:2], strict=True))
     return mean_interval(one[:seeds, :videos] - other[:seeds, :videos])
+
+
+@cache
+def _drawn(seeds: int, videos: int) -> Array:
+    """How often each draw has each video of each seed, `[DRAWS, seeds * videos]`."""
+    draw = np.random.default_rng(0)
+    of_seeds, of_videos = (draw.multinomial(n, [1 / n] * n, DRAWS) for n in (seeds, videos))
+    both = of_seeds[:, :, None] * of_videos[:, None]
+    return both.reshape(DRAWS, seeds * videos).astype(float)
 
 
 def _known_mean(values: Array, axis: int) -> Array:

@@ -40,6 +40,7 @@ from shapes.plan import (
     Plan,
     add_weights_flags,
     current_results,
+    played,
     update_operations,
 )
 from shapes.table import MARKS, SPEED, make_page, read_speed, split_page
@@ -51,7 +52,7 @@ from utils.files import check_folder, write_json, write_text
 
 GFLOPS, FRAMES_PER_SECOND = 20.0, 40.0
 """Of a core: what the costs are told from, as measured on a shared AMD EPYC server."""
-MEASURED_BYTES, RESULT_BYTES = 200, 2000
+MEASURED_BYTES, RESULT_BYTES = 100, 2000
 """On the disk: of a measured frame, of the results of a video."""
 SPEED_ROUNDS, SPEED_TIMES = 3, 2
 
@@ -89,8 +90,7 @@ def main(argv: Sequence[str]) -> int:
         print(cost_text(args, targets), flush=True)
         if args.plan:
             return 0
-        lost = make_all(targets)
-        measure_speed(args, [target for target in targets if isinstance(target, Measurement)])
+        lost = make_all(args, targets)
     failed = f"these parts failed, see above: {', '.join(lost)}"
     try:
         write_page(args)
@@ -119,13 +119,13 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def list_targets(args: argparse.Namespace) -> list[CommandTarget]:
-    """All that is to be made, in order: of the first training seed all rows first."""
+    """What is made and what is to be, in order: of the first training seed all rows first."""
     plan = Plan(args)
     for seed in range(args.seeds):
         for row in (ROWS[key] for key in args.only or ROWS):
             if seed in row.seeds:
                 plan.add(row, seed)
-    return list(plan.targets)
+    return plan.needed()
 
 
 # --- what it costs -------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def training_bytes(config: Config) -> float:
 # --- doing it ------------------------------------------------------------------------------------
 
 
-def make_all(targets: Sequence[CommandTarget]) -> list[str]:
-    """Run what is not done; the names of what failed."""
+def make_all(args: argparse.Namespace, targets: Sequence[CommandTarget]) -> list[str]:
+    """Run what is not done, then all rows in turns for their speed; the names of what failed."""
     lost = []
     for number, target in enumerate(targets, start=1):
         which = f"[{number}/{len(targets)}] {target.name}"
@@ -202,22 +202,27 @@ def make_all(targets: Sequence[CommandTarget]) -> list[str]:
         except UserError as error:
             print(error, file=sys.stderr)
             lost.append(target.name)
+    try:
+        measure_speed(args, [target for target in targets if isinstance(target, Measurement)])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        lost.append("frames per second")
     return lost
 
 
 def measure_speed(args: argparse.Namespace, found: Sequence[Measurement]) -> None:
     """Frames per second of each row, all in turns (A B C A B C …), a video at a time, one seed.
 
-    Decoding counts, loading and the first clip do not.
+    Decoding counts, loading does not. Some rows alone do not replace a run of all.
     """
     from tqdm import tqdm
 
     from utils.devices import choose_device, device_name
 
     parts = {part.row.key: part for part in reversed(found) if part.weights.is_file()}
-    of = {key: parts[key].identity()["config_hash"] for key in ROWS if key in parts}
+    of = {key: played(parts[key].config)["config_hash"] for key in ROWS if key in parts}
     path = args.results / SPEED
-    if not parts or read_speed(path)["of"].items() >= of.items():
+    if not parts or (args.only and path.is_file()) or read_speed(path)["of"].items() >= of.items():
         return
     pipes = {key: parts[key].open() for key in of}
     protocol = replace(next(iter(parts.values())).protocol, scenes=1, given=0, times=SPEED_TIMES)

@@ -142,10 +142,10 @@ def draw_picture(
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 6.2 if results is None else 9.0), layout="constrained")
+        figure = Figure(figsize=(7.6, 5.4 if results is None else 8.2), layout="constrained")
         upper: Any = figure
         if results is not None:
-            upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=[6.2, 2.8]))
+            upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=[5.4, 2.8]))
             draw_shown(lower, results)
         grid = upper.subplots(len(frames), len(seconds), squeeze=False)
         for (key, row), axes in zip(frames.items(), grid, strict=True):
@@ -199,7 +199,7 @@ def draw_curves_of(axis: Any, results: Results, name: str) -> None:
         label = LABELS[row.key].replace("\n", " ")
         axis.plot(seconds, found.mean, dashes, color=colour, lw=1.5, label=label)
         axis.fill_between(seconds, found.low, found.high, color=colour, alpha=0.15, lw=0)
-    title = BESIDE.get(name) or f"drift of {name}"
+    title = BESIDE.get(name) or f"drift of {name} (1: another clip's)"
     axis.set_title(title, loc="left", fontsize=9)
     axis.set_xscale("log")
     ticks = [5, 15, 60, 300]

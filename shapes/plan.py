@@ -54,15 +54,21 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def current_results(args: argparse.Namespace) -> Results | None:
-    """The stored results that are of today's configs and meter; None if there are none."""
+    """The stored results that are of today's configs, meter and weights that ship; None if there
+    are none.
+    """
+    from pipeline.records import file_hash
 
     def of_today(path: Path, key: str, settings: Settings) -> bool:
         row = ROWS[key]
         config = load_config(args.configs / f"{row.config}.yaml", [*row.overrides, *args.overrides])
         asked = {**played(config), "meter": TRUTH.version}
+        weights = args.checkpoints / settings["weights"]
+        if not settings["trained"] and weights.is_file():
+            asked["checkpoint_hash"] = file_hash(weights)
         same = all(settings.get(name) == value for name, value in asked.items())
         if not same:
-            logger.warning("%s is of another config or meter: left out", path)
+            logger.warning("%s is of other weights, another config or meter: left out", path)
         return same
 
     return read_results(args.results, of_today)
@@ -79,7 +85,7 @@ class Measurement(CommandTarget):
     weights: Path
     protocol: Protocol
     overrides: Sequence[str]
-    training: dict[str, Any]
+    trained: dict[str, Any]
     folder: Path
     results: Path
     processes: int
@@ -126,17 +132,32 @@ class Measurement(CommandTarget):
         return script_command("shapes/drift.py", words, min(self.processes, p.scenes))
 
     def identity(self) -> dict[str, Any]:
-        """See `Target`: the same on every machine."""
+        """See `Target`: the same on every machine; without weights that are not here any more, but
+        with what they were trained as.
+        """
+        settings = {**played(self.config), **protocol_settings(self.protocol), **self.trained}
+        if not self.weights.is_file():
+            return settings
+        model = self.of_weights
+        return {**model, **settings}
+
+    @cached_property
+    def config(self) -> Config:
+        """How it is played."""
+        return load_config(self.config_path, self.overrides)
+
+    @cached_property
+    def of_weights(self) -> dict[str, str]:
+        """Hashes of all that the model is read from; its settings are told by `played`."""
         from pipeline.records import model_settings
         from pipeline.setup import Setup
 
-        config = load_config(self.config_path, self.overrides)
-        model = model_settings(Setup.of(config), self.weights, use_ema=False)
-        return {**model, **played(config), **protocol_settings(self.protocol)}
+        found = model_settings(Setup.of(self.config), self.weights, use_ema=False)
+        return {name: value for name, value in found.items() if name != "config_hash"}
 
     def is_done(self) -> bool:
         """See `CommandTarget`: figures of these settings are there, of so many scenes or more."""
-        if not (self.result.is_file() and self.weights.is_file()):
+        if not self.result.is_file():
             return False
         content = read_run(self.result)
         same = all(content["settings"].get(k) == value for k, value in self.identity().items())
@@ -153,7 +174,7 @@ class Measurement(CommandTarget):
         told = {
             **{"row": self.row.key, "training_seed": self.seed, "start": self.beginning},
             **{"config": str(self.config_path), "overrides": list(self.overrides)},
-            **{"weights": self.weights.name, "training": self.training, "clip_seconds": clip},
+            **{"weights": self.weights.name, "clip_seconds": clip},
         }
         write_run(self.result, {**told, **self.identity()}, videos)
         return str(self.result)
@@ -162,7 +183,7 @@ class Measurement(CommandTarget):
         """The model that it plays."""
         from pipeline import load_pipeline
 
-        return load_pipeline(load_config(self.config_path, self.overrides), self.weights)
+        return load_pipeline(self.config, self.weights)
 
 
 def played(config: Config) -> dict[str, str]:
@@ -190,10 +211,23 @@ class Plan:
         self.weights: dict[str, Path] = {}
         self.updates: dict[str, tuple[int, float]] = {}
 
+    def needed(self) -> list[CommandTarget]:
+        """All but the trainings whose weights nothing needs that is still to be made."""
+        missing = (part for part in self.targets if isinstance(part, Measurement))
+        needed = {part.weights for part in missing if not part.is_done()}
+        kept: list[CommandTarget] = []
+        for target in reversed(self.targets):
+            if isinstance(target, Training):
+                if target.result not in needed:
+                    continue
+                needed.add(Path(target.config.generator_ckpt or ""))
+            kept.insert(0, target)
+        return kept
+
     def add(self, row: Row, seed: int) -> None:
         """A row's training, if it is to be made, and its videos."""
         args = self.args
-        weights, training = self.find(row.weights or row.key, seed)
+        weights, trained = self.find(row.weights or row.key, seed)
         for beginning, how in BEGINNINGS.items():
             protocol = Protocol(
                 scenes=args.scenes,
@@ -205,40 +239,46 @@ class Plan:
             path, changes = self.path(row.config), [*row.overrides, *args.overrides]
             where = args.folder, args.results, processes_of(args)
             self.targets.append(
-                Measurement(
-                    row, seed, beginning, path, weights, protocol, changes, training, *where
-                )
+                Measurement(row, seed, beginning, path, weights, protocol, changes, trained, *where)
             )
 
     def find(self, key: str, seed: int) -> tuple[Path, dict[str, Any]]:
-        """The weights of a row or a start, and what a distillation takes; planned if need be."""
+        """The weights of a row or a start, planned if need be, and for results what they are:
+        `trained`, a hash of what decides them if they do not ship, the `updates` of a distillation
+        and its `operations`.
+        """
         if key in STARTS:
-            return self.start(key), {}
+            return self.start(key)
         training = training_of(key)
         config, changes = self.distillation(training, seed)
         steps, operations = self.updates[repr(training)]
         told = {"updates": steps, "operations": operations}
         shipped = self.shipped.get(fingerprint(decides(config)))
         if shipped is not None:
-            return shipped, told
-        return self.planned(f"{key}, seed {seed}", training, changes), told
+            return shipped, {"trained": "", **told}
+        path, trained = self.planned(f"{key}, seed {seed}", training, changes)
+        return path, {**trained, **told}
 
-    def start(self, key: str) -> Path:
+    def start(self, key: str) -> tuple[Path, dict[str, Any]]:
         """The weights of a start: those that ship, as they are, or from data of the chain.
 
         UserError if the chain alone can make them.
         """
         name = self.args.checkpoints / f"shapes_{key}.pt"
         found = next((path for path in (name, ROOT / name) if path.is_file()), None)
-        if found is None and key in CHAIN_MAKES:
+        if found is not None:
+            return found, {"trained": ""}
+        if key in CHAIN_MAKES:
             raise UserError(f"{name} is missing and not trained here; make it with shapes/chain.py")
-        return found or self.planned(key, STARTS[key], self.args.overrides)
+        return self.planned(key, STARTS[key], self.args.overrides)
 
-    def planned(self, name: str, training: Weights, changes: Sequence[str]) -> Path:
+    def planned(
+        self, name: str, training: Weights, changes: Sequence[str]
+    ) -> tuple[Path, dict[str, Any]]:
         """The weights that a training ends with; it is planned unless another ends with them."""
         inputs = []
         if training.start is not None:
-            inputs = [f"generator_ckpt={self.start(training.start)}"]
+            inputs = [f"generator_ckpt={self.start(training.start)[0]}"]
         path, where = self.path(training.config), self.args.folder / "train"
         config = load_config(path, [*inputs, *changes])
         identity = fingerprint({**decides(config), "generator_ckpt": self.started(config)})
@@ -250,7 +290,7 @@ class Plan:
                 name, path, logdir, ranks, install, inputs=inputs, changes=changes, result=result
             )
             self.targets.append(made)
-        return self.weights[identity]
+        return self.weights[identity], {"trained": identity}
 
     def started(self, config: Config) -> str:
         """What a training goes on from: a hash of the file, or of the training that makes it."""

@@ -44,9 +44,9 @@ class Results:
         return self.measured.get((key, "true"))
 
     def comparable(self, key: str) -> bool:
-        """Whether a row keeps its tint within the first clip."""
+        """Whether a row keeps its tint within the first clip, as far as that is known."""
         seen = self.primary(key)
-        return seen is not None and bool(at(seen, "tint", 1).mean < PLATEAU)
+        return seen is None or bool(at(seen, "tint", 1).mean < PLATEAU)
 
 
 def read_results(folder: Path, of_today: Callable[[Path, str, Settings], bool]) -> Results | None:
@@ -273,9 +273,10 @@ def beside_table(results: Results) -> str:
         cells += [shown_at(seen, name, last) for name in ("right", "motion")]
         cells.append(shown(mean_interval(seen.flicker())) if seen else UNKNOWN)
         cells.append(rate(results.rates.get(key, ())))
-        training = results.settings[key][0]["training"]
-        cells.append(f"{training['updates']:,}" if training else UNKNOWN)
-        cells.append(f"{training['operations'] / 1e12:.1f}" if training else UNKNOWN)
+        settings = results.settings[key][0]
+        distilled = "updates" in settings
+        cells.append(f"{settings['updates']:,}" if distilled else UNKNOWN)
+        cells.append(f"{settings['operations'] / 1e12:.1f}" if distilled else UNKNOWN)
         lines.append(markdown_row([row_title(results, key), *cells]))
     device = f"\n\nFrames/s on {results.device}." if results.device else ""
     return "\n".join(lines) + device

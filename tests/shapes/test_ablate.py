@@ -15,8 +15,8 @@ import shapes.drift
 import train
 from shapes import ablate, build
 from shapes.build import Training
-from shapes.plan import NEAR_BUDGET, Measurement, update_operations
-from shapes.stored import read_run
+from shapes.plan import NEAR_BUDGET, Measurement, Plan, update_operations
+from shapes.stored import read_run, write_run
 from shapes.table import MARKS
 from shapes.variants import CORE, FURTHER, REFERENCE, ROWS, START, STARTS, comparisons
 from tests.tiny_pipeline import random_dit, write_config
@@ -213,10 +213,13 @@ class Bench:
     def results(self) -> Path:
         return self.root / "results"
 
-    def __call__(self, *arguments: Any) -> int:
+    @property
+    def folders(self) -> list[Any]:
         folders = ["--folder", self.out, "--results", self.results, "--seeds", 1]
-        folders += ["--configs", self.root, "--checkpoints", self.root]
-        given = [*folders, *SMALL, *arguments]
+        return [*folders, "--configs", self.root, "--checkpoints", self.root]
+
+    def __call__(self, *arguments: Any) -> int:
+        given = [*self.folders, *SMALL, *arguments]
         return run_main(ablate.main, [str(argument) for argument in given])
 
     def ship(self, key: str, seed: int) -> None:
@@ -308,8 +311,29 @@ def test_other_weights_scenes_and_settings_are_measured_anew(bench, capsys):
     with (bench.root / "rolling_no_sink.yaml").open("a") as file:
         file.write("context_noise: 100\n")
     assert bench("--table_only") == 0
-    assert "rolling_no_sink-0-true.json is of another config or meter" in capsys.readouterr().err
+    assert "rolling_no_sink-0-true.json is of other weights, another config or meter" in (
+        capsys.readouterr().err
+    )
     assert "Rolling Forcing, no sink¹" not in (bench.out / "table.md").read_text()
+
+
+def test_stored_results_need_no_weights_that_were_trained(bench, capsys):
+    """A checkout has results of trainings whose weights do not ship: they are not made again."""
+    assert bench(*BOTH) == 0
+    for key in BOTH[1:]:
+        for path in bench.results.glob(f"{key}-*.json"):
+            run = read_run(path)
+            (bench.root / f"shapes_{key}.pt").unlink(missing_ok=True)
+            plan = Plan(options(*bench.folders, *BOTH))
+            trained = plan.find(key, 0)[1]
+            assert trained["trained"]
+            write_run(path, {**run["settings"], **trained}, run["videos"])
+    bench.ran.clear()
+    assert bench(*BOTH) == 0
+    assert bench.ran == []
+    assert "0 of 0 trainings are left" in capsys.readouterr().out
+    assert bench(*BOTH, "--plan", "--", "lr=1.0e-3") == 0
+    assert "2 of 2 trainings are left" in capsys.readouterr().out
 
 
 def test_the_cost_alone(bench, capsys):
