@@ -45,7 +45,7 @@ from shapes.plan import (
 )
 from shapes.table import MARKS, SPEED, make_page, read_speed, split_page
 from shapes.variants import ROWS
-from utils.cli import parse_command, require_matplotlib, run_main
+from utils.cli import parse_command, require_matplotlib, run_main, set_up_logging
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import check_folder, write_json, write_text
@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Say what is missing and what it costs, make it, then sum up what is there."""
     args = parse_command(build_parser(), argv)
+    set_up_logging(quiet=True)
     check_flags(args)
     lost = []
     if not args.table_only:

@@ -31,11 +31,10 @@ from shapes.plan import Plan, add_weights_flags, current_results
 from shapes.stored import BESIDE, POINTS
 from shapes.table import Results
 from shapes.variants import BLOCK, BLOCK_BARE, ROLLING, ROLLING_BARE, Row
-from utils.cli import check_picture, parse_command, require_matplotlib, run_main
+from utils.cli import check_picture, parse_command, require_matplotlib, run_main, set_up_logging
 from utils.config import load_config
 from utils.errors import UserError
 from utils.files import write_figure, write_json
-from utils.images import read_image, write_png
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Make the frames that are missing, then draw."""
     args = parse_command(build_parser(), argv)
+    set_up_logging(quiet=True)
     if not all(0 <= second < math.inf for second in args.seconds) or args.scene < 0:
         raise UserError("--seconds and --scene must be 0 or more")
     check_picture("--out", args.out)
@@ -94,6 +94,7 @@ def strip(args: argparse.Namespace, row: Row) -> NDArray[np.uint8]:
     """
     from pipeline.records import model_settings
     from pipeline.setup import Setup
+    from utils.images import read_image, write_png
 
     path = args.results / f"frames-{row.key}.png"
     kept = path.with_suffix(".json")
@@ -145,7 +146,8 @@ def draw_picture(
         figure = Figure(figsize=(7.6, 5.4 if results is None else 8.2), layout="constrained")
         upper: Any = figure
         if results is not None:
-            upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=[5.4, 2.8]))
+            parts: Any = figure.subfigures(2, 1, height_ratios=[5.4, 2.8])
+            upper, lower = parts
             draw_shown(lower, results)
         grid = upper.subplots(len(frames), len(seconds), squeeze=False)
         for (key, row), axes in zip(frames.items(), grid, strict=True):

@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from evaluation.intervals import Interval
 from evaluation.keeping import keeping
 from evaluation.meters import Judge
 from evaluation.results import summarise
@@ -73,8 +74,21 @@ def test_true_clips_drift_by_less_than_the_meters_error():
         assert seen.drift[-1] < kept.ERRORS[name], name
         assert seen.gain[-1] == pytest.approx(1, abs=0.01), name
         assert seen.variety[-1] == pytest.approx(1, abs=0.3), name
-    assert not kept.told_apart("tint", 0.1, 0.1 + 2 * kept.ERRORS["tint"])
-    assert kept.told_apart("tint", 0.1, 0.1 + 4 * kept.ERRORS["tint"])
+
+
+def test_what_stands_beside_is_read_within_its_error():
+    for name in ("right", "background_right", "motion", "path"):
+        seen = [np.nanmean(report(measures).per_second[name]) for _, measures in clips()]
+        assert abs(np.mean(seen) - 1) < kept.ERRORS[name], name
+
+
+def test_a_difference_is_claimed_if_it_is_sure_and_above_the_meters_error():
+    error = kept.ERRORS["tint"]
+    for mean, half, told in ((4, 3, True), (-4, 3, True), (4, 5, False), (2, 1, False)):
+        found = Interval(
+            *(np.array(error * value) for value in (mean, mean - half, mean + half)), 3
+        )
+        assert kept.told_apart("tint", found) is told
 
 
 def test_spreads_are_those_of_the_world():
