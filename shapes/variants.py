@@ -128,6 +128,18 @@ FURTHER = (
         config="rolling_levels_3",
     ),
     variation(
+        "rolling_block_causal",
+        "Rolling Forcing, causal window",
+        "blocks of a window that see the less noisy ones before them alone",
+        config="rolling_block_causal",
+    ),
+    variation(
+        "rolling_sink_ema",
+        "Rolling Forcing, averaged sink",
+        "a sink that follows what the video becomes",
+        config="rolling_sink_ema",
+    ),
+    variation(
         "critic_reuse_2",
         "Rolling Forcing, rollouts used twice",
         "two updates of the critic on each of its rollouts",
