@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import UMT5EncoderModel
 
 from model.lora import add_lora, first_adapters, plain_name
 from model.vae import Autoencoder, init_autoencoder
@@ -114,7 +115,7 @@ def build_dit(
     """A transformer in its role (`generator`, `real_score`, `fake_score`), loaded and sharded.
 
     Trained ones have fp32 master weights; frozen ones are kept in the compute dtype. Without a
-    `source` its weights are drawn.
+    `source` its weights are drawn; on the meta device it has none.
     """
     low = compute_dtype(config, world.device)
     backend = check_backend(config.attention_backend, world.device, low or torch.float32)
@@ -134,7 +135,7 @@ def build_dit(
     if world.size > 1 or low is not None:
         mesh = make_mesh(strategy_of(config, role), world, config.hybrid_shard_size)
         shard_dit(dit, mesh, low)
-    if drawn is not None:
+    if drawn is not None and world.device.type != "meta":
         load_drawn(dit, chain(drawn, adapters.items()), world.device, names)
     elif source is not None:
         load_full_state(dit, weights | adapters, source, world, names)
@@ -250,7 +251,7 @@ def build_text(config: Config, setup: Setup, world: World) -> TextSource:
     if everywhere and world.size > 1:
         encoder = _shared_text_encoder(config, setup, world, dtype)
     with agreed():
-        if not config.text_embeddings:
+        if not config.text_embeddings and world.device.type != "meta":
             files = setup.require_folder()
             files.require(files.text_encoder, files.tokenizer)
         return TextSource(
@@ -277,13 +278,18 @@ def _shared_text_encoder(
             files.text_encoder, files.tokenizer, text_len=setup.sizes.text_len
         )
     model = encoder.model.to(dtype)
+    shard_text(config, world, model)
+    load_full_state(model, weights, files.text_encoder, world, encoder.official_names)
+    return encoder
+
+
+def shard_text(config: Config, world: World, model: UMT5EncoderModel) -> None:
+    """Spread the text encoder over the ranks, unless its strategy is `none`."""
     strategy = strategy_of(config, "text_encoder")
     if strategy != "none":
         mesh = make_mesh(strategy, world, config.hybrid_shard_size)
         # The table of tokens on its own, so that it does not stay whole after a pass.
         shard_module(model, [model.shared, *model.encoder.block], mesh, None)
-    load_full_state(model, weights, files.text_encoder, world, encoder.official_names)
-    return encoder
 
 
 def build_trained_vae(config: Config, setup: Setup, world: World) -> Autoencoder:
@@ -308,7 +314,8 @@ def build_vae(setup: Setup, world: World) -> WanVAE:
     """The VAE of the student's folder, whole on every rank."""
     files = setup.folder
     if files is None:
-        return WanVAE.random(z_dim=setup.sizes.in_dim).to(world.device)
+        with torch.device("meta" if world.device.type == "meta" else "cpu"):
+            return WanVAE.random(z_dim=setup.sizes.in_dim).to(world.device)
     with agreed():
         files.require(files.vae)
         vae, weights = WanVAE.open_official(files.vae)

@@ -123,6 +123,7 @@ class Trainer:
         with agreed():
             setup = setup or Setup.of(config)
             dataset = open_training_data(config, setup)
+            task.check_data(config, setup, dataset)
             heldout = open_heldout_data(config, setup, task.check_items)
         look = self.stopping.look
         self.task = task(

@@ -1,0 +1,257 @@
+"""What each phase of a training step takes, per rank, found by running it on tensors without memory.
+
+The task, its losses, FSDP2, optimiser and average are those of the training, at its true sizes; see
+`trainer/planned.py`. Networks have a part of their layers, twice, and the rest is in proportion:
+all layers are alike, so memory and operations grow by the same with each.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import trainer.networks
+from pipeline.setup import Setup
+from trainer.data import split_batches
+from trainer.live_memory import GRADIENTS, META, LiveMemory
+from trainer.metrics import Timer
+from trainer.networks import Player, sizes_of
+from trainer.planned import PlannedText, planned_config, planned_world
+from trainer.sharding import local
+from trainer.tasks import find_task
+from trainer.tasks.base import GeneratorTask, TaskInputs
+from trainer.updates import Updates
+from utils.config import Config
+from utils.draws import Draws
+from wan.dit import DiTConfig
+
+UPDATES = (
+    100  # of each player: what operations are averaged over, and the heaviest is looked for in
+)
+WEIGHTS = {
+    "generator": "student",
+    "real_score": "teacher",
+    "fake_score": "critic",
+    "target": "target",
+}
+OPTIMISER, AVERAGE, VAE = "optimiser", "average", "VAE"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a player's update: the most bytes at once, by part, and operations.
+
+    `name` as the timer's; `flops` of one micro-batch of a rank, as they are run.
+    """
+
+    player: str
+    name: str
+    parts: Mapping[str, int]
+    flops: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of the heaviest update of each player that is drawn.
+
+    `flops`: of one video's share of an average update, by player and phase, as the training counts
+    them. `updates`: of each player in one step, on average.
+    """
+
+    phases: tuple[Phase, ...]
+    flops: Mapping[str, Mapping[str, float]]
+    updates: Mapping[str, float]
+
+    @property
+    def peak(self) -> int:
+        """Of all phases."""
+        return max(phase.peak for phase in self.phases)
+
+    @property
+    def step_flops(self) -> float:
+        """One video's share of an average step."""
+        return sum(self.updates[name] * sum(own.values()) for name, own in self.flops.items())
+
+
+def footprint(config: Config, setup: Setup, ranks: int, local_ranks: int) -> Footprint:
+    """What a rank of `ranks` needs, `local_ranks` of them on a node.
+
+    Takes seconds, and neither weights nor data.
+    """
+    assert is_known(config), "only what trains transformers is known"
+    config = planned_config(config)
+    names = set(find_task(config.trainer).networks(config).values())
+    depths = [sizes_of(config, name).num_layers for name in names]
+    parts = math.gcd(*depths)
+    if parts < 4:
+        return _measured(config, setup, ranks, local_ranks, parts, parts)
+    one, two = (_measured(config, setup, ranks, local_ranks, n, parts) for n in (1, 2))
+    return _extended(one, two, parts)
+
+
+def is_known(config: Config) -> bool:
+    """Whether the task is one of those that train transformers."""
+    return issubclass(find_task(config.trainer), GeneratorTask)
+
+
+def _extended(one: Footprint, two: Footprint, parts: int) -> Footprint:
+    """Of all parts of the layers, by those of one and of two."""
+
+    def line(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, Any]:
+        names = dict.fromkeys((*first, *second))
+        return {
+            name: first.get(name, 0) + (second.get(name, 0) - first.get(name, 0)) * (parts - 1)
+            for name in names
+        }
+
+    pairs = zip(one.phases, two.phases, strict=True)
+    phases = tuple(
+        Phase(a.player, a.name, line(a.parts, b.parts), a.flops + (b.flops - a.flops) * (parts - 1))
+        for a, b in pairs
+    )
+    flops = {player: line(own, two.flops[player]) for player, own in one.flops.items()}
+    return Footprint(phases, flops, one.updates)
+
+
+def _measured(
+    config: Config, setup: Setup, ranks: int, local_ranks: int, parts: int, of: int
+) -> Footprint:
+    """Of networks with so many parts of their layers."""
+
+    def cut(sizes: DiTConfig) -> DiTConfig:
+        return replace(sizes, num_layers=sizes.num_layers * parts // of)
+
+    def cut_sizes(config: Config, name: str) -> DiTConfig:
+        return cut(sizes_of(config, name))
+
+    shaped = replace(setup, folder=None, sizes=cut(setup.sizes), text_embeddings=None)
+    split = split_batches(config, ranks)
+    with (
+        patch.object(trainer.networks, "sizes_of", cut_sizes),
+        planned_world(config, ranks, local_ranks) as (world, memory),
+    ):
+        rows = -(-split.videos // (split.accumulation * ranks))
+        once = replace(split, accumulation=1, videos=rows * ranks, batch_size=rows)
+        timer = PhaseTimer(memory)
+        data: Any = None  # its items are made here
+        asked = replace(config, text_encoder_device="cpu")
+        given = TaskInputs(asked, shaped, world, once, timer, data, lambda: None)
+        task = find_task(config.trainer)(given)
+        assert isinstance(task, GeneratorTask)
+        task.text = PlannedText(config, setup, world, memory)
+        _name_parts(task, memory)
+        found = {name: _counted(task, name) for name in task.players}
+        batch = _batch(config, shaped, rows)
+        for name, player in task.players.items():
+            _start(player, memory, accumulates=split.accumulation > 1)
+            timer.player = name
+            Updates(task, {name: _Given(batch, rows)}, Path(), None).update(  # type: ignore[dict-item]
+                player, 0, found[name][0]
+            )
+        phases = tuple(
+            Phase(name, phase, dict(peak.parts), peak.flops)
+            for (name, phase), peak in memory.phases.items()
+        )
+        steps = range(UPDATES)
+        due = Counter(name for step in steps for name in task.due(step))
+        updates = {name: due[name] / UPDATES for name in task.players}
+    return Footprint(phases, {name: flops for name, (_, flops) in found.items()}, updates)
+
+
+class PhaseTimer(Timer):
+    """Follows memory where the training's own follows time."""
+
+    def __init__(self, memory: LiveMemory) -> None:
+        super().__init__()
+        self.memory = memory
+        self.player = ""
+
+    @contextmanager
+    def phase(self, name: str, *, whole: bool = False) -> Iterator[None]:
+        """See `Timer`."""
+        with self.memory.phase(self.player, name), super().phase(name, whole=whole):
+            yield
+
+
+class _Given:
+    """Stands for `Batches`: the same items for ever."""
+
+    def __init__(self, batch: dict[str, Any], rows: int) -> None:
+        self.batch = batch
+        self.rows = rows
+
+    def micro_batch(
+        self, micro: int, draws: Draws, passed_over: int = 0
+    ) -> tuple[dict[str, Any], Draws, float]:
+        """See `Batches`."""
+        return dict(self.batch), draws.for_indices(range(self.rows)), 1.0
+
+    def advance(self, passed_over: int = 0) -> None:
+        """See `Batches`."""
+
+
+def _counted(task: GeneratorTask, name: str) -> tuple[int, dict[str, float]]:
+    """The number of the heaviest update of a player, and operations by phase on average."""
+    order = list(task.players)
+    steps = [step for step in range(UPDATES * len(order)) if name in task.due(step)][:UPDATES]
+    numbers = [step * len(order) + order.index(name) for step in steps]
+    found = [task.phase_flops(name, Draws(task.config.seed, n, ())) or {} for n in numbers]
+    heaviest = max(range(len(numbers)), key=lambda index: sum(found[index].values()))
+    total: Counter[str] = Counter()
+    for phases in found:
+        total.update(phases)
+    return numbers[heaviest], {phase: flops / len(found) for phase, flops in total.items()}
+
+
+def _name_parts(task: GeneratorTask, memory: LiveMemory) -> None:
+    for role, part in WEIGHTS.items():
+        attribute = {"real_score": "teacher", "fake_score": "fake_score"}.get(role, role)
+        for place in (role, attribute):
+            network = task.__dict__.get(place)
+            if network is not None:
+                memory.named(part, map(local, network.parameters()))
+    if task.vae is not None:
+        memory.named(VAE, (*task.vae.model.parameters(), *task.vae.model.buffers()))
+
+
+def _start(player: Player, memory: LiveMemory, *, accumulates: bool) -> None:
+    """What a player holds after its first updates; and the gradients of earlier micro-batches."""
+    for parameter in player.trained.values():
+        parameter.grad = torch.zeros_like(parameter)
+    player.apply()
+    states = player.optimiser.state.values()
+    memory.named(OPTIMISER, (local(x) for own in states for x in own.values() if x.ndim))
+    player.update_ema(active=True, moved=False)
+    if player.ema is not None:
+        memory.named(AVERAGE, map(local, player.ema.shadow.values()))
+    if accumulates:
+        with memory.making(GRADIENTS):
+            for parameter in player.trained.values():
+                parameter.grad = torch.zeros_like(parameter)
+
+
+def _batch(config: Config, setup: Setup, rows: int) -> dict[str, Any]:
+    """Items of every kind that the task may ask for."""
+    frames = config.image_or_video_shape[1]
+    clip = (rows, frames, *setup.shape.latent)
+    batch: dict[str, Any] = {"prompt": [f"prompt {row}" for row in range(rows)]}
+    if config.trainer == "ode":
+        levels = len(setup.levels.tensor()) + 1
+        batch["trajectory"] = torch.zeros(rows, levels, *clip[1:])
+    elif config.load_raw_video:
+        pixels = (setup.shape.video_frames(frames), 3, setup.shape.height, setup.shape.width)
+        batch["video"] = [torch.zeros(pixels, dtype=torch.uint8, device=META)] * rows
+    else:
+        batch["latents"] = torch.zeros(clip)
+    return batch
