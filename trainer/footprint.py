@@ -1,4 +1,4 @@
-"""What each phase of a training step takes, per rank, found by running it on tensors without memory.
+"""What each phase of a training step takes of a rank, found by running it without memory.
 
 The task, its losses, FSDP2, optimiser and average are those of the training, at its true sizes; see
 `trainer/planned.py`. Networks have a part of their layers, twice, and the rest is in proportion:
@@ -31,9 +31,7 @@ from utils.config import Config
 from utils.draws import Draws
 from wan.dit import DiTConfig
 
-UPDATES = (
-    100  # of each player: what operations are averaged over, and the heaviest is looked for in
-)
+UPDATES = 100  # of each player, of which the average and the heaviest are looked for
 WEIGHTS = {
     "generator": "student",
     "real_score": "teacher",

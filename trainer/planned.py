@@ -1,8 +1,8 @@
-"""A world of so many ranks that are not there: a task runs in it as it is, on tensors without memory.
+"""A world of so many ranks that are not there: a task runs in it as it is, without memory.
 
-One process stands for rank 0. Networks are sharded by FSDP2 over a process group that sends nothing;
-weights, texts and data have sizes alone. Kernels are those of a GPU (or of a CPU, where the config
-asks for one) as far as they decide what is kept in memory.
+One process stands for rank 0. Networks are sharded by FSDP2 over a process group that sends
+nothing; weights, texts and data are tensors on the meta device, which have sizes alone. Kernels are
+those of a GPU (or of a CPU, where the config asks for one) as far as they decide what is kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -98,8 +98,7 @@ def planned_world(config: Config, ranks: int, local: int) -> Iterator[tuple[Worl
 class PlannedText(TextSource):
     """Embeddings without content, of an encoder without weights.
 
-    As after the first step, where texts have `length` tokens; where the encoder is on the training's
-    device it runs.
+    They have all tokens; where the encoder is on the training's device it runs.
     """
 
     def __init__(self, config: Config, setup: Setup, world: World, memory: LiveMemory) -> None:

@@ -215,12 +215,13 @@ class Distillation(GeneratorTask):
                 replayed=self.config.replayed_backward,
                 before_window=self.look,
             )
-            clip, counts = scored_clip(
-                latents,
-                self.vae,
-                scored=self.frames,
-                block_frames=self.layout.frames(0),
-            )
+            with self.timer.phase("reencode"):
+                clip, counts = scored_clip(
+                    latents,
+                    self.vae,
+                    scored=self.frames,
+                    block_frames=self.layout.frames(0),
+                )
         return Clip(clip, counts, drawn, cond)
 
     def _score_inputs(self, clip: Clip, draws: Draws) -> tuple[Tensor, Tensor]:
