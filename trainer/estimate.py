@@ -1,13 +1,11 @@
-"""What a run needs per rank, from sizes alone: nothing is loaded, nothing is allocated."""
+"""What a run needs and how long it takes, before it starts: nothing is loaded or allocated."""
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 from model.lora import add_lora
-from model.self_rollout import rollout_flops
+from pipeline.memory import CONTEXT
 from pipeline.setup import Setup
 from trainer.data import (
     BatchSplit,
@@ -15,69 +13,23 @@ from trainer.data import (
     open_training_data,
     split_batches,
 )
+from trainer.footprint import Footprint, footprint, is_known
 from trainer.networks import sizes_of
-from trainer.sharding import shards_of, strategy_of
+from trainer.sharding import shards_of
 from trainer.tasks import find_task
-from trainer.tasks.base import rollout_recipe
-from utils.config import ROOT, Config, check_training
+from utils.config import ROOT, Config, check_training, config_of, to_dict
 from utils.datasets import UNLIMITED
 from utils.downloads import how_to_get
 from utils.errors import UserError
 from utils.packages import split_name
 from wan.checkpoints import empty_dit
-from wan.dit import DiTConfig
-from wan.flops import forward_flops, training_flops
 from wan.folders import ModelFolder
 
 GIB = 2**30
 FP32 = 4
 TFLOPS = 400.0  # per second and rank, assumed where nothing was measured
-
-
-@dataclass(frozen=True)
-class NetworkMemory:
-    """Bytes per rank that one network's weights and optimiser take."""
-
-    role: str
-    name: str
-    parameters: int
-    shards: int
-    weights: int
-    optimiser: int
-    gradients: int
-    average: int
-
-    @property
-    def total(self) -> int:
-        """Everything, per rank."""
-        return self.weights + self.optimiser + self.gradients + self.average
-
-
-def network_memory(
-    config: Config, role: str, name: str, sizes: DiTConfig, world: int, local_world: int
-) -> NetworkMemory:
-    """Weights, Adam moments, gradients and average of one network, per rank.
-
-    The student and the critic have fp32 weights, and what is trained of them (with LoRA the
-    adapters) two fp32 moments, an fp32 gradient and, for the student, an fp32 average; the teacher
-    has its weights in the compute dtype.
-    """
-    dit = empty_dit(sizes)
-    frozen = role in ("real_score", "target")
-    if role == "generator" and config.lora is not None:
-        add_lora(dit, config.lora.rank, config.lora.alpha, config.lora.targets)
-    count = sum(p.numel() for p in dit.parameters())
-    trained = 0 if frozen else sum(p.numel() for p in dit.parameters() if p.requires_grad)
-    shards = shards_of(strategy_of(config, role), world, local_world, config.hybrid_shard_size)
-    share, moving = -(-count // shards), -(-trained // shards) * FP32
-    size = planned_dtype(config).itemsize if role == "real_score" else FP32
-    average = moving if role == "generator" and config.ema_weight > 0 else 0
-    return NetworkMemory(role, name, count, shards, share * size, 2 * moving, moving, average)
-
-
-def planned_dtype(config: Config) -> torch.dtype:
-    """What a run computes in on GPUs, for which it is planned."""
-    return torch.float32 if config.mixed_precision is False else torch.bfloat16
+CARDS = (80.0, 141.0)  # GB
+GAPS = 0.05  # of the peak, between tensors: a guess
 
 
 def networks_of(config: Config) -> dict[str, str]:
@@ -113,104 +65,78 @@ def missing_weights(config: Config) -> list[str]:
     return missing
 
 
-def cache_bytes(config: Config, setup: Setup) -> int:
-    """KV cache of the longest training rollout; two of what passes look back at, if replayed."""
-    cache = setup.cache(
-        setup.sizes,
-        batch=config.batch_size,
-        dtype=planned_dtype(config),
-        device=torch.device("meta"),
-        recent_frames=None if config.replayed_backward else config.num_training_frames,
-    )
-    return cache.num_bytes * (2 if config.replayed_backward else 1)
-
-
-@dataclass(frozen=True)
-class Operations:
-    """Floating-point operations that one video takes on average.
-
-    In an update of the generator, in one of the critic, and in a step.
-    """
-
-    generator: float
-    critic: float
-    step: float
-
-
-def operations(config: Config) -> Operations:
-    """Of a distillation, as the loop counts them; over the rollouts that its first updates draw."""
-    setup, updates = planned_setup(config), 300
-    student, teacher = (sizes_of(config, n) for n in (config.generator_name, config.real_name))
-    frames, tokens = config.image_or_video_shape[1], setup.shape.tokens_per_frame
-    recipe, twice = rollout_recipe(config), config.gradient_checkpointing
-    drawn = Counter(recipe.draw(setup.layout, update) for update in range(updates))
-
-    def rollout(*, grad: bool) -> float:
-        each = (
-            count
-            * rollout_flops(
-                setup, student, one, scored_frames=frames, grad=grad, checkpointing=twice
-            )
-            for one, count in drawn.items()
-        )
-        return sum(each) / updates
-
-    own = forward_flops(student, frames, frames, tokens)
-    scores = own + 2 * forward_flops(teacher, frames, frames, tokens)
-    generator = rollout(grad=True) + scores
-    critic = rollout(grad=False) + training_flops(own, checkpointing=twice)
-    return Operations(generator, critic, generator / config.dfake_gen_update_ratio + critic)
-
-
-def time_lines(config: Config, split: BatchSplit, tflops: float) -> list[str]:
-    """Operations and time of a step at a rate that is assumed; none where they are not counted."""
-    if config.trainer != "score_distillation":
-        return []
-    per_video = operations(config).step
-    own = per_video * split.accumulation * -(-split.videos // (split.accumulation * split.ranks))
-    seconds = own / (tflops * 1e12)
+def time_lines(config: Config, split: BatchSplit, found: Footprint, tflops: float) -> list[str]:
+    """Operations and time of a step at a rate that is assumed."""
+    rows = split.accumulation * -(-split.videos // (split.accumulation * split.ranks))
+    seconds = found.step_flops * rows / (tflops * 1e12)
     steps = config.max_steps or 1000
     return [
-        f"a step: {per_video / 1e12:.0f} TFLOP for each video, {seconds:.0f} s at {tflops:g} "
-        f"TFLOP/s per rank (assumed; --tflops); {seconds * steps / 3600:.1f} h for {steps:,} steps"
+        f"a step: {found.step_flops / 1e12:.3g} TFLOP for each video, {seconds:.3g} s at "
+        f"{tflops:g} TFLOP/s per rank (assumed; --tflops); {seconds * steps / 3600:.1f} h for "
+        f"{steps:,} steps of {split.videos} videos"
     ]
 
 
 def disk_lines(config: Config) -> list[str]:
     """What a save takes on the disk."""
-    held = {
-        role: network_memory(config, role, name, sizes_of(config, name), 1, 1)
-        for role, name in networks_of(config).items()
-        if role != "real_score"
-    }
-    if not held:
+    held = {role: parameters(config, role) for role in networks_of(config)}
+    states = [
+        FP32 * (own.all + (2 + (role == "generator" and config.ema_weight > 0)) * own.trained)
+        for role, own in held.items()
+        if role in ("generator", "fake_score")
+    ]
+    if not states:
         return []
-    state = sum(each.weights + each.optimiser + each.average for each in held.values())
     forms = (1 + config.export_safetensors) * (1 + (config.ema_weight > 0))
     return [
-        f"disk: {state / GIB:.2f} GiB for each of {config.keep_checkpoints + 1} states, "
-        f"{forms * held['generator'].weights / GIB:.2f} GiB for each export, every "
+        f"disk: {sum(states) / GIB:.2f} GiB for each of {config.keep_checkpoints + 1} states, "
+        f"{forms * FP32 * held['generator'].all / GIB:.2f} GiB for each export, every "
         f"{config.log_iters} steps"
     ]
 
 
+class Parameters(NamedTuple):
+    """Of a network: how many there are, and how many of them are trained."""
+
+    all: int
+    trained: int
+
+
+def parameters(config: Config, role: str) -> Parameters:
+    """Of the network in a role."""
+    dit = empty_dit(sizes_of(config, networks_of(config)[role]))
+    if role == "generator" and config.lora is not None:
+        add_lora(dit, config.lora.rank, config.lora.alpha, config.lora.targets)
+    counts = [(p.numel(), p.requires_grad) for p in dit.parameters()]
+    return Parameters(sum(n for n, _ in counts), sum(n for n, trained in counts if trained))
+
+
 def dry_run_report(
-    config: Config, world: int, local_world: int | None = None, *, tflops: float = TFLOPS
+    config: Config,
+    world: int,
+    local_world: int | None = None,
+    *,
+    tflops: float = TFLOPS,
+    cards: Sequence[float] = CARDS,
 ) -> str:
     """Validate config and data for `world` ranks and describe what a rank will hold.
 
     What has to be fetched first, weights or data, is said and need not be here. `tflops`: the rate
-    per rank that the hours are computed from.
+    per rank that the hours are computed from; `cards`: GB of memory of the GPUs that are asked for.
     """
     check_training(config)
     batches, setup = split_batches(config, world), planned_setup(config)
     lines = [*data_lines(config, setup), batches.describe(), *batches.notes]
-    memory = memory_lines(config, setup, world, local_world or min(world, 8))
-    if memory:
-        lines += [f"memory per rank of {world} (GiB), without activations:", *memory]
+    if is_known(config):
+        local = local_world or min(world, 8)
+        found = footprint(config, setup, world, local)
+        lines += [f"memory of a rank of {world} (GiB), predicted:", *memory_lines(found)]
+        on_cpu = config.device == "cpu"
+        for card in () if on_cpu else cards:
+            lines += card_lines(config, setup, found, card, world, local)
+        lines += [*time_lines(config, batches, found, tflops), *disk_lines(config)]
     else:
         lines.append(f"trainer: {config.trainer} holds no transformer; its memory is not estimated")
-    lines += [*time_lines(config, batches, tflops), *disk_lines(config)]
     lines += [
         f"not here yet: {missing} ({how_to_get(missing, ROOT)})"
         for missing in (*missing_weights(config), *missing_data(config))
@@ -248,27 +174,71 @@ def missing_data(config: Config) -> list[str]:
     ]
 
 
-def memory_lines(config: Config, setup: Setup, world: int, local: int) -> list[str]:
-    """A table of what each network takes, and what there is beside them; none without networks."""
-    header = f"{'network':12} {'folder':20} {'parameters':>14} {'shards':>6}"
-    lines = [f"{header} {'weights':>8} {'adam':>8} {'grads':>8} {'ema':>8} {'total':>8}"]
-    total = 0
-    for role, name in networks_of(config).items():
-        memory = network_memory(config, role, name, sizes_of(config, name), world, local)
-        parts = (memory.weights, memory.optimiser, memory.gradients, memory.average, memory.total)
-        numbers = " ".join(f"{size / GIB:8.2f}" for size in parts)
-        lines.append(f"{role:12} {name:20} {memory.parameters:14,} {memory.shards:6} {numbers}")
-        total += memory.total
-    if total == 0:
-        return []
-    if config.trainer == "score_distillation":
-        cache = cache_bytes(config, setup)
-        lines.append(f"{'KV cache':64} {cache / GIB:8.2f}".rstrip())
-        total += cache
-    lines.append(f"all together {total / GIB:.2f} GiB per rank")
-    if setup.folder is not None and not config.text_embeddings:
-        where = "on the CPU" if config.text_encoder_device == "cpu" else "before sharding"
-        file = setup.folder.text_encoder
-        text = file.stat().st_size / GIB if file.is_file() else 0.0
-        lines.append(f"not counted: the text encoder, {text:.2f} GiB in its file, {where}")
+def memory_lines(found: Footprint) -> list[str]:
+    """A table of what there is at the peak of each phase, by part."""
+    parts = list(dict.fromkeys(part for phase in found.phases for part in phase.parts))
+    widths = [max(len(part), 6) for part in parts]
+    header = " ".join(f"{part:>{width}}" for part, width in zip(parts, widths, strict=True))
+    lines = [f"{'update':10} {'phase':10} {'total':>6} {header}"]
+    for phase in found.phases:
+        sizes = " ".join(
+            f"{phase.parts.get(part, 0) / GIB:{width}.2f}"
+            for part, width in zip(parts, widths, strict=True)
+        )
+        lines.append(f"{phase.player:10} {phase.name:10} {phase.peak / GIB:6.2f} {sizes}")
+    return [*lines, f"at most {found.peak / GIB:.2f} GiB per rank"]
+
+
+def needed(found: Footprint) -> int:
+    """Bytes of a GPU, with what its libraries take and gaps between tensors."""
+    return round(found.peak * (1 + GAPS)) + CONTEXT
+
+
+def card_lines(
+    config: Config, setup: Setup, found: Footprint, card: float, world: int, local: int
+) -> list[str]:
+    """Whether it fits into a GPU of so many GB; if not, what each key that helps would change."""
+    room = card * 1e9
+    said = f"{needed(found) / GIB:.1f} of {room / GIB:.1f} GiB of {world} GPUs of {card:g} GB"
+    if needed(found) <= room:
+        return [f"fits: {said}"]
+    lines = [f"does not fit: {said}, with {GAPS:.0%} for gaps and {CONTEXT / GIB} GiB for CUDA"]
+    tried: list[str] = []
+    for change in changes(config, world, local):
+        size = _needed_with([change], config, setup, world, local)
+        if size < needed(found):
+            tried.append(change)
+            lines.append(f"  {change}: {size / GIB:.1f} GiB{', fits' if size <= room else ''}")
+            if size <= room:
+                return lines
+    if len(tried) > 1:
+        size = _needed_with(tried, config, setup, world, local)
+        end = "fits" if size <= room else "does not fit: take more or larger GPUs"
+        lines.append(f"  all of these: {size / GIB:.1f} GiB, {end}")
     return lines
+
+
+def changes(config: Config, world: int, local: int) -> list[str]:
+    """Keys that may save memory, those that cost least first."""
+    keeps_all = not config.gradient_checkpointing
+    distils = config.trainer == "score_distillation"
+    shards = shards_of(config.sharding_strategy, world, local, config.hybrid_shard_size)
+    found = [
+        (f"batch_size={config.batch_size // 2}", config.batch_size > 1),
+        (
+            "text_encoder_device=cpu",
+            config.text_encoder_device != "cpu" and not config.text_embeddings,
+        ),
+        ("gradient_checkpointing=true", keeps_all),
+        ("selective_checkpointing=false", not keeps_all and config.selective_checkpointing),
+        ("sharding_strategy=full", shards < world),
+        ("replayed_backward=true", distils and not config.replayed_backward),
+    ]
+    return [change for change, helps in found if helps]
+
+
+def _needed_with(
+    overrides: Sequence[str], config: Config, setup: Setup, world: int, local: int
+) -> int:
+    changed = config_of(to_dict(config), "what would help", overrides)
+    return needed(footprint(changed, setup, world, local))

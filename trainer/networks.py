@@ -140,6 +140,7 @@ def build_dit(
     elif source is not None:
         load_full_state(dit, weights | adapters, source, world, names)
     dit.gradient_checkpointing = trained and config.gradient_checkpointing
+    dit.selective_checkpointing = config.selective_checkpointing
     dit.attention_backend = backend
     if config.compile:
         dit.compile_blocks(every_size=True)

@@ -606,6 +606,9 @@ class Config:
         section="training: memory and speed",
     )
     gradient_checkpointing: bool = key(True, "compute activations twice instead of keeping them")
+    selective_checkpointing: bool = key(
+        False, "then, all but the outputs of attention, which are most of the operations"
+    )
     replayed_backward: bool = key(
         False,
         "distillation: a rollout's graph is made in the backward pass, one window at a time, so "

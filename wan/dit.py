@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from utils.errors import UserError
 from wan.attention import Backend, attention, chosen_backend
@@ -246,6 +250,20 @@ BlockFunction = Callable[..., Tensor]
 """`Block.compute`, or its compiled form."""
 
 
+def _computed_twice(block: Block, *inputs: Any) -> Tensor:
+    """`Block.compute`, of which the backward pass computes all again but what attention gave."""
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(Block.compute, block, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Kernels of attention, of PyTorch or of a package, are the ones whose names say so."""
+    name = str(operation)
+    if "backward" not in name and ("attention" in name or "flash_attn" in name):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Head(nn.Module):
     """Tokens to patches of velocity."""
 
@@ -273,8 +291,10 @@ class WanDiT(nn.Module):
         self.config = config
         self.attention_backend: Backend = "auto"
         self.gradient_checkpointing = False
+        self.selective_checkpointing = False  # of the former: attention is not computed again
         self.share: Share | None = None  # of several ranks that work on the same sequences
         self._graph: BlockFunction | None = None
+        self._graph_twice: BlockFunction = _computed_twice
         self._every_size = False
         dim = config.dim
         if config.patch_size[0] != 1:
@@ -360,8 +380,9 @@ class WanDiT(nn.Module):
         """
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         options = GRAPH_OPTIONS if backend == "inductor" else None
-        self._graph = torch.compile(
-            Block.compute, dynamic=every_size, backend=backend, options=options
+        self._graph, self._graph_twice = (
+            torch.compile(function, dynamic=every_size, backend=backend, options=options)
+            for function in (Block.compute, _computed_twice)
         )
         self._every_size = every_size
 
@@ -395,21 +416,23 @@ class WanDiT(nn.Module):
         time = self._embed_time(timesteps)  # [B, F or 1, dim]
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B, F or 1, 6, dim]
         backend = chosen_backend(self.attention_backend, x.device, x.dtype)
-        compute = self._compute_for(context)
+        twice = self.gradient_checkpointing and torch.is_grad_enabled()
+        selective = twice and self.selective_checkpointing
+        compute = self._compute_for(context, selective=selective)
         layers = zip(self.blocks, text.keys, text.values, strict=True)
         for layer, (block, keys, values) in enumerate(layers):
             inputs = (compute, x, modulation, keys, values, context.of(layer), backend)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if twice and not selective:
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x = block(*inputs)
         patches = self.head(x, time)
         return self._unpatch(self.share.whole(patches) if self.share else patches, latents)
 
-    def _compute_for(self, context: AttentionContext) -> BlockFunction:
+    def _compute_for(self, context: AttentionContext, *, selective: bool) -> BlockFunction:
         if self._graph is not None and (self._every_size or context.steady):
-            return self._graph
-        return Block.compute
+            return self._graph_twice if selective else self._graph
+        return _computed_twice if selective else Block.compute
 
     def _embed_patches(self, latents: Tensor) -> Tensor:
         _, ph, pw = self.config.patch_size
