@@ -25,7 +25,7 @@ from utils.draws import Purpose
 from utils.errors import UserError
 from utils.noise import philox
 from wan.dit import DiTConfig, TextContext, WanDiT
-from wan.flops import pass_flops, training_flops
+from wan.flops import pass_attention_flops, pass_flops, training_flops
 from wan.flow import x0_from_flow
 from wan.vae import WanVAE
 
@@ -418,6 +418,7 @@ def rollout_flops(
     scored_frames: int,
     grad: bool,
     checkpointing: bool,
+    selective: bool = False,
     replayed: bool = False,
 ) -> int:
     """Operations of one video's rollout, with its backward passes if `grad`."""
@@ -432,9 +433,11 @@ def rollout_flops(
     if not grad:
         return total
     numbers = [-1 if own.window is None else own.window.index for own in passes]
-    for number, parts in zip(numbers, forwards, strict=True):
+    for number, own, parts in zip(numbers, passes, forwards, strict=True):
         if number in course.carriers:
-            total += training_flops(parts[-1], checkpointing=checkpointing) - parts[-1]
+            kept = pass_attention_flops(sizes, own.parts[-1].view, tokens) if selective else 0
+            whole = training_flops(parts[-1], checkpointing=checkpointing, kept=kept)
+            total += whole - parts[-1]
     first = numbers.index(min(course.carriers))  # a replay begins behind the window before it
     while first > 0 and numbers[first - 1] < 0:
         first -= 1

@@ -141,9 +141,9 @@ def _measured(
     ):
         rows = -(-split.videos // (split.accumulation * ranks))
         once = replace(split, accumulation=1, videos=rows * ranks, batch_size=rows)
-        timer = PhaseTimer(memory)
+        timer = MemoryTimer(memory)
         data: Any = None  # its items are made here
-        asked = replace(config, text_encoder_device="cpu")
+        asked = replace(config, text_encoder_device="cpu", text_embeddings=None)
         given = TaskInputs(asked, shaped, world, once, timer, data, lambda: None)
         task = find_task(config.trainer)(given)
         assert isinstance(task, GeneratorTask)
@@ -167,7 +167,7 @@ def _measured(
     return Footprint(phases, {name: flops for name, (_, flops) in found.items()}, updates)
 
 
-class PhaseTimer(Timer):
+class MemoryTimer(Timer):
     """Follows memory where the training's own follows time."""
 
     def __init__(self, memory: LiveMemory) -> None:

@@ -45,9 +45,11 @@ class LiveMemory(TorchDispatchMode):
     nothing. `phase` and `named` say what bytes belong to.
     """
 
-    def __init__(self, device: torch.device = META) -> None:
+    def __init__(self, device: torch.device = META, rounded: int = ROUNDED) -> None:
+        """`rounded`: bytes that every storage is a multiple of."""
         super().__init__()
         self.device = device
+        self.rounded = rounded
         self.live: Counter[str] = Counter()
         self.total = 0
         self.phases: dict[tuple[str, ...], Peak] = {}
@@ -139,7 +141,7 @@ class LiveMemory(TorchDispatchMode):
         self.total -= size
 
     def _set(self, address: int, part: str, size: int) -> None:
-        size = -(-size // ROUNDED) * ROUNDED
+        size = -(-size // self.rounded) * self.rounded
         if address in self._storages:
             before, held = self._storages[address]
             self.live[before] -= held

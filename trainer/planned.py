@@ -25,7 +25,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 import wan.context
 from pipeline.setup import Setup
 from pipeline.text import TextSource
-from trainer.live_memory import GATHERED, META, LiveMemory
+from trainer.live_memory import GATHERED, META, ROUNDED, LiveMemory
 from trainer.networks import is_text_sharded, shard_text
 from trainer.sharding import World
 from utils.config import Config
@@ -76,14 +76,13 @@ def planned_config(config: Config) -> Config:
         merge_clean_pass=on_cpu if merged is None else merged,
         attention_backend="auto",
         compile=False,
-        text_embeddings=None,
     )
 
 
 @contextmanager
 def planned_world(config: Config, ranks: int, local: int) -> Iterator[tuple[World, LiveMemory]]:
     """A world of `ranks` ranks, `local` on each node, and what follows its memory."""
-    memory = LiveMemory()
+    memory = LiveMemory(rounded=1 if config.device == "cpu" else ROUNDED)
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
     try:
         with ExitStack() as patches:
@@ -103,7 +102,8 @@ class PlannedText(TextSource):
 
     def __init__(self, config: Config, setup: Setup, world: World, memory: LiveMemory) -> None:
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
-        super().__init__(setup, text_len=setup.sizes.text_len, dtype=dtype, device=META)
+        given = replace(setup, text_embeddings=None)  # what is stored need not be here
+        super().__init__(given, text_len=setup.sizes.text_len, dtype=dtype, device=META)
         self._length = setup.sizes.text_len
         self._dim = setup.sizes.text_dim
         self._model: UMT5EncoderModel | None = None

@@ -59,9 +59,19 @@ def pass_attention_flops(config: DiTConfig, view: View, tokens_per_frame: int) -
     return total
 
 
-def training_flops(forward: int, *, checkpointing: bool) -> int:
-    """A pass with its backward pass, which is two forwards; checkpointing runs one more."""
-    return (4 if checkpointing else 3) * forward
+def pass_attention_flops(config: DiTConfig, view: View, tokens_per_frame: int) -> int:
+    """Of a pass, what its attention takes."""
+    keys = len(view.positions)
+    queries = (keys - len(view.frames)) * tokens_per_frame
+    return attention_flops(config, queries, keys * tokens_per_frame)
+
+
+def training_flops(forward: int, *, checkpointing: bool, kept: int = 0) -> int:
+    """A pass with its backward pass, which is two forwards; checkpointing runs one more.
+
+    But for operations whose results are `kept` (with `selective_checkpointing` attention's).
+    """
+    return 3 * forward + (forward - kept if checkpointing else 0)
 
 
 def text_flops(config: DiTConfig) -> int:

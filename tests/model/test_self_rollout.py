@@ -280,16 +280,17 @@ def test_gradient_of_a_window_by_finite_differences(rolling: Config) -> None:
 def test_checkpointed_rollout_recomputes_what_it_read(rolling: Config) -> None:
     """A cache that evicts would make recomputed windows read later frames."""
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing, selective in ((False, False), (True, False), (True, True)):
         dit = random_dit(5).requires_grad_(True)
-        dit.gradient_checkpointing = checkpointing
+        dit.gradient_checkpointing, dit.selective_checkpointing = checkpointing, selective
         text = dit.encode_text(torch.ones(1, 4, dit.config.text_dim))
         plan = RolloutDraw("rolling", 9, (2,) * 9)
         output = rolled(rolling, dit, text, seeded_noise(rolling, dit), plan, grad=True)
         output.square().sum().backward()
         gradients.append([p.grad for p in dit.parameters() if p.grad is not None])
-    for plain, again in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, again)
+    for plain, *others in zip(*gradients, strict=True):
+        for again in others:
+            torch.testing.assert_close(plain, again)
 
 
 @pytest.mark.parametrize("kind", ["rolling", "block"])

@@ -214,7 +214,9 @@ def contexts(dit: WanDiT) -> dict[str, tuple[AttentionContext, int]]:
     }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointing", "selective"), [(False, False), (True, False), (True, True)]
+)
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [
@@ -225,14 +227,14 @@ def contexts(dit: WanDiT) -> dict[str, tuple[AttentionContext, int]]:
     ],
 )
 def test_gradients_of_compiled_training_equal_eager(
-    kind: str, backend: str, checkpointing: bool
+    kind: str, backend: str, checkpointing: bool, selective: bool
 ) -> None:
     """`eager` traces alone; what is taken apart for all sizes takes half a minute."""
     compiled = Compiled(backend, every_size=True)
     grads: list[list[Tensor]] = []
     for dit in (compiled.eager, compiled.dit):
         dit.requires_grad_(True)
-        dit.gradient_checkpointing = checkpointing
+        dit.gradient_checkpointing, dit.selective_checkpointing = checkpointing, selective
         context, frames = contexts(dit)[kind]
         for batch in (1, 2):
             latents = torch.linspace(-1, 1, batch * frames * 16 * 24).view(batch, frames, 16, 4, 6)

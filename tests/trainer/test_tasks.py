@@ -173,10 +173,12 @@ def test_gradient_checkpointing_changes_nothing(
 ) -> None:
     changes = training_world.flow(**SWITCHES["teacher forcing"]) if task == "diffusion" else {}
     found = []
-    for on in (False, True):
-        config = training_world.config(tmp_path, gradient_checkpointing=on, max_steps=3, **changes)
-        found.append(trained_state(config, tmp_path / f"{on}"))
-    assert_close_states(*found, 1e-6)
+    for on, selective in ((False, False), (True, False), (True, True)):
+        keys = {"gradient_checkpointing": on, "selective_checkpointing": selective}
+        config = training_world.config(tmp_path, max_steps=3, **keys, **changes)
+        found.append(trained_state(config, tmp_path / f"{on}{selective}"))
+    assert_close_states(found[0], found[1], 1e-6)
+    assert_close_states(found[0], found[2], 1e-6)
 
 
 @pytest.mark.slow

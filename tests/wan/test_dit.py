@@ -1,12 +1,15 @@
 """The network against recorded numbers, against diffusers' Wan, and its own promises."""
 
 import re
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.golden_cases import Case, entries, load_case, load_weights
 from tests.tiny_pipeline import random_dit
@@ -244,8 +247,10 @@ def test_longer_text_is_an_error() -> None:
         dit.encode_text(too_long)
 
 
-def gradients_of(dit: WanDiT, checkpointing: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    dit.gradient_checkpointing = checkpointing
+def gradients_of(
+    dit: WanDiT, checkpointing: bool, selective: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    dit.gradient_checkpointing, dit.selective_checkpointing = checkpointing, selective
     dit.zero_grad(set_to_none=True)
     latents, timesteps, embeddings = some_inputs(dit)
     context = MaskedContext(
@@ -277,6 +282,36 @@ def test_gradient_checkpointing_recomputes_each_layer() -> None:
     assert len(calls) == 1
     gradients_of(dit, checkpointing=True)
     assert len(calls) == 3
+
+
+def test_selective_checkpointing_computes_all_but_attention_again() -> None:
+    """The same gradients, in float64."""
+    dit = random_dit().double().requires_grad_(True)
+    _, grads = gradients_of(dit, checkpointing=False)
+    made: list[Counter[str]] = []
+    for selective in (False, True):
+        with Calls() as calls:
+            _, again = gradients_of(dit, checkpointing=True, selective=selective)
+        made.append(calls.made)
+        for name, grad in grads.items():
+            assert_close(again[name], grad, atol=1e-12)
+    assert made[0]["addmm"] == made[1]["addmm"]
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert made[0][attention] == 2 * made[1][attention] == 4 * dit.config.num_layers
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that are run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.made[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_masked_backward_keeps_causality() -> None:

@@ -29,8 +29,8 @@ from utils.embeddings import pad_batch
 from utils.errors import UserError
 from utils.video import to_float
 from wan.context import AttentionContext, MaskedContext, frame_mask
-from wan.dit import WanDiT
-from wan.flops import training_flops
+from wan.dit import DiTConfig, WanDiT
+from wan.flops import attention_flops, forward_flops, training_flops
 
 Batch = dict[str, Any]
 
@@ -208,10 +208,20 @@ class GeneratorTask(Task):
             negative = self.text.negative().expand(len(cond), -1, -1)
             return pad_batch([*cond, *negative])
 
-    def _backward_flops(self, forward: int) -> int:
-        """Operations of the backward pass of a forward pass, with what is computed once more."""
-        whole = training_flops(forward, checkpointing=self.config.gradient_checkpointing)
+    def _backward_flops(self, forward: int, attention: int) -> int:
+        """Operations of the backward pass of a forward pass, with what is computed once more.
+
+        `attention`: of the forward pass.
+        """
+        kept = attention if self.config.selective_checkpointing else 0
+        whole = training_flops(forward, checkpointing=self.config.gradient_checkpointing, kept=kept)
         return whole - forward
+
+    def _clip_flops(self, sizes: DiTConfig, frames: int) -> tuple[int, int]:
+        """Operations of a forward pass whose frames all see each other; of its attention."""
+        tokens = self.shape.tokens_per_frame
+        attention = attention_flops(sizes, frames * tokens, frames * tokens)
+        return forward_flops(sizes, frames, frames, tokens), attention
 
     def _per_block(self, drawn: Tensor) -> Tensor:
         """Of a draw for each frame `[B, F]` that of its block's first one."""

@@ -29,7 +29,6 @@ from utils.datasets import Dataset
 from utils.devices import to_device
 from utils.draws import ATTEMPT, Draws, Purpose, TrainingNoise
 from utils.errors import UserError
-from wan.flops import forward_flops
 from wan.flow import add_noise, shift_timesteps
 
 
@@ -65,6 +64,8 @@ class Distillation(GeneratorTask):
         self.errors = TimestepBuckets()
         self.clips: dict[tuple[int, ...], Clip] = {}
         """Rollouts that serve several critic updates, by their update and their videos."""
+        self.counted: dict[tuple[BatchDraw, bool], int] = {}
+        """Operations of a video's rollout, by what was drawn and whether there is a graph."""
 
     @classmethod
     def check_items(cls, config: Config, setup: Setup, data: Dataset) -> None:
@@ -144,18 +145,18 @@ class Distillation(GeneratorTask):
 
     def phase_flops(self, player: str, draws: Draws) -> dict[str, int]:
         """See `Task`."""
-        frames, tokens = self.frames, self.shape.tokens_per_frame
-        fake = forward_flops(self.fake_score.config, frames, frames, tokens)
+        fake, attention = self._clip_flops(self.fake_score.config, self.frames)
         if player == "critic":
             made = self._rollout_flops(draws, grad=False) if self._first_use(draws) == draws else 0
-            return {"rollout": made, "scores": fake, "backward": self._backward_flops(fake)}
+            backward = self._backward_flops(fake, attention)
+            return {"rollout": made, "scores": fake, "backward": backward}
         rollout, whole = (self._rollout_flops(draws, grad=grad) for grad in (False, True))
-        scores = fake + 2 * forward_flops(self.real_score.config, frames, frames, tokens)
+        scores = fake + 2 * self._clip_flops(self.real_score.config, self.frames)[0]
         phases = {"rollout": rollout, "scores": scores, "backward": whole - rollout}
         if not self.config.motion_guard_weight:
             return phases
-        guard = forward_flops(self.generator.config, frames, frames, tokens)
-        phases["backward"] += self._backward_flops(guard)
+        guard, attention = self._clip_flops(self.generator.config, self.frames)
+        phases["backward"] += self._backward_flops(guard, attention)
         return {"guard": guard, **phases}
 
     def _rollout_flops(self, draws: Draws, *, grad: bool) -> int:
@@ -165,19 +166,18 @@ class Distillation(GeneratorTask):
             draws.for_indices(split.indices(m, rank) or (rank,)) for m in range(split.accumulation)
         )
         batches = [self._drawn(each) for each in own]
-        return sum(
-            batches.count(drawn)
-            * rollout_flops(
+        for drawn in {*batches} - {drawn for drawn, of in self.counted if of == grad}:
+            self.counted[drawn, grad] = rollout_flops(
                 self.setup,
                 self.generator.config,
                 drawn,
                 scored_frames=self.frames,
                 grad=grad,
                 checkpointing=self.config.gradient_checkpointing,
+                selective=self.config.selective_checkpointing,
                 replayed=self.config.replayed_backward,
             )
-            for drawn in set(batches)
-        ) // len(batches)
+        return sum(self.counted[drawn, grad] for drawn in batches) // len(batches)
 
     def _needs_vae(self) -> bool:
         longest = rollout_recipe(self.config).longest_frames(self.layout)

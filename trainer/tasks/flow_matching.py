@@ -18,7 +18,7 @@ from utils.devices import to_device
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
 from wan.context import AttentionContext, ForcedContext
-from wan.flops import forward_flops, pass_flops
+from wan.flops import pass_attention_flops, pass_flops
 from wan.flow import add_noise, shift_timesteps
 
 
@@ -84,16 +84,18 @@ class FlowMatching(GeneratorTask):
 
     def phase_flops(self, player: str, draws: Draws) -> dict[str, int]:
         """See `Task`."""
-        forward = self._forward_flops(draws)
-        return {"forward": forward, "backward": self._backward_flops(forward)}
+        forward, attention = self._forward_flops(draws)
+        return {"forward": forward, "backward": self._backward_flops(forward, attention)}
 
-    def _forward_flops(self, draws: Draws) -> int:
+    def _forward_flops(self, draws: Draws) -> tuple[int, int]:
+        """Of one video, and of its attention."""
         sizes, tokens = self.generator.config, self.shape.tokens_per_frame
         if self.config.window_forcing:
             views = self._windows(draws)[1].views
-            return sum(pass_flops(sizes, view, tokens) for view in views)
-        frames = self.frames * (2 if self.config.teacher_forcing else 1)
-        return forward_flops(sizes, frames, frames, tokens)
+            passes = [pass_flops(sizes, view, tokens) for view in views]
+            attention = [pass_attention_flops(sizes, view, tokens) for view in views]
+            return sum(passes), sum(attention)
+        return self._clip_flops(sizes, self.frames * (2 if self.config.teacher_forcing else 1))
 
     def _clean(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The frames that the noisy ones look back at, and their timesteps `[B, F]`."""

@@ -16,7 +16,6 @@ from utils.datasets import Dataset
 from utils.devices import to_device
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
-from wan.flops import forward_flops
 
 
 class OdeInitialisation(GeneratorTask):
@@ -67,9 +66,8 @@ class OdeInitialisation(GeneratorTask):
 
     def phase_flops(self, player: str, draws: Draws) -> dict[str, int]:
         """See `Task`."""
-        frames = self.frames
-        forward = forward_flops(self.generator.config, frames, frames, self.shape.tokens_per_frame)
-        return {"forward": forward, "backward": self._backward_flops(forward)}
+        forward, attention = self._clip_flops(self.generator.config, self.frames)
+        return {"forward": forward, "backward": self._backward_flops(forward, attention)}
 
     def _noisy_frames(self, draws: Draws) -> int:
         """How many frames of these samples are in the loss; at least 1."""
