@@ -30,11 +30,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--disable-wandb", action="store_true", help="log to files only")
     parser.add_argument("--wandb-save-dir", metavar="FOLDER", help="where W&B keeps its files")
     parser.add_argument(
-        "--dry_run", action="store_true", help="check config and data, estimate memory, and exit"
+        "--dry_run", action="store_true", help="check config and data, predict memory, and exit"
     )
     parser.add_argument("--world_size", type=int, help="ranks to estimate for, with --dry_run")
     parser.add_argument(
         "--tflops", type=float, help="TFLOP/s of a rank to compute hours from, with --dry_run"
+    )
+    parser.add_argument(
+        "--gpu_gb", type=float, help="memory of a GPU, with --dry_run (default: 80 and 141)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     return parser
@@ -55,9 +58,11 @@ def main(argv: Sequence[str]) -> int:
     from trainer.watch import LostRanksError, end_alone
 
     if args.dry_run:
-        from trainer.estimate import TFLOPS, dry_run_report
+        from trainer.estimate import CARDS, TFLOPS, dry_run_report
 
-        print(dry_run_report(config, args.world_size or ranks.world, tflops=args.tflops or TFLOPS))
+        world, tflops = args.world_size or ranks.world, args.tflops or TFLOPS
+        cards = (args.gpu_gb,) if args.gpu_gb else CARDS
+        print(dry_run_report(config, world, tflops=tflops, cards=cards))
         return 0
     wandb = None
     if not args.disable_wandb:
