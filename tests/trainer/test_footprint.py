@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.estimate import planned_setup
+from tests.tiny_training import TrainingWorld
+from trainer.estimate import card_lines, needed, planned_setup
 from trainer.footprint import Footprint, footprint
+from trainer.networks import sizes_of
 from trainer.sharding import open_world
 from trainer.timing import opened, timed_config
 from utils.config import Config, load_config
+from wan.checkpoints import empty_dit
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,3 +53,51 @@ def test_a_step_takes_what_was_predicted(changes: dict[str, object], tmp_path: P
         for _ in range(config.dfake_gen_update_ratio + 1):
             trainer.train_step()
     assert found(config).peak == pytest.approx(allocated(run), rel=0.1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_rank_holds(ranks: int, training_world: TrainingWorld, tmp_path: Path) -> None:
+    """Weights, two moments, average and gradients, each rank its share of them."""
+    config = training_world.config(tmp_path, sharding_strategy="full", ema_start_step=0)
+    held = max(footprint(config, planned_setup(config), ranks, ranks).phases, key=lambda p: p.peak)
+    size = {
+        name: 4 * sum(p.numel() for p in empty_dit(sizes_of(config, name)).parameters()) / ranks
+        for name in ("Student", "Teacher", "Critic")
+    }
+    for part, name, times in (
+        ("student", "Student", 1),
+        ("teacher", "Teacher", 1),
+        ("critic", "Critic", 1),
+        ("average", "Student", 1),
+    ):
+        assert held.parts[part] == pytest.approx(times * size[name], rel=0.01), part
+    assert held.parts["optimiser"] >= 2 * size["Student"]
+    assert held.parts["KV cache"] > 0
+
+
+def test_what_does_not_fit_says_what_would(training_world: TrainingWorld, tmp_path: Path) -> None:
+    """The advice was the same sentence for all; now every key is tried."""
+    values = {"gradient_checkpointing": False, "device": "auto", "batch_size": 1}
+    config = training_world.config(tmp_path, **values)
+    setup = planned_setup(config)
+    plain, less = (
+        footprint(replace(config, gradient_checkpointing=on), setup, 1, 1) for on in (False, True)
+    )
+    assert less.peak < plain.peak
+    card = (needed(plain) + needed(less)) / 2e9
+    said = card_lines(config, setup, plain, card, 1, 1)
+    assert said[0].startswith("does not fit")
+    assert "gradient_checkpointing=true" in said[-1]
+    assert said[-1].endswith("fits")
+    (line,) = card_lines(config, setup, plain, 80, 1, 1)
+    assert line.startswith("fits")
+
+
+@pytest.mark.parametrize("kind", ["ode", "flow", "consistency"])
+def test_every_objective_has_its_phases(
+    kind: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    config = training_world.config(tmp_path, **getattr(training_world, kind)())
+    phases = footprint(config, planned_setup(config), 2, 2).phases
+    assert {"text", "forward", "backward", "optimiser"} <= {phase.name for phase in phases}
+    assert all(phase.peak > 0 for phase in phases)
