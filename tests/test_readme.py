@@ -22,7 +22,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [words for words in readme.all_commands() if not readme.of_laboratory(str(words))]
 
 NOTHING = Footprint(
-    (Phase("generator", "rollout", {"student": 1}, 1),), {"generator": {"rollout": 1.0}}, {"generator": 1.0}
+    (Phase("generator", "rollout", {"student": 1}, 1),),
+    {"generator": {"rollout": 1.0}},
+    {"generator": 1.0},
 )
 SNIPPETS = [block for page in readme.PAGES for block in readme.blocks(page, "python")]
 

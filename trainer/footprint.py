@@ -93,8 +93,8 @@ def footprint(config: Config, setup: Setup, ranks: int, local_ranks: int) -> Foo
     depths = [sizes_of(config, name).num_layers for name in names]
     parts = math.gcd(*depths)
     if parts < 4:
-        return _measured(config, setup, ranks, local_ranks, parts, parts)
-    one, two = (_measured(config, setup, ranks, local_ranks, n, parts) for n in (1, 2))
+        return measured(config, setup, ranks, local_ranks, parts, parts)
+    one, two = (measured(config, setup, ranks, local_ranks, n, parts) for n in (1, 2))
     return _extended(one, two, parts)
 
 
@@ -122,7 +122,7 @@ def _extended(one: Footprint, two: Footprint, parts: int) -> Footprint:
     return Footprint(phases, flops, one.updates)
 
 
-def _measured(
+def measured(
     config: Config, setup: Setup, ranks: int, local_ranks: int, parts: int, of: int
 ) -> Footprint:
     """Of networks with so many parts of their layers."""

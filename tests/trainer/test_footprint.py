@@ -8,8 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny_training import TrainingWorld
 from trainer.estimate import card_lines, needed, planned_setup
-from trainer.footprint import Footprint, footprint
+from trainer.footprint import Footprint, footprint, measured
 from trainer.networks import sizes_of
+from trainer.planned import planned_config
 from trainer.sharding import open_world
 from trainer.timing import opened, timed_config
 from utils.config import Config, load_config
@@ -53,6 +54,16 @@ def test_a_step_takes_what_was_predicted(changes: dict[str, object], tmp_path: P
         for _ in range(2):  # then there are moments and averages
             trainer.train_step()
     assert found(config).peak == pytest.approx(allocated(run), rel=0.1)
+
+
+@pytest.mark.slow
+def test_layers_in_proportion() -> None:
+    """One and two of six layers say what all take."""
+    config = planned_config(shapes())
+    whole = measured(config, planned_setup(config), 1, 1, 6, 6)
+    for phase, all_layers in zip(found(config).phases, whole.phases, strict=True):
+        assert phase.peak == pytest.approx(all_layers.peak, rel=0.01), phase.name
+        assert phase.flops == pytest.approx(all_layers.flops, rel=1e-3), phase.name
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
