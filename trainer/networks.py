@@ -135,10 +135,11 @@ def build_dit(
     if world.size > 1 or low is not None:
         mesh = make_mesh(strategy_of(config, role), world, config.hybrid_shard_size)
         shard_dit(dit, mesh, low)
-    if drawn is not None and world.device.type != "meta":
-        load_drawn(dit, chain(drawn, adapters.items()), world.device, names)
-    elif source is not None:
-        load_full_state(dit, weights | adapters, source, world, names)
+    if world.device.type != "meta":
+        if drawn is not None:
+            load_drawn(dit, chain(drawn, adapters.items()), world.device, names)
+        elif source is not None:
+            load_full_state(dit, weights | adapters, source, world, names)
     dit.gradient_checkpointing = trained and config.gradient_checkpointing
     dit.selective_checkpointing = config.selective_checkpointing
     dit.attention_backend = backend

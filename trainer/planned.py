@@ -26,8 +26,8 @@ import wan.context
 from pipeline.setup import Setup
 from pipeline.text import TextSource
 from trainer.live_memory import GATHERED, META, ROUNDED, LiveMemory
-from trainer.networks import is_text_sharded, shard_text
-from trainer.sharding import World
+from trainer.networks import shard_text
+from trainer.sharding import World, strategy_of
 from utils.config import Config
 from utils.devices import computes_in_bf16
 from utils.distributed import Ranks
@@ -102,29 +102,39 @@ class PlannedText(TextSource):
 
     def __init__(self, config: Config, setup: Setup, world: World, memory: LiveMemory) -> None:
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
-        given = replace(setup, text_embeddings=None)  # what is stored need not be here
-        super().__init__(given, text_len=setup.sizes.text_len, dtype=dtype, device=META)
-        self._length = setup.sizes.text_len
-        self._dim = setup.sizes.text_dim
+        here = config.text_encoder_device != "cpu" and not config.text_embeddings
+        super().__init__(
+            replace(setup, text_embeddings=None),  # what is stored need not be here
+            text_len=setup.sizes.text_len,
+            dtype=dtype,
+            device=META,
+            spread=here and world.size > 1 and strategy_of(config, "text_encoder") != "none",
+        )
+        self._shape = setup.sizes.text_len, setup.sizes.text_dim
         self._model: UMT5EncoderModel | None = None
-        if config.text_encoder_device != "cpu" and not config.text_embeddings:
+        if here:
             with torch.device("meta"), memory.making(TEXT_ENCODER):
                 model = UMT5EncoderModel(umt5_sizes(setup)).to(dtype).eval().requires_grad_(False)
                 model.encoder.embed_tokens = model.shared
-                if is_text_sharded(config, world):
+                if world.size > 1:
                     shard_text(config, world, model)
-                    self.remembers = False
             self._model = model
 
+    def _together(self, prompts: Sequence[str]) -> list[Tensor]:
+        self._run(len(set(prompts)))
+        return [torch.zeros(self._shape, device=META) for _ in prompts]
+
     def _one(self, prompt: str) -> Tensor:
-        if self._model is not None and prompt not in self._remembered:
-            ids = torch.zeros(1, self._length, dtype=torch.int64, device=META)
+        if prompt not in self._remembered:
+            self._run(1)
+            self._remembered[prompt] = torch.zeros(self._shape)
+        return self._remembered[prompt]
+
+    def _run(self, rows: int) -> None:
+        if self._model is not None:
+            ids = torch.zeros(rows, self._shape[0], dtype=torch.int64, device=META)
             with torch.no_grad():
                 self._model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        embedding = torch.zeros(self._length, self._dim)
-        if self.remembers:
-            self._remembered[prompt] = embedding
-        return embedding
 
 
 def umt5_sizes(setup: Setup) -> UMT5Config:
@@ -153,7 +163,11 @@ def _stand_ins(memory: LiveMemory, *, on_cpu: bool) -> Sequence[tuple[Any, str, 
         with memory.making(GATHERED):
             whole(*args, **given)
 
+    def all_gather_object(objects: list[Any], one: Any, *group: Any) -> None:
+        objects[:] = [one] * len(objects)
+
     always = [
+        (dist, "all_gather_object", all_gather_object),
         (FSDPParam, "init_all_gather_outputs", made_whole),
         (torch, "meta", _Streams),
         (_fully_shard, "_get_device_from_mesh", lambda mesh: META),

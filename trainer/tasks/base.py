@@ -20,7 +20,7 @@ from trainer.data import BatchSplit, check_embeddings
 from trainer.export import Writer, export_generator
 from trainer.metrics import Timer
 from trainer.networks import Player, build_generator, build_text, build_vae
-from trainer.sharding import World, agreed
+from trainer.sharding import World
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.devices import to_device
@@ -66,8 +66,6 @@ class Task(ABC):
         self.look = given.look
         if self.config.i2v:
             raise UserError("training starts from noise, not from images: set i2v=false")
-        with agreed():
-            self.check_data(self.config, self.setup, self.data)
 
     @classmethod
     def networks(cls, config: Config) -> dict[str, str]:
