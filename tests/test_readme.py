@@ -138,6 +138,7 @@ def test_time_of_a_training(published_training):
     mean = found.step_flops / 1e12
     config = load_config("configs/rolling_forcing_dmd.yaml")
     seconds = split_batches(config, 8).accumulation * mean / 400
+    assert f"| memory per rank | {found.peak / 2**30:.2f} GiB" in README
     for text in (f"{mean:.0f} TF", f"{critic:.0f} for the critic", f"{generator:.0f} for the"):
         assert text in README
     assert f"about {seconds:.0f} s at 400 TFLOP/s" in README

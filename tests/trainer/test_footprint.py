@@ -48,7 +48,7 @@ def allocated(run: profile) -> int:
 def test_a_step_takes_what_was_predicted(changes: dict[str, object], tmp_path: Path) -> None:
     """Activations were not estimated at all; a profiler counts every allocation of a real step."""
     config = shapes(**changes)
-    follows = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    follows = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with open_world("cpu") as world, follows as run:
         trainer = opened(config, world, tmp_path, drawn=True)
         for _ in range(2):  # then there are moments and averages
