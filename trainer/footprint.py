@@ -150,15 +150,17 @@ def measured(
         task.text = PlannedText(config, setup, world, memory)
         _name_parts(task, memory)
         found = {name: _counted(task, name) for name in task.players}
-        batch = _batch(config, shaped, rows)
+        batch, flops = _batch(config, shaped, rows), Counter[tuple[str, ...]]()
         for name, player in task.players.items():
-            _start(player, memory, accumulates=split.accumulation > 1)
             timer.player = name
-            Updates(task, {name: _Given(batch, rows)}, Path(), None).update(  # type: ignore[dict-item]
-                player, 0, found[name][0]
-            )
+            updates = Updates(task, {name: _Given(batch, rows)}, Path(), None)  # type: ignore[dict-item]
+            for number in found[name][0]:
+                _start(player, memory, accumulates=split.accumulation > 1)
+                updates.update(player, 0, number)
+                for key, peak in memory.phases.items():
+                    flops[key], peak.flops = max(flops[key], peak.flops), 0
         phases = tuple(
-            Phase(name, phase, dict(peak.parts), peak.flops)
+            Phase(name, phase, dict(peak.parts), flops[name, phase])
             for (name, phase), peak in memory.phases.items()
         )
         steps = range(UPDATES)
@@ -199,17 +201,20 @@ class _Given:
         """See `Batches`."""
 
 
-def _counted(task: GeneratorTask, name: str) -> tuple[int, dict[str, float]]:
-    """The number of the heaviest update of a player, and operations by phase on average."""
+def _counted(task: GeneratorTask, name: str) -> tuple[list[int], dict[str, float]]:
+    """Numbers of a player's heaviest updates of each kind, and operations by phase on average."""
     order = list(task.players)
     steps = [step for step in range(UPDATES * len(order)) if name in task.due(step)][:UPDATES]
     numbers = [step * len(order) + order.index(name) for step in steps]
     found = [task.phase_flops(name, Draws(task.config.seed, n, ())) or {} for n in numbers]
-    heaviest = max(range(len(numbers)), key=lambda index: sum(found[index].values()))
+    heaviest: dict[str, int] = {}
+    for index in sorted(range(len(numbers)), key=lambda index: sum(found[index].values())):
+        heaviest[task.kind(Draws(task.config.seed, numbers[index], (0,)))] = numbers[index]
     total: Counter[str] = Counter()
     for phases in found:
         total.update(phases)
-    return numbers[heaviest], {phase: flops / len(found) for phase, flops in total.items()}
+    mean = {phase: flops / len(found) for phase, flops in total.items()}
+    return list(heaviest.values()), mean
 
 
 def _name_parts(task: GeneratorTask, memory: LiveMemory) -> None:

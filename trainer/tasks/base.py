@@ -144,6 +144,10 @@ class Task(ABC):
         phases = self.phase_flops(player, draws)
         return None if phases is None else sum(phases.values())
 
+    def kind(self, draws: Draws) -> str:
+        """What is run in an update; those of a kind differ in length alone."""
+        return ""
+
     @abstractmethod
     def phase_flops(self, player: str, draws: Draws) -> dict[str, int] | None:
         """The same in each phase of the timer that runs transformers, backward passes included."""

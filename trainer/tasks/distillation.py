@@ -143,6 +143,10 @@ class Distillation(GeneratorTask):
         earlier = self._use(draws.update // len(names))
         return replace(draws, update=draws.update - earlier * len(names))
 
+    def kind(self, draws: Draws) -> str:
+        """See `Task`."""
+        return self._drawn(draws).shared.schedule
+
     def phase_flops(self, player: str, draws: Draws) -> dict[str, int]:
         """See `Task`."""
         fake, attention = self._clip_flops(self.fake_score.config, self.frames)
