@@ -149,7 +149,7 @@ def measured(
         assert isinstance(task, GeneratorTask)
         task.text = PlannedText(config, setup, world, memory)
         _name_parts(task, memory)
-        found = {name: _counted(task, name) for name in task.players}
+        found = {name: heaviest_updates(task, name) for name in task.players}
         batch, flops = _batch(config, shaped, rows), Counter[tuple[str, ...]]()
         for name, player in task.players.items():
             timer.player = name
@@ -201,14 +201,18 @@ class _Given:
         """See `Batches`."""
 
 
-def _counted(task: GeneratorTask, name: str) -> tuple[list[int], dict[str, float]]:
-    """Numbers of a player's heaviest updates of each kind, and operations by phase on average."""
+def heaviest_updates(task: GeneratorTask, name: str) -> tuple[list[int], dict[str, float]]:
+    """Numbers of a player's heaviest updates of each kind; operations by phase on average.
+
+    The heaviest backward pass tells the largest graph.
+    """
     order = list(task.players)
     steps = [step for step in range(UPDATES * len(order)) if name in task.due(step)][:UPDATES]
     numbers = [step * len(order) + order.index(name) for step in steps]
     found = [task.phase_flops(name, Draws(task.config.seed, n, ())) or {} for n in numbers]
     heaviest: dict[str, int] = {}
-    for index in sorted(range(len(numbers)), key=lambda index: sum(found[index].values())):
+    weights = [(phases.get("backward", 0), sum(phases.values())) for phases in found]
+    for index in sorted(range(len(numbers)), key=weights.__getitem__):
         heaviest[task.kind(Draws(task.config.seed, numbers[index], (0,)))] = numbers[index]
     total: Counter[str] = Counter()
     for phases in found:
