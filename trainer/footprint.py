@@ -151,11 +151,14 @@ def measured(
         _name_parts(task, memory)
         found = {name: heaviest_updates(task, name) for name in task.players}
         batch, flops = _batch(config, shaped, rows), Counter[tuple[str, ...]]()
+        for player in task.players.values():
+            _start(player, memory)
         for name, player in task.players.items():
             timer.player = name
             updates = Updates(task, {name: _Given(batch, rows)}, Path(), None)  # type: ignore[dict-item]
             for number in found[name][0]:
-                _start(player, memory, accumulates=split.accumulation > 1)
+                if split.accumulation > 1:
+                    _accumulate(player, memory)
                 updates.update(player, 0, number)
                 for key, peak in memory.phases.items():
                     flops[key], peak.flops = max(flops[key], peak.flops), 0
@@ -232,8 +235,8 @@ def _name_parts(task: GeneratorTask, memory: LiveMemory) -> None:
         memory.named(VAE, (*task.vae.model.parameters(), *task.vae.model.buffers()))
 
 
-def _start(player: Player, memory: LiveMemory, *, accumulates: bool) -> None:
-    """What a player holds after its first updates; and the gradients of earlier micro-batches."""
+def _start(player: Player, memory: LiveMemory) -> None:
+    """What a player holds after its first updates."""
     for parameter in player.trained.values():
         parameter.grad = torch.zeros_like(parameter)
     player.apply()
@@ -242,10 +245,13 @@ def _start(player: Player, memory: LiveMemory, *, accumulates: bool) -> None:
     player.update_ema(active=True, moved=False)
     if player.ema is not None:
         memory.named(AVERAGE, map(local, player.ema.shadow.values()))
-    if accumulates:
-        with memory.making(GRADIENTS):
-            for parameter in player.trained.values():
-                parameter.grad = torch.zeros_like(parameter)
+
+
+def _accumulate(player: Player, memory: LiveMemory) -> None:
+    """The gradients of earlier micro-batches."""
+    with memory.making(GRADIENTS):
+        for parameter in player.trained.values():
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _batch(config: Config, setup: Setup, rows: int) -> dict[str, Any]:
