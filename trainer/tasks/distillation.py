@@ -219,7 +219,7 @@ class Distillation(GeneratorTask):
                 replayed=self.config.replayed_backward,
                 before_window=self.look,
             )
-            with self.timer.phase("reencode"):
+            with self.timer.phase("reencode") if self.vae else nullcontext():
                 clip, counts = scored_clip(
                     latents,
                     self.vae,
