@@ -25,7 +25,7 @@ from trainer.networks import Player, sizes_of
 from trainer.planned import PlannedText, planned_config, planned_world
 from trainer.sharding import local
 from trainer.tasks import find_task
-from trainer.tasks.base import GeneratorTask, TaskInputs
+from trainer.tasks.base import GeneratorTask, Task, TaskInputs
 from trainer.updates import Updates
 from utils.config import Config
 from utils.draws import Draws
@@ -168,8 +168,8 @@ def measured(
         )
         steps = range(UPDATES)
         due = Counter(name for step in steps for name in task.due(step))
-        updates = {name: due[name] / UPDATES for name in task.players}
-    return Footprint(phases, {name: flops for name, (_, flops) in found.items()}, updates)
+        often = {name: due[name] / UPDATES for name in task.players}
+    return Footprint(phases, {name: mean for name, (_, mean) in found.items()}, often)
 
 
 class MemoryTimer(Timer):
@@ -204,7 +204,7 @@ class _Given:
         """See `Batches`."""
 
 
-def heaviest_updates(task: GeneratorTask, name: str) -> tuple[list[int], dict[str, float]]:
+def heaviest_updates(task: Task, name: str) -> tuple[list[int], dict[str, float]]:
     """Numbers of a player's heaviest updates of each kind; operations by phase on average.
 
     The heaviest backward pass tells the largest graph.
