@@ -59,13 +59,6 @@ def pass_attention_flops(config: DiTConfig, view: View, tokens_per_frame: int) -
     return total
 
 
-def pass_attention_flops(config: DiTConfig, view: View, tokens_per_frame: int) -> int:
-    """Of a pass, what its attention takes."""
-    keys = len(view.positions)
-    queries = (keys - len(view.frames)) * tokens_per_frame
-    return attention_flops(config, queries, keys * tokens_per_frame)
-
-
 def training_flops(forward: int, *, checkpointing: bool, kept: int = 0) -> int:
     """A pass with its backward pass, which is two forwards; checkpointing runs one more.
 
