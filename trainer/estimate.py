@@ -231,6 +231,7 @@ def changes(config: Config, world: int, local: int) -> list[str]:
         ),
         ("gradient_checkpointing=true", keeps_all),
         ("selective_checkpointing=false", not keeps_all and config.selective_checkpointing),
+        ("reshard_after_forward=always", config.reshard_after_forward != "always"),
         ("sharding_strategy=full", shards < world),
         ("replayed_backward=true", distils and not config.replayed_backward),
     ]

@@ -21,7 +21,7 @@ from pipeline.setup import Setup
 from trainer.data import split_batches
 from trainer.live_memory import GRADIENTS, META, LiveMemory
 from trainer.metrics import Timer
-from trainer.networks import Player, sizes_of
+from trainer.networks import Player, sizes_of, stays_gathered
 from trainer.planned import PlannedText, planned_config, planned_world
 from trainer.sharding import local
 from trainer.tasks import find_task
@@ -29,6 +29,7 @@ from trainer.tasks.base import GeneratorTask, Task, TaskInputs
 from trainer.updates import Updates
 from utils.config import Config
 from utils.draws import Draws
+from wan.checkpoints import empty_dit
 from wan.dit import DiTConfig
 
 UPDATES = 100  # of each player, of which the average and the heaviest are looked for
@@ -38,6 +39,7 @@ WEIGHTS = {
     "fake_score": "critic",
     "target": "target",
 }
+ROLES = {"generator": "generator", "critic": "fake_score"}
 OPTIMISER, AVERAGE, VAE = "optimiser", "average", "VAE"
 
 
@@ -149,6 +151,9 @@ def measured(
         assert isinstance(task, GeneratorTask)
         task.text = PlannedText(config, setup, world, memory)
         _name_parts(task, memory)
+        for name, player in task.players.items():  # as all of their layers would decide
+            sizes = sizes_of(config, task.networks(config)[ROLES[name]])
+            player.stays_gathered = stays_gathered(config, empty_dit(sizes))
         found = {name: heaviest_updates(task, name) for name in task.players}
         batch, flops = _batch(config, shaped, rows), Counter[tuple[str, ...]]()
         for player in task.players.values():
@@ -199,6 +204,9 @@ class _Given:
     ) -> tuple[dict[str, Any], Draws, float]:
         """See `Batches`."""
         return dict(self.batch), draws.for_indices(range(self.rows)), 1.0
+
+    def read_ahead(self, micro: int, draws: Draws, passed_over: int = 0) -> None:
+        """See `Batches`."""
 
     def advance(self, passed_over: int = 0) -> None:
         """See `Batches`."""
