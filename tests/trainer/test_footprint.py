@@ -1,4 +1,4 @@
-"""What a rank holds and what would fit, found without memory; tests/shapes has steps that were made."""
+"""What a rank holds and what would fit; tests/shapes has steps that were made."""
 
 from pathlib import Path
 
