@@ -74,62 +74,6 @@ def profile(pipe: VideoPipeline) -> dict[str, Any]:
     return _machine.kernels(stream, pipe.device)
 
 
-def training(pipe: VideoPipeline) -> dict[str, Any]:
-    """Seconds and memory of a generator's and a critic's step of DMD, all three networks alike."""
-    import torch
-
-    from model.dmd import critic_loss, generator_loss, predict_scores
-    from model.self_rollout import RolloutDraw, self_rollout
-    from pipeline.random_weights import random_dit
-    from pipeline.sampling import BlockNoise
-
-    setup, generator, blocks = pipe.setup, pipe.dit, 7
-    critic = random_dit(generator.config, pipe.device, generator.dtype)
-    teacher = random_dit(generator.config, pipe.device, generator.dtype)
-    for trained in (generator, critic):
-        trained.requires_grad_(True).gradient_checkpointing = True
-    frames = setup.layout.start(blocks)
-    drawn = RolloutDraw("rolling", blocks, (setup.levels.num // 2,) * blocks)
-    timesteps = torch.full((1, frames), 500.0, device=pipe.device)
-    prompt = _text(pipe).to(pipe.device)
-
-    def rolled_out(*, grad: bool) -> Tensor:
-        noise = BlockNoise(setup.counter_noise(), [0], pipe.device)
-        with torch.set_grad_enabled(grad):
-            text = generator.encode_text(prompt)
-            return self_rollout(
-                setup, generator, text, noise, drawn, scored_frames=frames, grad=grad
-            )
-
-    def generator_step() -> None:
-        clip = rolled_out(grad=True)
-        with torch.no_grad():
-            scores = predict_scores(
-                teacher,
-                critic,
-                torch.randn_like(clip),
-                timesteps,
-                real_text=teacher.encode_text(torch.cat([prompt, prompt])),
-                fake_text=critic.encode_text(prompt),
-                guidance_scale=3.0,
-            )
-        generator_loss(clip, scores).loss.backward()
-
-    def critic_step() -> None:
-        clip, text = rolled_out(grad=False), critic.encode_text(prompt)
-        critic_loss(critic, clip, torch.randn_like(clip), timesteps, text).loss.backward()
-
-    from pipeline.timing import Memory
-
-    return {
-        "seconds": {
-            "generator": seconds_of(generator_step, pipe.device, repeats=1),
-            "critic": seconds_of(critic_step, pipe.device, repeats=1),
-        },
-        "peak_memory_bytes": Memory.of(pipe.device).peak,
-    }
-
-
 def sharded(device: str | None) -> dict[str, Any]:
     """Two updates of DMD and of an ODE initialisation in the shapes world, under FSDP2."""
     with TemporaryDirectory() as folder:
@@ -187,7 +131,6 @@ STAGES: dict[str, Callable[[VideoPipeline], dict[str, Any]]] = {
     "ceilings": ceilings,
     "decoding": decoding,
     "profile": profile,
-    "training": training,
 }
 
 

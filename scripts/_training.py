@@ -4,6 +4,9 @@ Updates are real ones (`trainer/timing.py`). Operations are those of the transfo
 count them: matrix products and attention of all passes, a backward pass as two, with what
 checkpointing and replaying compute once more; masked attention in full; no text, no VAE. Their
 share is of the fastest of these networks' matrix products on the same device, measured just before.
+
+Where nothing can run, the same phases are counted on tensors without memory
+(`trainer/footprint.py`), and their seconds predicted at a rate.
 """
 
 from __future__ import annotations
@@ -20,16 +23,23 @@ import torch.distributed as dist
 
 from scripts._ceilings import products
 from scripts._machine import machine
-from trainer.estimate import networks_of
+from trainer.data import BatchSplit, split_batches
+from trainer.estimate import networks_of, planned_setup
+from trainer.footprint import footprint, is_known
 from trainer.networks import compute_dtype, sizes_of
 from trainer.sharding import open_world
 from trainer.timing import BESIDE, TimedTrainer, Update, drawn_setup, opened, timed_config
 from trainer.updates import NonFiniteError
 from utils.config import Config
+from utils.devices import choose_device
 from utils.errors import UserError
+from wan.checkpoints import empty_dit
 
 TERA, GIB = 10**12, 2**30
 UPDATE = "update"
+STEPS = 1000  # of a recipe that does not say
+RANKS_OF_A_NODE = 8
+MOST_PARAMETERS_ON_CPU = 5 * 10**8  # of a network
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -126,7 +136,7 @@ def _step(
     trainer: TimedTrainer, kinds: dict[str, dict[str, Any]], max_steps: int | None
 ) -> dict[str, Any]:
     """What a step takes, the mean over a cycle of updates; and the recipe."""
-    config, split, cycle = trainer.config, trainer.batch_split, trainer.cycle()
+    config, cycle = trainer.config, trainer.cycle()
     steps = config.dfake_gen_update_ratio if len(trainer.task.players) > 1 else 1
     seconds = kinds[BESIDE][UPDATE]["seconds"]["median"]
     for kind, count in cycle.items():
@@ -135,8 +145,14 @@ def _step(
         if own["tflop"]:  # rollouts are of many lengths: not of those that happened to be drawn
             took = trainer.usual_flops(kind) / TERA / own["tflops_per_second"]
         seconds += count * took / steps
-    recipe = config.recipe_batch_size or split.videos
-    steps_of_recipe = max_steps or 1000
+    return _recipe(config, trainer.batch_split, seconds, max_steps)
+
+
+def _recipe(
+    config: Config, split: BatchSplit, seconds: float, max_steps: int | None
+) -> dict[str, Any]:
+    """What follows from the seconds of a step."""
+    recipe, steps_of_recipe = config.recipe_batch_size or split.videos, max_steps or STEPS
     return {
         "seconds": seconds,
         "videos_per_second_per_rank": split.videos / seconds / split.ranks,
@@ -167,6 +183,62 @@ def _setting(trainer: TimedTrainer, *, drawn: bool, updates: int, warmup: int) -
     }
 
 
+# --- counting ------------------------------------------------------------------------------------
+
+
+def is_too_large(config: Config) -> bool:
+    """Whether networks of this size are only counted here: on a CPU an update would take days."""
+    if choose_device(config.device).type != "cpu":
+        return False
+    parameters = (
+        sum(weight.numel() for weight in empty_dit(sizes_of(config, name)).parameters())
+        for name in set(networks_of(config).values())
+    )
+    return max(parameters, default=0) > MOST_PARAMETERS_ON_CPU
+
+
+def count(config: Config, ranks: int, tflops: float) -> dict[str, Any]:
+    """Operations and memory of each phase on one of `ranks` ranks, as plain values; nothing runs.
+
+    Seconds are operations at a rate of `tflops`: what moves bytes, between GPUs too, takes none.
+
+    Raises:
+        UserError: it trains something else than transformers.
+    """
+    if not is_known(config):
+        raise UserError(
+            f"trainer: {config.trainer} holds no transformer, whose updates alone are counted"
+        )
+    split = split_batches(config, ranks)
+    found = footprint(config, planned_setup(config), ranks, min(ranks, RANKS_OF_A_NODE))
+    share = split.accumulation * -(-split.videos // (split.accumulation * ranks))
+    players: dict[str, dict[str, Any]] = {name: {} for name in found.flops}
+    for phase in found.phases:
+        flops = share * found.flops[phase.player].get(phase.name, 0) / TERA
+        players[phase.player][phase.name] = _counted(flops, tflops, phase.peak)
+    seconds = 0.0
+    for name, phases in players.items():
+        flops = sum(each["tflop"] or 0 for each in phases.values())
+        peak = max(each["peak_memory_bytes"] for each in phases.values())
+        phases[UPDATE] = _counted(flops, tflops, peak)
+        seconds += found.updates[name] * flops / tflops
+    return {
+        "tflops_per_second": tflops,
+        "ranks": split.describe(),
+        "updates": players,
+        "step": _recipe(config, split, seconds, config.max_steps),
+    }
+
+
+def _counted(tflop: float, tflops: float, memory: int) -> dict[str, Any]:
+    """The figures of a phase; without operations no seconds are predicted."""
+    return {
+        "tflop": tflop or None,
+        "predicted_seconds": tflop / tflops or None,
+        "peak_memory_bytes": memory,
+    }
+
+
 # --- as text -------------------------------------------------------------------------------------
 
 
@@ -184,23 +256,40 @@ def table(result: dict[str, Any]) -> str:
     for kind, phases in result["updates"].items():
         lines += ["", f"{kind} (each rank's share)", HEADER]
         lines += [row(phase, figures) for phase, figures in phases.items()]
-    step, recipe = result["step"], result["step"]["recipe"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"a step: {step['seconds']:.4g} s, "
-            f"{step['videos_per_second_per_rank']:.4g} videos per second and rank; "
-            f"{step['hours']:.3g} hours for {recipe['steps']:,} steps of "
-            f"{recipe['videos_per_update']} videos on these ranks",
-        ]
+    return "\n".join([*lines, "", f"a step: {_said(result['step'])}"])
+
+
+def prediction(counted: dict[str, Any]) -> str:
+    """What was counted as text."""
+    lines = [
+        f"predicted, not measured, of {counted['ranks']}: seconds at "
+        f"{counted['tflops_per_second']:g} TFLOP/s, elementwise work and communication left out; "
+        "memory as allocated, counted on fake tensors"
+    ]
+    for player, phases in counted["updates"].items():
+        lines += ["", f"{player} (each rank's share)"]
+        lines.append(f"  {'phase':12} {'predicted s':>11} {'TFLOP':>9} {'peak GiB':>9}")
+        for phase, figures in phases.items():
+            numbers = 21 * " "
+            if figures["tflop"]:
+                numbers = f"{figures['predicted_seconds']:11.4g} {figures['tflop']:9.4g}"
+            lines.append(f"  {phase:12} {numbers} {figures['peak_memory_bytes'] / GIB:9.2f}")
+    return "\n".join([*lines, "", f"a step, predicted: {_said(counted['step'])}"])
+
+
+def _said(step: dict[str, Any]) -> str:
+    recipe = step["recipe"]
+    return (
+        f"{step['seconds']:.4g} s, {step['videos_per_second_per_rank']:.4g} videos per second and "
+        f"rank; {step['hours']:.3g} hours for {recipe['steps']:,} steps of "
+        f"{recipe['videos_per_update']} videos on these ranks"
     )
 
 
 def row(phase: str, figures: dict[str, Any]) -> str:
     """A line of the table."""
     seconds = figures["seconds"]
-    spread = f"({seconds['min']:.4g} to {seconds['max']:.4g})"
+    spread = f"({seconds['min']:.3g} to {seconds['max']:.3g})"
     line = f"  {phase:12} {seconds['median']:9.4g}  {spread:21}"
     if figures["tflop"] is None:
         line += 29 * " "

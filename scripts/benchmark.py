@@ -82,6 +82,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--updates", type=int, help="with --train: of each network, to measure (default: 2)"
     )
+    parser.add_argument(
+        "--fake",
+        action="store_true",
+        help="with --train: run nothing, count operations and memory and predict seconds",
+    )
+    parser.add_argument("--world_size", type=int, help="with --train: ranks to count for")
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        help=f"with --train: TFLOP/s of a rank, for predicted seconds (default: {TFLOPS:g})",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
@@ -107,8 +118,10 @@ def check(args: argparse.Namespace) -> None:
         args.warmup = 1 if args.train else 3
     if args.train:
         check_of_training(args)
-    elif args.updates is not None:
-        raise UserError("--updates counts those of --train; add that flag, or drop --updates")
+    else:
+        for name in ("updates", "fake", "world_size", "tflops"):
+            if vars(args)[name] not in (None, False):
+                raise UserError(f"--{name} is of --train; add that flag, or drop --{name}")
     if args.blocks < 1 or args.warmup < 0:
         raise UserError("--blocks must be at least 1 and --warmup at least 0")
     if args.buffer < 1 or args.turns < 1 or not 0 <= args.long <= 1440:
@@ -126,6 +139,7 @@ def check(args: argparse.Namespace) -> None:
         require_matplotlib()
 
 
+TFLOPS = 600.0  # per second: what attention reaches on an H200, the slower kernel; see predict.py
 OF_A_STREAM = (
     *("checkpoint_path", "model", "blocks", "file", "long", "buffer"),
     *("compare", "turns", "quality", "dtype", "plot"),
@@ -134,10 +148,10 @@ OF_A_STREAM = (
 
 def check_of_training(args: argparse.Namespace) -> None:
     """UserError for flags that --train does not have."""
-    if args.updates is None:
-        args.updates = 2
-    if args.updates < 1:
-        raise UserError("--updates must be at least 1")
+    args.updates = 2 if args.updates is None else args.updates
+    args.tflops = TFLOPS if args.tflops is None else args.tflops
+    if args.updates < 1 or not 0 < args.tflops < 10**6 or not 1 <= (args.world_size or 1) < 10**5:
+        raise UserError("--updates and --world_size must be at least 1, --tflops above 0")
     parser = build_parser()
     for name in OF_A_STREAM:
         if vars(args)[name] != parser.get_default(name):
@@ -148,21 +162,34 @@ def check_of_training(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Measure updates of a training, on all ranks; the main one prints."""
+    """Measure updates of a training on all ranks, or count them; the main one tells."""
     from utils.config import check_training, load_config
+    from utils.distributed import Ranks
 
     device = [f"device={args.device}"] if args.device else []
     config = load_config(args.config_path, [*args.overrides, *device])
     check_training(config)
-    from scripts._training import measure, table
+    from scripts import _training
 
-    drawn = args.random_weights
-    result = measure(config, drawn=drawn, updates=args.updates, warmup=args.warmup)
-    if result is not None:
-        result["setting"] = {"config": str(args.config_path), **result["setting"]}
-        print(table(result))
-        if args.json is not None:
-            write_json(args.json, result)
+    ranks, result = Ranks.from_environment(), dict[str, Any]()
+    counts = args.fake or _training.is_too_large(config)
+    if not counts:
+        drawn = args.random_weights
+        measured = _training.measure(config, drawn=drawn, updates=args.updates, warmup=args.warmup)
+        if measured is not None:
+            measured["setting"] = {"config": str(args.config_path), **measured["setting"]}
+            result = measured
+            print(_training.table(result))
+    if not ranks.is_main:
+        return 0
+    if counts or "driver" in result["machine"]:  # of a GPU: beside what was measured
+        if counts and not args.fake:
+            print("too large for a CPU: counted on fake tensors, as with --fake")
+        counted = _training.count(config, args.world_size or ranks.world, args.tflops)
+        result["predicted"] = counted
+        print(_training.prediction(counted))
+    if args.json is not None:
+        write_json(args.json, result)
     return 0
 
 

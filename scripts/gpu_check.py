@@ -37,6 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAST_SECONDS = 15  # below which the long run is left out
 SHARE_OF_BLOCKS = 0.4  # of the long run's time; the rest starts it, and measures its first blocks
 LONG_BLOCKS = 10  # that are compared with the last ones
+ONE_VIDEO = (
+    *("batch_size=1", "total_batch_size=1", "global_batch_size=1"),
+    *("num_training_frames=21", "gradient_checkpointing=true"),
+)
 VARIANTS = (
     "compile=false merge_clean_pass=false",
     "compile=true merge_clean_pass=false",
@@ -76,9 +80,16 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         Stage("variants", 240, (*timed, "--turns", str(args.turns), "--compare", *VARIANTS)),
         Stage("decoding", 40, (*own, "decoding", *given)),
         Stage("profile", 30, (*own, "profile", *given)),
-        Stage("training", 45, (*own, "training", *given)),
+        Stage("training", 90, (*bench, *training_flags(args))),
         Stage("sharded", 40, (*own, "sharded", *given)),
     ]
+
+
+def training_flags(args: argparse.Namespace) -> tuple[str, ...]:
+    """Two steps of the config's distillation on one video, the first of which warms up."""
+    given = vars(args) | {"model": None}  # sizes are those of the config's networks
+    chosen = flags(argparse.Namespace(**given))
+    return ("--train", "--random_weights", "--updates", "1", *chosen, *ONE_VIDEO)
 
 
 def long_run(args: argparse.Namespace, left: float) -> Stage | None:
@@ -153,6 +164,9 @@ def told(figures: dict[str, Any]) -> list[str]:
         return [
             said + "".join(f", {k} {v:.0f} TFLOP/s" for k, v in figures["matmul_tflops"].items())
         ]
+    if "predicted" in figures:
+        measured = figures.get("updates", figures["predicted"]["updates"])
+        return [", ".join(_told_update(*found) for found in measured.items())]
     if "updates" in figures:
         return [", ".join(f"{len(steps)} of {name}" for name, steps in figures["updates"].items())]
     if "seconds" in figures:
@@ -160,6 +174,16 @@ def told(figures: dict[str, Any]) -> list[str]:
     if "device" in figures:
         return [f"{figures['device']}, torch {figures['torch']}"]
     return [""]
+
+
+def _told_update(kind: str, phases: dict[str, Any]) -> str:
+    """An update of a training in words: measured, or counted alone."""
+    whole = phases["update"]
+    size = f"{whole['peak_memory_bytes'] / 2**30:.2f} GiB"
+    if "predicted_seconds" in whole:
+        return f"{kind} counted: {whole['tflop']:.4g} TFLOP, {size}"
+    rate = f" ({whole['tflops_per_second']:.3g} TFLOP/s)" if whole["tflop"] else ""
+    return f"{kind} {whole['seconds']['median']:.2f} s{rate}, {size}"
 
 
 def speeds_of(outcomes: Sequence[Outcome]) -> dict[str, tuple[float, float]]:

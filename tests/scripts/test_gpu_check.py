@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,8 @@ def test_commands_of_the_stages_are_understood(tmp_path: Path, tiny: list[str]) 
         if stage.command[0] in parsers:
             found = parse_command(parsers[stage.command[0]], stage.command[1:])
             assert "seed=1" in found.overrides
+            if stage.name == "training":
+                benchmark.check(found)
             if stage.name == "variants":
                 assert tuple(found.compare) == gpu_check.VARIANTS
     minutes = parse_command(parsers["scripts/benchmark.py"], last.command[1:]).long
@@ -80,6 +83,29 @@ SUMMARY = {
         }
     }
 }
+COUNTED = {"update": {"tflop": 8, "predicted_seconds": 4, "peak_memory_bytes": 2**30}}
+MEASURED = {
+    "update": {
+        "seconds": {"median": 2},
+        "tflop": 8,
+        "tflops_per_second": 4,
+        "peak_memory_bytes": 2**31,
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ({}, "critic counted: 8 TFLOP, 1.00 GiB"),
+        ({"updates": {"critic": MEASURED}}, "critic 2.00 s (4 TFLOP/s), 2.00 GiB"),
+    ],
+)
+def test_a_training_is_told(measured: dict[str, Any], said: str) -> None:
+    figures = {"predicted": {"updates": {"critic": COUNTED}}, **measured}
+    assert gpu_check.told(figures) == [said]
+
+
 HANGS = f"import json, sys, time; json.dump({SUMMARY}, open(sys.argv[-1], 'w')); time.sleep(60)"
 WRITES = f"import json, sys; json.dump({FIGURES}, open(sys.argv[-1], 'w'))"
 

@@ -22,6 +22,7 @@ from utils.cli import run_main
 
 RUN = ("data", "text", "optimiser", OTHER, "update")
 OF_SCORES = ("rollout", "scores", "backward")
+TERA = 10**12
 AGAIN = "critic, on the rollout before"
 CASES: dict[str, tuple[dict[str, Any], dict[str, tuple[str, ...]]]] = {
     "distillation": (
@@ -172,6 +173,38 @@ def test_steps_that_give_nothing_new_are_passed_over(
         steps.clear()
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_cannot_run_here_is_counted(
+    asked: bool,
+    training_world: TrainingWorld,
+    sizes_alone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a rank of two: half of the operations that the task says, on average; it tried to run."""
+    changes = {"model_root": str(sizes_alone), "text_embeddings": None, "data_path": "nowhere"}
+    config = training_world.write(tmp_path / "c.yaml", **changes)
+    words = ["--random_weights", "--world_size", "2", "--tflops", "0.5"]
+    if not asked:
+        monkeypatch.setattr("scripts._training.MOST_PARAMETERS_ON_CPU", 100)
+    report = measured(config, tmp_path / "o.json", *words, *["--fake"] * asked)
+    assert report.keys() == {"predicted"}
+    said = capsys.readouterr().out
+    assert said.startswith("predicted, not measured" if asked else "too large for a CPU")
+    with open_world("cpu") as world:
+        own = training_world.config(tmp_path)
+        usual = opened(timed_config(own), world, tmp_path, drawn=False).usual_flops
+    for player, phases in report["predicted"]["updates"].items():
+        assert {phase for phase in phases if phases[phase]["tflop"]} == {*OF_SCORES, "update"}
+        whole = phases.pop("update")
+        assert whole["tflop"] == pytest.approx(usual(player) / 2 / TERA)
+        assert whole["tflop"] == pytest.approx(sum(each["tflop"] or 0 for each in phases.values()))
+        assert whole["predicted_seconds"] == pytest.approx(whole["tflop"] / 0.5)
+        memory = [each["peak_memory_bytes"] for each in phases.values()]
+        assert 0 < whole["peak_memory_bytes"] == max(memory)
+
+
 @pytest.mark.slow
 def test_two_ranks_are_measured(
     training_world: TrainingWorld, sizes_alone: Path, tmp_path: Path
@@ -202,13 +235,17 @@ def test_what_cannot_be_measured_is_one_sentence(
         ([*given, "--blocks", "3"], "--blocks is of a stream"),
         ([*given, "--file", "a.mp4"], "--file is of a stream"),
         ([*given, "--compare", "", "compile=true"], "--compare is of a stream"),
-        ([*given, "--updates", "0"], "--updates must be at least 1"),
+        ([*given, "--updates", "0"], "--updates and --world_size must be at least 1"),
+        ([*given, "--fake", "--tflops", "0"], "--tflops above 0"),
+        ([*given, "--json", "nowhere/a.json"], "does not exist"),
         ([*given, "--warmup", "-1"], "--warmup"),
         ([*given, "--device", "cuda:7"], "cuda:7"),
         ([*given, "data_path=nowhere.txt"], "nowhere.txt"),
         ([*given, "generator_name=None", "--random_weights"], "None does not exist"),
-        ([*given[:2], "--random_weights", "--updates", "3"], "--updates counts those of --train"),
+        ([*given[:2], "--random_weights", "--updates", "3"], "--updates is of --train"),
+        ([*given[:2], "--random_weights", "--fake"], "--fake is of --train"),
         (["--config_path", str(vae), "--train", "--random_weights"], "leave out --random_weights"),
+        (["--config_path", str(vae), "--train", "--fake"], "holds no transformer"),
     ):
         assert run_main(benchmark.main, words) == 2
         (line,) = capsys.readouterr().err.splitlines()
