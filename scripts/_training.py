@@ -98,12 +98,13 @@ def _figures(
     """Of the updates of a kind, by phase: of every rank the mean time, the most memory of all."""
     by_rank = [[each for each in made if each.kind == kind][warmup:] for made in found]
     made = list(zip(*by_rank, strict=True))
+    names = dict.fromkeys(phase for ranks in made for phase in ranks[0].seconds)
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     memory: dict[str, int] = {}
     flops: Counter[str] = Counter()
     for ranks in made:
-        for phase in ranks[0].seconds:
-            seconds[phase].append(statistics.mean(each.seconds[phase] for each in ranks))
+        for phase in names:  # not all updates have all of them
+            seconds[phase].append(statistics.mean(each.seconds.get(phase, 0.0) for each in ranks))
         seconds[UPDATE].append(statistics.mean(sum(each.seconds.values()) for each in ranks))
         for phase, count in ranks[0].flops.items():
             flops[phase] += count / len(made)
