@@ -1,7 +1,7 @@
 """Pipelines of any size without a file: random weights, for speed and for a look at the page."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -69,33 +69,20 @@ def read_preset(path: Path) -> dict[str, Any]:
     return sizes
 
 
-class DrawnWeights(Mapping[str, Tensor]):
-    """Weights of a network, each drawn on `device` when it is asked for, and the same every time.
+def drawn_weights(sizes: DiTConfig, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of a network, drawn on `device` one after the other, always the same.
 
     Nothing is kept, so a network of any size takes no more memory than it has itself.
     """
-
-    def __init__(self, sizes: DiTConfig, device: torch.device) -> None:
-        self._like = empty_dit(sizes).state_dict()
-        self._device = device
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self._like[name].shape
+    for name, like in empty_dit(sizes).state_dict().items():
+        shape = like.shape
         if len(shape) == 1:  # of a norm, or a bias
             fill = torch.ones if name.endswith("weight") else torch.zeros
-            return fill(shape, device=self._device)
-        draw = torch.Generator(self._device).manual_seed(crc32(name.encode()))
-        drawn = torch.randn(shape, generator=draw, device=self._device)
-        return drawn * shape[1:].numel() ** -0.5
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._like
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._like)
-
-    def __len__(self) -> int:
-        return len(self._like)
+            yield name, fill(shape, device=device)
+        else:
+            draw = torch.Generator(device).manual_seed(crc32(name.encode()))
+            drawn = torch.randn(shape, generator=draw, device=device)
+            yield name, drawn * shape[1:].numel() ** -0.5
 
 
 @torch.no_grad()

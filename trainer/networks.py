@@ -15,7 +15,7 @@ from transformers import UMT5EncoderModel
 
 from model.lora import add_lora, first_adapters, plain_name
 from model.vae import Autoencoder, init_autoencoder
-from pipeline.random_weights import DrawnWeights
+from pipeline.random_weights import drawn_weights
 from pipeline.setup import Setup
 from pipeline.text import TextSource
 from trainer.ema import EMA
@@ -154,7 +154,7 @@ def _drawn_weights(
     """The first weights of a network, one after the other; None for those that are in a file."""
     if role == "generator" and config.random_init:
         return empty_dit(sizes).first_weights(config.seed)
-    return DrawnWeights(sizes, world.device).items() if source is None else None
+    return drawn_weights(sizes, world.device) if source is None else None
 
 
 def build_generator(config: Config, setup: Setup, world: World) -> WanDiT:
