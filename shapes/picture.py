@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--out", type=Path, default=Path("docs/images/drift_picture.png"), help="(%(default)s)")
-    add("--scene", type=int, default=0, help="number of the scene (%(default)s)")
+    add("--scene", type=int, default=3, help="number of the scene (%(default)s)")
     add("--seconds", type=float, nargs="+", default=SECONDS, help="after the prefix (%(default)s)")
     add_weights_flags(parser)
     return parser
