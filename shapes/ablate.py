@@ -41,7 +41,6 @@ from shapes.plan import (
     add_weights_flags,
     current_results,
     played,
-    update_operations,
 )
 from shapes.table import MARKS, SPEED, make_page, read_speed, split_page
 from shapes.variants import ROWS
@@ -139,8 +138,16 @@ def cost_text(args: argparse.Namespace, targets: Sequence[CommandTarget]) -> str
     parts = [target for target in targets if isinstance(target, Measurement)]
     left = [training for training in trainings if not training.is_done()]
     missing = [part for part in parts if not part.is_done()]
-    lines = [training_line(training) for training in left]
-    total = sum(training_operations(training.config) for training in left) / 1e12
+    taken: dict[Path | None, float] = {
+        part.weights: part.trained.get("operations", 0.0) / 1e12 for part in parts
+    }
+    teraflop = {training.name: taken.get(training.result, 0.0) for training in left}
+    total = sum(teraflop.values())
+    lines = [
+        f"{training.name}: max_steps={training.config.max_steps}"
+        + (f", {teraflop[training.name]:,.1f} TFLOP" if teraflop[training.name] else "")
+        for training in left
+    ]
     frames, videos = (sum(part.frames for part in missing), sum(part.videos for part in missing))
     disk = sum(training_bytes(training.config) for training in left) + frames * MEASURED_BYTES
     return "\n".join(
@@ -158,32 +165,19 @@ def cost_text(args: argparse.Namespace, targets: Sequence[CommandTarget]) -> str
     )
 
 
-def training_line(training: Training) -> str:
-    """What one training takes."""
-    operations = training_operations(training.config)
-    told = f", {operations / 1e12:,.1f} TFLOP" if operations else ""
-    return f"{training.name}: max_steps={training.config.max_steps}{told}"
-
-
-def training_operations(config: Config) -> float:
-    """Floating-point operations of a training; 0 where they are not counted."""
-    if config.trainer != "score_distillation":
-        return 0.0
-    return update_operations(config) * (config.max_steps or 0)
-
-
 def training_bytes(config: Config) -> float:
-    """What a training leaves on the disk: states, and exports of the student."""
-    from trainer.estimate import network_memory, networks_of, sizes_of
+    """What a training leaves on the disk: states with the moments of Adam, exports of the student.
 
-    of = {
-        role: network_memory(config, role, name, sizes_of(config, name), 1, 1)
-        for role, name in networks_of(config).items()
-        if role != "real_score"
-    }
-    state = sum(each.weights + each.optimiser + each.average for each in of.values())
+    A critic is as large as the student.
+    """
+    from trainer.networks import sizes_of
+    from wan.checkpoints import empty_dit
+
+    dit = empty_dit(sizes_of(config, config.generator_name))
+    weights = 4 * sum(parameter.numel() for parameter in dit.parameters())
+    state = weights * (7 if config.trainer == "score_distillation" else 4)
     exports = 2 * -(-(config.max_steps or 0) // config.log_iters)
-    return (config.keep_checkpoints + 1) * state + exports * of["generator"].weights
+    return (config.keep_checkpoints + 1) * state + exports * weights
 
 
 # --- doing it ------------------------------------------------------------------------------------

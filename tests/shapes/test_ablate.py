@@ -87,14 +87,15 @@ def test_each_training_comes_once_and_before_what_needs_it(tmp_path):
 def test_all_distillations_take_as_many_operations(tmp_path):
     """Equal updates are not equal work: three levels make cheaper ones than five."""
     shipped = touch(tmp_path / "shipped", *STARTS)
-    made = trainings("--folder", tmp_path, "--checkpoints", shipped, "--seeds", 1)
+    parts = targets("--folder", tmp_path, "--checkpoints", shipped, "--seeds", 1)
+    made = [part for part in parts if isinstance(part, Training)]
     taken = {part.key: update_operations(part.config) * part.config.max_steps for part in made}
     budget = taken[f"{REFERENCE}, seed 0"]
     assert len(taken) >= 5
     assert list(taken.values()) == pytest.approx([budget] * len(taken), rel=NEAR_BUDGET)
     steps = {part.key.partition(",")[0]: part.config.max_steps for part in made}
     assert steps["rolling_levels_3"] > steps[REFERENCE] > steps["rollouts_63"]
-    text = ablate.cost_text(options("--gflops", 100, "--fps", 50, "--processes", 2), made)
+    text = ablate.cost_text(options("--gflops", 100, "--fps", 50, "--processes", 2), parts)
     total = sum(taken.values())
     assert f"{len(made)} of {len(made)} trainings are left: {total / 1e12:,.1f} TFLOP" in text
     assert f"{total / 200e9 / 3600:.1f} h at 100 GFLOP/s in each of 2 processes" in text
