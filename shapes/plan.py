@@ -39,6 +39,7 @@ SINK_KEYS = frozenset({"sink_position", "clean_pass_sees_sink"})  # besides sink
 CHAIN_MAKES = ("ode_init", START)
 NEAR_BUDGET = 0.02
 """A training this near to the budget keeps the `max_steps` of its config."""
+_COUNTED: dict[str, float] = {}  # operations of an update, by a hash of its config
 
 
 def add_weights_flags(parser: argparse.ArgumentParser) -> None:
@@ -368,9 +369,13 @@ def affordable(config: Config, budget: float) -> tuple[int, float]:
 
 def update_operations(config: Config) -> float:
     """Floating-point operations of a step of a distillation, all its videos together."""
-    from trainer.estimate import operations
+    from trainer.estimate import planned_setup
+    from trainer.footprint import step_flops
 
-    return operations(config).step * videos_per_update(config)
+    asked = fingerprint({**to_dict(config), "max_steps": None})
+    if asked not in _COUNTED:
+        _COUNTED[asked] = step_flops(config, planned_setup(config)) * videos_per_update(config)
+    return _COUNTED[asked]
 
 
 def decides(config: Config) -> dict[str, Any]:

@@ -128,28 +128,11 @@ def measured(
     config: Config, setup: Setup, ranks: int, local_ranks: int, parts: int, of: int
 ) -> Footprint:
     """Of networks with so many parts of their layers."""
-
-    def cut(sizes: DiTConfig) -> DiTConfig:
-        return replace(sizes, num_layers=sizes.num_layers * parts // of)
-
-    def cut_sizes(config: Config, name: str) -> DiTConfig:
-        return cut(sizes_of(config, name))
-
-    shaped = replace(setup, folder=None, sizes=cut(setup.sizes), text_embeddings=None)
     split = split_batches(config, ranks)
-    with (
-        patch.object(trainer.networks, "sizes_of", cut_sizes),
-        planned_world(config, ranks, local_ranks) as (world, memory),
-    ):
-        rows = -(-split.videos // (split.accumulation * ranks))
-        once = replace(split, accumulation=1, videos=rows * ranks, batch_size=rows)
-        timer = MemoryTimer(memory)
-        data: Any = None  # its items are made here
-        asked = replace(config, text_encoder_device="cpu", text_embeddings=None)
-        given = TaskInputs(asked, shaped, world, once, timer, data, lambda: None)
-        task = find_task(config.trainer)(given)
-        assert isinstance(task, GeneratorTask)
-        task.text = PlannedText(config, setup, world, memory)
+    rows = -(-split.videos // (split.accumulation * ranks))
+    with planned_task(config, setup, ranks, local_ranks, parts, of) as (task, memory, shaped):
+        timer = task.timer
+        assert isinstance(timer, MemoryTimer)
         _name_parts(task, memory)
         for name, player in task.players.items():  # as all of their layers would decide
             sizes = sizes_of(config, task.networks(config)[ROLES[name]])
@@ -171,10 +154,51 @@ def measured(
             Phase(name, phase, dict(peak.parts), flops[name, phase])
             for (name, phase), peak in memory.phases.items()
         )
-        steps = range(UPDATES)
-        due = Counter(name for step in steps for name in task.due(step))
-        often = {name: due[name] / UPDATES for name in task.players}
-    return Footprint(phases, {name: mean for name, (_, mean) in found.items()}, often)
+        updates_of = often(task)
+    return Footprint(phases, {name: mean for name, (_, mean) in found.items()}, updates_of)
+
+
+@contextmanager
+def planned_task(
+    config: Config, setup: Setup, ranks: int, local_ranks: int, parts: int, of: int
+) -> Iterator[tuple[GeneratorTask, LiveMemory, Setup]]:
+    """A task whose networks have so many parts of their layers and take no memory; its setup."""
+
+    def cut(sizes: DiTConfig) -> DiTConfig:
+        return replace(sizes, num_layers=sizes.num_layers * parts // of)
+
+    def cut_sizes(config: Config, name: str) -> DiTConfig:
+        return cut(sizes_of(config, name))
+
+    shaped = replace(setup, folder=None, sizes=cut(setup.sizes), text_embeddings=None)
+    split = split_batches(config, ranks)
+    with (
+        patch.object(trainer.networks, "sizes_of", cut_sizes),
+        planned_world(config, ranks, local_ranks) as (world, memory),
+    ):
+        rows = -(-split.videos // (split.accumulation * ranks))
+        once = replace(split, accumulation=1, videos=rows * ranks, batch_size=rows)
+        data: Any = None  # its items are made here
+        asked = replace(config, text_encoder_device="cpu", text_embeddings=None)
+        given = TaskInputs(asked, shaped, world, once, MemoryTimer(memory), data, lambda: None)
+        task = find_task(config.trainer)(given)
+        assert isinstance(task, GeneratorTask)
+        task.text = PlannedText(config, setup, world, memory)
+        yield task, memory, shaped
+
+
+def step_flops(config: Config, setup: Setup) -> float:
+    """`Footprint.step_flops` on one rank, of any training of transformers; nothing is run."""
+    config = planned_config(config)
+    with planned_task(config, setup, 1, 1, 1, 1) as (task, _, _):
+        flops = {name: heaviest_updates(task, name)[1] for name in task.players}
+        return Footprint((), flops, often(task)).step_flops
+
+
+def often(task: GeneratorTask) -> dict[str, float]:
+    """Updates of each player in one step, on average."""
+    due = Counter(name for step in range(UPDATES) for name in task.due(step))
+    return {name: due[name] / UPDATES for name in task.players}
 
 
 class MemoryTimer(Timer):
