@@ -179,7 +179,9 @@ def train(args: argparse.Namespace) -> int:
         if measured is not None:
             measured["setting"] = {"config": str(args.config_path), **measured["setting"]}
             result = measured
-            print(_training.table(result))
+            print(_training.table(result), flush=True)
+            if args.json is not None:  # what is counted beside it may not come in time
+                write_json(args.json, result)
     if not ranks.is_main:
         return 0
     if counts or "driver" in result["machine"]:  # of a GPU: beside what was measured

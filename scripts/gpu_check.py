@@ -164,8 +164,8 @@ def told(figures: dict[str, Any]) -> list[str]:
         return [
             said + "".join(f", {k} {v:.0f} TFLOP/s" for k, v in figures["matmul_tflops"].items())
         ]
-    if "predicted" in figures:
-        measured = figures.get("updates", figures["predicted"]["updates"])
+    if "step" in figures or "predicted" in figures:
+        measured = (figures if "step" in figures else figures["predicted"])["updates"]
         return [", ".join(_told_update(*found) for found in measured.items())]
     if "updates" in figures:
         return [", ".join(f"{len(steps)} of {name}" for name, steps in figures["updates"].items())]
