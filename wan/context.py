@@ -268,6 +268,13 @@ class CachedLayer(NamedTuple):
 
         A clean pass stores its own keys and values here, so this is called once.
         """
+        keys, values = self._seen(k, v)
+        if self.destination is not None:  # last: what is read is used up then, and is not copied
+            self.store.write(self.destination, k, v)
+        return apply_rope(q, self.query_rotation), keys, values
+
+    def _seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values of all that is seen; their parts are dropped on return."""
         keys, values = [apply_rope(k, self.query_rotation)], [v]
         end = len(self.key_rotation) - k.shape[1]
         for past_k, past_v in self._past(k.dtype):  # the newest first
@@ -275,10 +282,7 @@ class CachedLayer(NamedTuple):
             keys.insert(0, apply_rope(past_k, self.key_rotation[begin:end]))
             values.insert(0, past_v)
             end = begin
-        seen = _joined(keys), _joined(values)
-        if self.destination is not None:  # last: what is read is used up then, and is not copied
-            self.store.write(self.destination, k, v)
-        return apply_rope(q, self.query_rotation), *seen
+        return _joined(keys), _joined(values)
 
     def _past(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys before RoPE and values of the recent frames, then of an averaged sink."""
