@@ -143,6 +143,10 @@ def test_time_of_a_training(published_training):
         assert text in README
     assert f"about {seconds:.0f} s at 400 TFLOP/s" in README
     assert f"{1000 * seconds / 3600:.0f} for every 1,000 steps" in README
+
+
+@pytest.mark.long
+def test_time_of_a_training_of_self_forcing():
     mean = predicted("self_forcing_dmd").step_flops / 1e12
     assert f"Self Forcing: {mean:.0f} TF, {8 * mean / 400:.0f} s" in README
 

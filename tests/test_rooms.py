@@ -120,6 +120,7 @@ def import_all(copy: Path) -> None:
     assert "shapes" not in sys.modules
 
 
+@pytest.mark.slow
 def test_a_copy_without_shapes_can_be_imported(tmp_path: Path) -> None:
     """Every module and every test; the long test below lints it and runs its tests."""
     copy = copy_without_shapes(tmp_path / "copy")

@@ -162,7 +162,10 @@ def test_a_steady_block(cuda: FakeCuda, dit: WanDiT, vae: WanVAE, past: dict[str
     assert block.waits == {"an event": 1}
 
 
-@pytest.mark.parametrize("name", ["self_forcing_dmd", "self_forcing_dmd_vsink1"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("self_forcing_dmd", marks=pytest.mark.slow), "self_forcing_dmd_vsink1"],
+)
 def test_a_step_block_by_block(cuda: FakeCuda, dit: WanDiT, vae: WanVAE, name: str) -> None:
     """A clean pass and the first of a block's windows; the host waits for nothing."""
     rollout = at_steady_state(opened(dit, vae, name)).rollout
@@ -177,6 +180,7 @@ def test_a_step_block_by_block(cuda: FakeCuda, dit: WanDiT, vae: WanVAE, name: s
     ("name", "merged"),
     [(ROLLING, False), (ROLLING, True), ("self_forcing_dmd", False)],
 )
+@pytest.mark.slow
 def test_what_compiled_passes_move(cuda: FakeCuda, name: str, merged: bool) -> None:
     """GB of the copies and elementwise kernels that Inductor makes of all blocks of a step.
 
@@ -216,7 +220,13 @@ def test_a_compiled_block_moves_less_than_was_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("name", "noise", "slots"),
-    [(ROLLING, 5, 4), ("self_forcing_dmd", 4, 7), ("self_forcing_dmd_vsink1", 4, 7)],
+    [
+        (ROLLING, 5, 4),
+        *(
+            pytest.param(name, 4, 7, marks=pytest.mark.slow)
+            for name in ("self_forcing_dmd", "self_forcing_dmd_vsink1")
+        ),
+    ],
 )
 def test_what_a_steady_block_sends_to_the_device(
     cuda: FakeCuda, name: str, noise: int, slots: int

@@ -7,7 +7,7 @@ writes, as for a GPU, and then calls the same kernels; Inductor itself is in one
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import pytest
@@ -38,6 +38,7 @@ from wan.kv_cache import ContextPolicy
 from wan.recording import RecordingContext
 
 METHODS = ("rolling", "self with sink", "infinite", "averaged")
+FAST = (("rolling", True), ("averaged", False))
 CLOSE = {"atol": 2e-6, "rtol": 0.0}
 
 
@@ -104,8 +105,13 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
     torch.testing.assert_close(torch.cat(found, dim=1), torch.cat(expected, dim=1), **CLOSE)
 
 
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "merged"),
+    [
+        case if case in FAST else pytest.param(*case, marks=pytest.mark.slow)
+        for case in product(METHODS, [False, True])
+    ],
+)
 def test_a_stream_equals_eager_and_a_second_one_compiles_nothing(
     compiled: Compiled, name: str, merged: bool
 ) -> None:
@@ -215,15 +221,20 @@ def contexts(dit: WanDiT) -> dict[str, tuple[AttentionContext, int]]:
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "selective"), [(False, False), (True, False), (True, True)]
-)
-@pytest.mark.parametrize(
-    ("kind", "backend"),
+    ("kind", "backend", "checkpointing", "selective"),
     [
-        ("full", "eager"),
-        ("masked", "eager"),
-        pytest.param("forced", "eager", marks=pytest.mark.slow),
-        pytest.param("full", "aot_eager", marks=pytest.mark.long),
+        ("masked", "eager", True, True),
+        pytest.param("full", "eager", False, False, marks=pytest.mark.slow),
+        pytest.param("forced", "eager", True, False, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                *(("full", "eager", True, selective) for selective in (False, True)),
+                *(("masked", "eager", kept, False) for kept in (False, True)),
+                *(("forced", "eager", kept, kept) for kept in (False, True)),
+                *(("full", "aot_eager", kept, False) for kept in (False, True)),
+            )
+        ),
     ],
 )
 def test_gradients_of_compiled_training_equal_eager(

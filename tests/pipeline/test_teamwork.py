@@ -44,6 +44,7 @@ FAST = (
     "infinite forcing",
     "guided",
 )
+SLOW = ("rolling", "bidirectional")
 
 
 def network() -> WanDiT:
@@ -91,7 +92,11 @@ def same_latents(vae: WanVAE, team: Teamwork, overrides: list[str]) -> bool:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
+    [
+        *FAST,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        *(pytest.param(n, marks=pytest.mark.long) for n in VARIANTS if n not in FAST + SLOW),
+    ],
 )
 def test_two_ranks_make_the_latents_of_one(vae: WanVAE, two: Teamwork, name: str) -> None:
     assert same_latents(vae, two, VARIANTS[name])

@@ -228,6 +228,7 @@ def kill_sessions(port: int, count: int) -> None:
     lasts(lambda: health(port)["sessions"] == 0, 20)
 
 
+@pytest.mark.slow
 def test_fifty_killed_sessions_leave_nothing(tmp_path):
     options = {"idle_seconds": 0.01, "max_sessions": 60, "sessions_per_address": 60}
     with served(fake_app(tmp_path, **options)) as port:

@@ -197,7 +197,14 @@ CORRUPTIONS = {
 }
 
 
-@pytest.mark.parametrize("corrupt", CORRUPTIONS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        pytest.param(c, marks=() if c in (blur, freeze, vanish) else pytest.mark.slow)
+        for c in CORRUPTIONS
+    ],
+    ids=lambda c: c.__name__,
+)
 def test_a_corruption_moves_what_it_should_and_nothing_else(corrupt):
     expected = {name: (clean()[name], STEADY[name]) for name in clean()} | CORRUPTIONS[corrupt]
     found = mean_sums(corrupt)

@@ -91,7 +91,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dashes", [["--"], []])
+@pytest.mark.parametrize("dashes", [["--"], pytest.param([], marks=pytest.mark.long)])
 def test_plain_python_with_and_without_the_lone_dashes(
     dashes: list[str], training_world: TrainingWorld, tmp_path: Path
 ) -> None:

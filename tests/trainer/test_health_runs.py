@@ -83,6 +83,7 @@ def test_a_sound_run_is_healthy(trained_world: TrainingWorld, tmp_path: Path) ->
     assert verdict(trained_world, tmp_path) == "healthy"
 
 
+@pytest.mark.long
 def test_a_critic_that_does_not_learn_lags(trained_world: TrainingWorld, tmp_path: Path) -> None:
     assert verdict(trained_world, tmp_path, lr_critic=0.0) == "critic lags"
 
@@ -93,5 +94,6 @@ def test_a_rate_a_thousand_times_too_high_collapses(
     assert verdict(trained_world, tmp_path, lr=1e-1) == "latents collapsing"
 
 
+@pytest.mark.long
 def test_frozen_frames_are_static(trained_world: TrainingWorld, tmp_path: Path) -> None:
     assert verdict(trained_world, tmp_path, freeze) == "static"

@@ -68,9 +68,10 @@ def signalled(phase: str, time: int, monkeypatch: pytest.MonkeyPatch) -> Iterato
     assert entered.count(phase) >= time
 
 
-SLOW = [
-    *((phase, 1) for phase in ("data", "backward", "save", "export")),
-    *(("rollout", 4), ("scores", 6), ("optimiser", 2), ("heldout", 2), ("samples", 1)),
+SLOW = [("save", 1), ("rollout", 4), ("samples", 1)]
+LONG = [
+    *((phase, 1) for phase in ("data", "backward", "export")),
+    *(("scores", 6), ("optimiser", 2), ("heldout", 2)),
 ]
 
 
@@ -80,6 +81,7 @@ SLOW = [
         ("rollout", 1),
         ("optimiser", 1),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in LONG),
     ],
 )
 def test_a_signal_in_any_phase_loses_nothing(

@@ -42,7 +42,14 @@ def tasks(world: TrainingWorld) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "task", ["distillation", "options", "ode", "diffusion", "block-causal", "consistency", "vae"]
+    "task",
+    [
+        *("distillation", "options", "diffusion"),
+        *(
+            pytest.param(task, marks=pytest.mark.slow)
+            for task in ("ode", "block-causal", "consistency", "vae")
+        ),
+    ],
 )
 def test_stopping_and_going_on_changes_no_bit(
     task: str, training_world: TrainingWorld, tmp_path: Path

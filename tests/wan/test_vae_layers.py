@@ -63,7 +63,13 @@ def stock_moments(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tenso
     return mean, spread
 
 
-@pytest.mark.parametrize("sizes", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(sizes, id=name, marks=() if name == "as published" else pytest.mark.slow)
+        for name, sizes in ARCHITECTURES.items()
+    ],
+)
 def test_what_comes_out_is_what_diffusers_makes(path: str, sizes: dict[str, object]) -> None:
     """Latents, video and gradients, of two odd videos. It decodes frames one by one alone."""
     vae = made(path, **sizes)
@@ -85,7 +91,10 @@ def test_what_comes_out_is_what_diffusers_makes(path: str, sizes: dict[str, obje
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
 
 
-@pytest.mark.parametrize("chunks", [[1] * 6, [6], [3, 3], [1, 2, 3], [2, 4]])
+@pytest.mark.parametrize(
+    "chunks",
+    [[1] * 6, [1, 2, 3], *(pytest.param(c, marks=pytest.mark.slow) for c in ([6], [3, 3], [2, 4]))],
+)
 def test_cuts_of_a_stream_change_nothing(path: str, chunks: list[int]) -> None:
     """With and without gradient, which takes another way to the same buffers."""
     vae, latents = made(path), noise(2, 6, 16, 3, 5)
@@ -135,6 +144,7 @@ def blocks_of(decoder: StreamingDecoder, latents: Tensor) -> list[Tensor]:
     return [decoder.decode(block) for block in latents.split(3, dim=1)]
 
 
+@pytest.mark.slow
 def test_the_steady_call_is_one_static_graph(graphs: list[torch.fx.GraphModule]) -> None:
     """Over blocks, restarts, states and streams, as eager; the first block is eager."""
     vae, latents = made("GPU"), noise(1, 15, 16, 2, 3)
