@@ -189,7 +189,7 @@ def planned_task(
 
 def step_flops(config: Config, setup: Setup) -> float:
     """`Footprint.step_flops` on one rank, of any training of transformers; nothing is run."""
-    config = planned_config(config)
+    config = replace(planned_config(config), mixed_precision=False)  # then nothing is sharded
     with planned_task(config, setup, 1, 1, 1, 1) as (task, _, _):
         flops = {name: heaviest_updates(task, name)[1] for name in task.players}
         return Footprint((), flops, often(task)).step_flops

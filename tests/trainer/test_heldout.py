@@ -5,6 +5,7 @@ if it were not there.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.tiny_training import (
     heldout_against_one_batch,
     train,
 )
-from trainer.estimate import dry_run_report
+from trainer.estimate import data_lines, dry_run_report, planned_setup
 from trainer.heldout import HeldOut, heldout_draws
 from trainer.metrics import mean_over_ranks, read_metrics
 from trainer.sharding import open_world
@@ -263,7 +264,8 @@ def test_a_dry_run_says_what_will_be_measured(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
     values = task_values(training_world, "distillation") | {"heldout_videos": 99}
-    said = dry_run_report(training_world.config(tmp_path, **values), 1)
+    config = training_world.config(tmp_path, **values)
+    said = data_lines(config, planned_setup(config))
     assert f"held-out data: 7 items of {training_world.prompts}" in said
-    values["heldout_every"] = 0
-    assert "held-out" not in dry_run_report(training_world.config(tmp_path, **values), 1)
+    config = replace(config, heldout_every=0)
+    assert not any("held-out" in line for line in data_lines(config, planned_setup(config)))
