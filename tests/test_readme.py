@@ -130,7 +130,7 @@ def published_training() -> Footprint:
     return predicted("rolling_forcing_dmd")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_time_of_a_training(published_training):
     """Operations as the loop counts them, at the rate that the README assumes."""
     found = published_training
@@ -151,7 +151,7 @@ def test_time_of_a_training_of_self_forcing():
     assert f"Self Forcing: {mean:.0f} TF, {8 * mean / 400:.0f} s" in README
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hours_and_memory_of_each_gpu(published_training):
     """The table of docs/training.md, as --dry_run computes it."""
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

@@ -31,9 +31,11 @@ def held(module: nn.Module) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == "16gb" else pytest.param(name, marks=pytest.mark.long) for name in PROFILES],
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "16gb" else pytest.mark.long)
+        for name in PROFILES
+    ],
 )
-@pytest.mark.slow
 def test_making_videos(cuda: FakeCuda, tmp_path: Path, name: str) -> None:
     """A steady block, to uint8 frames on the host, under each profile."""
     setup = with_profile(published_setup(tmp_path, *AS_ON_CUDA), name)

@@ -354,8 +354,8 @@ def test_a_generator_step(meta: FakeCuda) -> None:
     check(counts, "dmd", "generator")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["rolling", pytest.param("block", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("schedule", ["rolling", "block"])
 def test_memory_of_a_replayed_rollout_does_not_grow(meta: FakeCuda, schedule: str) -> None:
     """A rollout with gradient kept all its frames: 81 took 14 GiB more than the published 27.
 

@@ -225,13 +225,13 @@ def contexts(dit: WanDiT) -> dict[str, tuple[AttentionContext, int]]:
     [
         ("masked", "eager", True, True),
         pytest.param("full", "eager", False, False, marks=pytest.mark.slow),
-        pytest.param("forced", "eager", True, False, marks=pytest.mark.slow),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in (
                 *(("full", "eager", True, selective) for selective in (False, True)),
                 *(("masked", "eager", kept, False) for kept in (False, True)),
                 *(("forced", "eager", kept, kept) for kept in (False, True)),
+                ("forced", "eager", True, False),
                 *(("full", "aot_eager", kept, False) for kept in (False, True)),
             )
         ),

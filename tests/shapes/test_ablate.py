@@ -430,7 +430,7 @@ def test_weights_that_do_not_ship_are_trained_to_the_end(bench, tmp_path, monkey
     assert "seed 0 was stopped early" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_of_their_own_share_the_videos(bench, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -338,11 +338,19 @@ def test_a_published_student_holds_its_average_once_under_both_names(tmp_path: P
     assert (tmp_path / "student.pt").stat().st_size < 110_000, "half precision, stored once"
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "until",
+    [
+        pytest.param("vae_images", marks=pytest.mark.slow),
+        pytest.param("evaluate", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.skipif(not SHIPPED.is_file(), reason="the weights are not in this checkout")
-def test_quick_chain_passes(tmp_path: Path) -> None:
+def test_quick_chain_passes(tmp_path: Path, until: str) -> None:
     """On one process: the other tests of the slow suite run beside it."""
-    assert run_main(main, ["--quick", "--processes", "1", "--folder", str(tmp_path)]) == 0
+    flags = ["--quick", "--processes", "1", "--until", until, "--folder", str(tmp_path)]
+    assert run_main(main, flags) == 0
     stages = json.loads((tmp_path / "chain.json").read_text())["stages"]
-    assert list(stages) == list(STAGES)
+    names = list(STAGES)
+    assert list(stages) == names[: names.index(until) + 1]
     assert all("result" in stage for stage in stages.values())

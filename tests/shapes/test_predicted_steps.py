@@ -30,8 +30,13 @@ def found(config: Config) -> Footprint:
     return footprint(config, planned_setup(config), 1, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_takes_what_was_predicted(changes: dict[str, object], tmp_path: Path) -> None:
     """Activations were not estimated at all; here what real operators give is counted."""
     config, memory = shapes(**changes), LiveMemory(torch.device("cpu"), rounded=1)
@@ -50,7 +55,7 @@ def test_a_step_takes_what_was_predicted(changes: dict[str, object], tmp_path: P
         assert predicted[name] == pytest.approx(taken[name], rel=0.1), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_in_proportion() -> None:
     """One and two of six layers say what all take."""
     config = planned_config(shapes())

@@ -90,7 +90,7 @@ def run_rank(rank: int, flags: list[str]) -> int:
         os._exit(code)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_teams_of_two_ranks_share_out_the_videos(tmp_path: Path) -> None:
     """`torchrun inference.py`: the files of one process, and one contact sheet."""
     flags = ["--config_path", demo.CONFIG, "--checkpoint_path", demo.CHECKPOINT, "--device", "cpu"]
