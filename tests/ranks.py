@@ -45,6 +45,7 @@ def on_ranks(size: int, work: Callable[[World], Any], *, nodes: int = 1) -> list
 def _be_a_rank(work: Callable[[World], Any], file: Path) -> None:
     """In a copy of this process, which does not come back."""
     try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler in Python would wait, too
         signal.alarm(SECONDS)
         with open_world("cpu") as world:
             try:
