@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.processes import free_port
+import torch.distributed as dist
+
 from trainer.sharding import World, open_world
 
 SECONDS = 60  # that a rank lives at most
@@ -20,7 +21,8 @@ def on_ranks(size: int, work: Callable[[World], Any], *, nodes: int = 1) -> list
     None where a rank has not ended in time: it is killed. Autograd does not work in a copy of a
     process that has used it, so `work` trains nothing.
     """
-    port = free_port()
+    # Served here, as by torchrun: a port that is only chosen may be another test's by then.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with TemporaryDirectory() as folder:
         files = [Path(folder) / str(rank) for rank in range(size)]
         children = []
@@ -34,7 +36,9 @@ def on_ranks(size: int, work: Callable[[World], Any], *, nodes: int = 1) -> list
                     "LOCAL_RANK": str(rank % local),
                     "LOCAL_WORLD_SIZE": str(local),
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
+                    "MASTER_PORT": str(store.port),
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
+                    "TORCHELASTIC_RESTART_COUNT": "0",
                 }
                 _be_a_rank(work, file)
         for child in children:

@@ -119,7 +119,6 @@ def test_what_one_node_cannot_read_ends_all_ranks_with_one_sentence(
     assert [error.code for error in ended if isinstance(error, SystemExit)] == [2, 2, 2]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "missing",
     ["Teacher/config.json", "Teacher/diffusion_pytorch_model.safetensors", "Student", "prompts"],
@@ -148,7 +147,6 @@ def test_a_training_whose_files_are_on_one_node_only_ends_on_both(
     assert isinstance(ended[1], UserError), ended
 
 
-@pytest.mark.long
 def test_ranks_with_unequal_numbers_of_prompts_encode_together(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
