@@ -5,13 +5,32 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as held:
         return held.getsockname()[1]
+
+
+@contextmanager
+def store_of_ranks() -> Iterator[dict[str, str]]:
+    """Environment variables by which ranks meet at a store of this process, as at torchrun's.
+
+    For them a free port would not do: it may be another test's by the time they listen on it.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    del store
 
 
 def in_a_copy(work: Callable[[], object], timeout: float = 120) -> int:

@@ -1,61 +1,61 @@
-"""Ranks for tests: copies of this process, which meet on one machine as on several nodes."""
+"""Ranks for tests: new processes, which meet on one machine as on several nodes."""
 
+import faulthandler
+import multiprocessing
 import os
 import pickle
-import signal
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch.distributed as dist
+import torch
 
+from tests.processes import store_of_ranks
 from trainer.sharding import World, open_world
 
 SECONDS = 60  # that a rank lives at most
 
+# Not copies of this process: what other tests left in it (threads, groups) would end or hang them.
+_SERVER: ForkServerContext = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.ranks", "tests.tiny_training"])
+
 
 def on_ranks(size: int, work: Callable[[World], Any], *, nodes: int = 1) -> list[Any]:
-    """What `work` gives on each of `size` ranks, or what it raises there.
+    """What `work`, which can be pickled, gives on each of `size` ranks, or what it raises there.
 
-    None where a rank has not ended in time: it is killed. Autograd does not work in a copy of a
-    process that has used it, so `work` trains nothing.
+    TimeoutError, with the place where each rank was, if one has not ended in time.
     """
-    # Served here, as by torchrun: a port that is only chosen may be another test's by then.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, store_of_ranks() as address:
         files = [Path(folder) / str(rank) for rank in range(size)]
-        children = []
+        local = size // nodes
+        ranks = []
         for rank, file in enumerate(files):
-            children.append(os.fork())
-            if children[-1] == 0:
-                local = size // nodes
-                os.environ |= {
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(size),
-                    "LOCAL_RANK": str(rank % local),
-                    "LOCAL_WORLD_SIZE": str(local),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(store.port),
-                    "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    "TORCHELASTIC_RESTART_COUNT": "0",
-                }
-                _be_a_rank(work, file)
-        for child in children:
-            os.waitpid(child, 0)
-        return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+            variables = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "LOCAL_RANK": str(rank % local),
+                "LOCAL_WORLD_SIZE": str(local),
+            }
+            ranks.append(_SERVER.Process(target=_be_a_rank, args=(work, variables | address, file)))
+            ranks[-1].start()
+        for process in ranks:
+            process.join()
+        if not all(file.exists() for file in files):
+            places = [file.with_suffix(".txt").read_text(encoding="utf-8") for file in files]
+            raise TimeoutError("\n".join(places))
+        return [pickle.loads(file.read_bytes()) for file in files]
 
 
-def _be_a_rank(work: Callable[[World], Any], file: Path) -> None:
-    """In a copy of this process, which does not come back."""
-    try:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler in Python would wait, too
-        signal.alarm(SECONDS)
-        with open_world("cpu") as world:
-            try:
+def _be_a_rank(work: Callable[[World], Any], variables: dict[str, str], file: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= variables
+    with file.with_suffix(".txt").open("w", encoding="utf-8") as places:
+        faulthandler.dump_traceback_later(SECONDS, exit=True, file=places)
+        try:
+            with open_world("cpu") as world:
                 given = work(world)
-            except BaseException as error:
-                given = error
-            file.write_bytes(pickle.dumps(given))
-    finally:
-        os._exit(0)
+        except BaseException as error:
+            given = error
+        file.write_bytes(pickle.dumps(given))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.teamwork import Teamwork, in_team
-from tests.processes import free_port
+from tests.processes import store_of_ranks
 from utils.distributed import Ranks, open_team
 from wan.dit import WanDiT
 
@@ -26,9 +26,9 @@ def team_of(size: int, load: Callable[[], WanDiT]) -> Iterator[Teamwork]:
     Whether they ended normally is in `ends`, an attribute of what is given.
     """
     followers: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASTER_ADDR", "127.0.0.1")
-        patch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.MonkeyPatch.context() as patch, store_of_ranks() as address:
+        for name, value in address.items():
+            patch.setenv(name, value)
         for rank in range(1, size):
             followers.append(os.fork())
             if followers[-1] == 0:

@@ -13,7 +13,7 @@ import app
 import inference
 import server.listen
 from shapes import demo
-from tests.processes import free_port
+from tests.processes import free_port, store_of_ranks
 from tests.server.test_app import PATH, start
 from tests.server.test_command import play_until
 from tests.teams import ended
@@ -55,10 +55,9 @@ def test_a_live_session_of_two_ranks_is_that_of_one(
     monkeypatch.setattr(server.listen, "run", serve)
     flags = ["--output_dir", str(tmp_path), "--server_port", str(free_port()), "--device", "cpu"]
     flags += ["--allowed_host", "testserver", f"sequence_parallel={team}"]
-    with monkeypatch.context() as patch:
-        patch.setenv("MASTER_ADDR", "127.0.0.1")
-        patch.setenv("MASTER_PORT", str(free_port()))
-        patch.setenv("WORLD_SIZE", str(team))
+    with monkeypatch.context() as patch, store_of_ranks() as address:
+        for name, value in (address | {"WORLD_SIZE": str(team)}).items():
+            patch.setenv(name, value)
         others = [run_rank(rank, flags) for rank in range(1, team)]
         patch.setenv("RANK", "0")
         assert run_main(app.main, flags) == 0

@@ -3,6 +3,7 @@
 import ctypes
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.tiny_training import TrainingWorld
 from trainer.networks import build_text
 from trainer.sharding import World, agreed, full_tensor, load_full_state, make_mesh, shard_module
 from trainer.trainer import Trainer
+from utils.config import Config
 from utils.errors import UserError
 from wan.weights import StateDict, read_tensors
 
@@ -57,30 +59,34 @@ def memory(pattern: str, table: str = "status") -> int:
     return 1024 * sum(int(number) for number in re.findall(pattern, text, re.DOTALL))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "shards", "dtype"), [("full", 4, torch.bfloat16), ("hybrid", 2, torch.float32)]
-)
-def test_a_node_reads_a_file_once_and_no_rank_holds_a_network(
-    strategy: str, shards: int, dtype: torch.dtype, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every rank read every file, so 64 ranks read 3.6 TB of a 57 GB teacher."""
-    broadcast, held = dist.broadcast, []
+def watch_a_loading(
+    world: World, path: Path, dtype: torch.dtype, strategy: str
+) -> tuple[int, int, bool]:
+    """Bytes of the file that this rank read, of its own memory, and whether all came as it was."""
+    held, broadcast = [], dist.broadcast
 
     def watched(*arguments: Any, **options: Any) -> None:
         broadcast(*arguments, **options)
         held.append(memory(r"RssAnon:\s+(\d+)"))
 
-    monkeypatch.setattr(dist, "broadcast", watched)
+    dist.broadcast = watched
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # what is freed goes back to the system
+    start = memory(r"RssAnon:\s+(\d+)")
+    network, weights = load_layers(world, path, dtype, strategy)
+    read = memory(rf"{path}\n(?:(?!Rss:).)*Rss:\s+(\d+)", "smaps")
+    found = {name: full_tensor(value) for name, value in network.state_dict().items()}
+    same = all(torch.equal(value, weights[name].to(dtype)) for name, value in found.items())
+    return read, max(held) - start, same
 
-    def work(world: World) -> tuple[int, int, bool]:
-        ctypes.CDLL(None).mallopt(-3, 2**16)  # what is freed goes back to the system
-        start = memory(r"RssAnon:\s+(\d+)")
-        network, weights = load_layers(world, file, dtype, strategy)
-        read = memory(rf"{file}\n(?:(?!Rss:).)*Rss:\s+(\d+)", "smaps")
-        found = {name: full_tensor(value) for name, value in network.state_dict().items()}
-        same = all(torch.equal(value, weights[name].to(dtype)) for name, value in found.items())
-        return read, max(held) - start, same
 
+@pytest.mark.parametrize(
+    ("strategy", "shards", "dtype"), [("full", 4, torch.bfloat16), ("hybrid", 2, torch.float32)]
+)
+def test_a_node_reads_a_file_once_and_no_rank_holds_a_network(
+    strategy: str, shards: int, dtype: torch.dtype, file: Path
+) -> None:
+    """Every rank read every file, so 64 ranks read 3.6 TB of a 57 GB teacher."""
+    work = partial(watch_a_loading, path=file, dtype=dtype, strategy=strategy)
     ranks = on_ranks(4, work, nodes=2)
     assert all(same for _, _, same in ranks)
     reads = [read for read, _, _ in ranks]
@@ -90,6 +96,11 @@ def test_a_node_reads_a_file_once_and_no_rank_holds_a_network(
     size = dtype.itemsize / 4
     for _, peak, _ in ranks:
         assert peak < size * (WHOLE / shards + 2 * LARGEST) + 6 * 2**20
+
+
+def load_one_of(world: World, paths: tuple[Path, Path]) -> None:
+    """Two ranks of four read one file, two the other one."""
+    load_layers(world, paths[world.ranks.rank // 2], torch.float32, "full")
 
 
 @pytest.mark.parametrize(
@@ -109,14 +120,15 @@ def test_what_one_node_cannot_read_ends_all_ranks_with_one_sentence(
         broken(weights)
         save_file(weights, other)
 
-    def work(world: World) -> None:
-        path = file if world.ranks.rank < 2 else other
-        load_layers(world, path, torch.float32, "full")
-
-    ended = on_ranks(4, work, nodes=2)
+    ended = on_ranks(4, partial(load_one_of, paths=(file, other)), nodes=2)
     (said,) = [error for error in ended if isinstance(error, UserError)]
     assert sentence in str(said)
     assert [error.code for error in ended if isinstance(error, SystemExit)] == [2, 2, 2]
+
+
+def open_training(world: World, configs: list[Config], folder: Path) -> None:
+    """Each rank with a config of its own."""
+    Trainer(configs[world.ranks.rank], world, folder, visualise=False, save=False)
 
 
 @pytest.mark.parametrize(
@@ -136,15 +148,21 @@ def test_a_training_whose_files_are_on_one_node_only_ends_on_both(
             if missing not in (folder.name, f"{folder.name}/{path.name}"):
                 (parts / folder.name / path.name).symlink_to(path)
     changes = {"data_path": str(parts / "none.txt")} if missing == "prompts" else {}
-    partial = training_world.config(tmp_path / "part", model_root=str(parts), **changes)
-
-    def work(world: World) -> None:
-        config = partial if world.ranks.rank else whole
-        Trainer(config, world, tmp_path / "run", visualise=False, save=False)
-
+    part = training_world.config(tmp_path / "part", model_root=str(parts), **changes)
+    work = partial(open_training, configs=[whole, part], folder=tmp_path / "run")
     ended = on_ranks(2, work, nodes=2)
     assert isinstance(ended[0], SystemExit), ended
     assert isinstance(ended[1], UserError), ended
+
+
+def encode_with_less_on_the_first(world: World, config: Config, prompts: list[str]) -> Tensor:
+    """Encodings of the first prompt on the main rank, of all of them on another one."""
+    text = build_text(config, Setup.of(config), world)
+    table = text.encoder().model.shared.weight
+    assert table.to_local().shape[0] < table.shape[0]
+    own = text(prompts[:1] if world.is_main else prompts)
+    text.negative()
+    return own.cpu()
 
 
 def test_ranks_with_unequal_numbers_of_prompts_encode_together(
@@ -153,19 +171,11 @@ def test_ranks_with_unequal_numbers_of_prompts_encode_together(
     """A pass for every prompt: the rank with two of three videos waited for the other for ever."""
     config = training_world.config(tmp_path, text_embeddings=None, sharding_strategy="full")
     prompts = ["a red ball", "a blue cat", "grass"]
-
-    def work(world: World) -> Tensor:
-        text = build_text(config, Setup.of(config), world)
-        table = text.encoder().model.shared.weight
-        assert table.to_local().shape[0] < table.shape[0]
-        own = text(prompts[:1] if world.is_main else prompts)
-        text.negative()
-        return own.cpu()
-
     alone = TextSource(
         Setup.of(config), text_len=8, dtype=torch.float32, device=torch.device("cpu")
     )
     expected = alone(prompts)
+    work = partial(encode_with_less_on_the_first, config=config, prompts=prompts)
     first, second = on_ranks(2, work)
     torch.testing.assert_close(second, expected)
     torch.testing.assert_close(first[0], alone(prompts[:1])[0])
