@@ -217,7 +217,8 @@ def main(argv: Sequence[str]) -> int:
     results: dict[int, Result] = {}
     if log is not None:
         results = {int(key): result for key, result in log.read().items()}
-    mine = ranks.share([number for number in scenes if number not in results])
+    # Of all, not of what is left: by now another rank may have done some of it, or not.
+    mine = [number for number in ranks.share(scenes) if number not in results]
     progress = tqdm(total=len(mine), desc="scenes", disable=not ranks.is_main)
 
     def keep(number: int, result: Result) -> None:

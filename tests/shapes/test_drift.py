@@ -88,6 +88,17 @@ def test_the_command_measures_each_scene_once(tiny_world, tmp_path, monkeypatch,
     assert video["prompt"] == together["videos"][0]["prompt"]
 
 
+def test_a_rank_that_begins_later_makes_its_share(tiny_world, tmp_path, monkeypatch, capsys):
+    """It took every second scene of those that the first one had left, and so none."""
+    out = tmp_path / "out.json"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run(tiny_world, out, "--scenes", 2, "--given", 0) == 0
+    assert capsys.readouterr().out.count("still being made") == 1
+    assert len(json.loads(out.read_text())["videos"]) == 2
+
+
 def test_a_batch_changes_no_video(tiny_world, tmp_path):
     """Each goes on from its own frames with its own noise."""
     reports = []
