@@ -91,7 +91,7 @@ def sharded(device: str | None) -> dict[str, Any]:
 SMALL_TRAINING = (
     f"max_steps={UPDATES} sharding_strategy=full batch_size=1 total_batch_size=1 "
     "num_training_frames=9 image_or_video_shape=[1,9,16,8,8] heldout_every=0 ema_start_step=0 "
-    "dfake_gen_update_ratio=1"
+    "dfake_gen_update_ratio=1 generator_ckpt=null"
 )
 
 
