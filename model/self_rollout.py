@@ -35,13 +35,15 @@ class RolloutDraw:
     """What one rollout does: a pure function of (seed, update), and with own levels of the video.
 
     `exit_levels`: r of each block; all the same in a rolling rollout. `scored_end`: the scored clip
-    ends with this many blocks, and what comes after is not run; None: with the last one.
+    ends with this many blocks, and what comes after is not run; None: with the last one. `given`:
+    blocks of a true clip that it goes on from.
     """
 
     schedule: Literal["rolling", "block"]
     num_blocks: int
     exit_levels: tuple[int, ...]
     scored_end: int | None = None
+    given: int = 0
 
     @property
     def end(self) -> int:
@@ -100,6 +102,7 @@ class RolloutRecipe:
     rollout. With `scored_clip` "end" rollouts of all lengths from the one to the other come equally
     often and their last frames are scored; with "anywhere" all are of the longest length, and the
     clip lies at any place of them (as in LongLive's streaming tuning, arXiv 2509.22622, Sec. 3.2).
+    `true_prefix_probability`: share of the rollouts that go on from the first block of a true clip.
     """
 
     seed: int
@@ -111,6 +114,7 @@ class RolloutRecipe:
     same_step_across_blocks: bool
     scored_clip: Literal["end", "anywhere"] = "end"
     same_step_across_videos: bool = True
+    true_prefix_probability: float = 0.0
 
     def blocks(self, layout: BlockLayout) -> tuple[int, int]:
         """Fewest and most blocks of a rollout: all scored frames, and none too many."""
@@ -122,6 +126,11 @@ class RolloutRecipe:
             raise UserError(
                 f"num_training_frames={self.longest} is too few for {self.scored_frames} scored "
                 "frames in whole blocks"
+            )
+        if self.true_prefix_probability and fewest < 2:
+            raise UserError(
+                f"true_prefix_probability needs more scored frames than the {self.scored_frames} "
+                "of the first block"
             )
         return fewest, most
 
@@ -138,7 +147,9 @@ class RolloutRecipe:
         if self.scored_clip == "anywhere":
             blocks, end = most, blocks
         levels = self._levels(draw, blocks, rolling)
-        return RolloutDraw("rolling" if rolling else "block", blocks, levels, end)
+        kind: Literal["rolling", "block"] = "rolling" if rolling else "block"
+        given = int(draw.random() < self.true_prefix_probability)
+        return RolloutDraw(kind, blocks, levels, end, given)
 
     def draw_batch(
         self, layout: BlockLayout, update: int, rows: Sequence[int], *, alone: bool
@@ -179,11 +190,13 @@ def passes_of(setup: Setup, drawn: RolloutDraw) -> Plan:
     levels = None
     if drawn.schedule == "block":
         levels = tuple(level + 1 for level in drawn.exit_levels)
-    return setup.plan(setup.schedule(drawn.num_blocks, kind=drawn.schedule, block_levels=levels))
+    return setup.plan(
+        setup.schedule(drawn.num_blocks, drawn.given, kind=drawn.schedule, block_levels=levels)
+    )
 
 
 def output_windows(setup: Setup, drawn: RolloutDraw) -> list[Window]:
-    """The windows whose x_0 is the output: they do not overlap and cover all blocks."""
+    """The windows whose x_0 is the output: they do not overlap, and cover what is not given."""
     windows = (own.window for own in passes_of(setup, drawn))
     return [w for w in windows if w is not None and drawn.is_output(setup.levels.num, w)]
 
@@ -198,9 +211,12 @@ def self_rollout(
     scored_frames: int,
     grad: bool,
     replayed: bool = False,
+    prefix: Tensor | None = None,
     before_window: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The student's video `[B, F, C, h, w]` up to the end of the scored clip, float32.
+
+    `prefix` `[B, n, C, h, w]`: clean latents of the blocks that are given, its first frames.
 
     With `grad`, windows that touch the last `scored_frames` of these frames carry gradient; all
     others have their output too, without. A graph of all of them waits for the backward pass, with
@@ -208,7 +224,7 @@ def self_rollout(
     (see `_Replayed`), so memory does not grow with the video. The gradients are the same. What
     `before_window` raises ends it.
     """
-    course = _Course(setup, _batch(drawn), scored_frames, before_window)
+    course = _Course(setup, _batch(drawn), scored_frames, prefix, before_window)
     if grad and replayed:
         anchor = torch.zeros((), requires_grad=True)  # the weights are no inputs of the function
         video: Tensor = _Replayed.apply(course, dit, noise, anchor, *text.keys, *text.values)
@@ -232,6 +248,7 @@ class _Course:
     setup: Setup
     batch: BatchDraw
     scored_frames: int
+    prefix: Tensor | None = None
     before_window: Callable[[], None] = lambda: None
 
     @cached_property
@@ -271,7 +288,16 @@ class _Course:
             noise=noise,
             rule=rule,
             recent_frames=self.setup.layout.start(self.drawn.end) if keeps_all else None,
+            prefix=self.given,
         )
+
+    @property
+    def given(self) -> list[Tensor]:
+        """Clean latents of the blocks that are given, one by one."""
+        if self.prefix is None:
+            return []
+        layout = self.setup.layout
+        return list(self.prefix.split([layout.frames(b) for b in range(self.drawn.given)], dim=1))
 
     def results(
         self, rollout: Rollout, *, grad: bool = False, before: int | None = None
@@ -302,8 +328,9 @@ class _Course:
         return to_device(torch.tensor(found), result.x0.device).view(-1, 1, 1, 1, 1)
 
     def video(self, outputs: Mapping[int, Tensor]) -> Tensor:
-        """`[B, F, C, h, w]` of outputs by block."""
-        return torch.cat([outputs[block] for block in range(self.drawn.end)], dim=1)
+        """`[B, F, C, h, w]` of the given blocks and of outputs by block."""
+        made = [outputs[block] for block in range(self.drawn.given, self.drawn.end)]
+        return torch.cat([*self.given, *made], dim=1)
 
 
 class _Replayed(torch.autograd.Function):
@@ -389,23 +416,28 @@ class _StopEach:
 
 
 def scored_clip(
-    latents: Tensor, vae: WanVAE | None, *, scored: int, block_frames: int
+    latents: Tensor, vae: WanVAE | None, *, scored: int, block_frames: int, given: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """The last `scored` frames, and which of them count `[scored]` (None: all).
+
+    The first `given` frames of the video are true and do not count.
 
     A longer video's clip has to look like the start of one: its first frame is replaced by the
     re-encoded image of that moment (one latent frame is one video frame there), and its first
     block, of `block_frames` frames, does not count. Without a VAE the frame is left as it is.
     """
-    if latents.shape[1] == scored:
+    before = latents.shape[1] - scored
+    if not before and not given:
         return latents, None
     counts = torch.ones(scored, dtype=torch.bool, device=latents.device)
-    counts[:block_frames] = False
+    counts[: max(block_frames if before else 0, given - before)] = False
+    if not before:
+        return latents, counts
     clip = latents[:, -scored:]
     if vae is None:
         return clip, counts
     with torch.no_grad():
-        past = latents[:, : latents.shape[1] - scored + 1].to(vae.dtype)
+        past = latents[:, : before + 1].to(vae.dtype)
         first = vae.encode(vae.decode_last(past)).to(latents.dtype)
     return torch.cat([first, clip[:, 1:]], dim=1), counts
 

@@ -143,6 +143,7 @@ class TrainingWorld:
             "same_step_across_videos": False,
             "critic_updates_per_rollout": 2,
             "motion_guard_weight": 0.5,
+            "true_prefix_probability": 0.5,
             "data_path": str(self.latents),
         }
 

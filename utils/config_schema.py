@@ -442,6 +442,13 @@ class Config:
     rolling_probability: float = key(
         0.0, "share of rollouts that use the rolling schedule", "weights", bounds=SHARE
     )
+    true_prefix_probability: float = key(
+        0.0,
+        "share of the rollouts that go on from the first block of their true clip, which is not "
+        "scored; needs latents or videos",
+        "weights",
+        bounds=SHARE,
+    )
     reencode_first_frame: bool = key(
         True, "longer rollouts: the scored clip starts with a re-encoded image", "weights"
     )

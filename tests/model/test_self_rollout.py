@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from model.self_rollout import (
     scored_clip,
     self_rollout,
 )
+from pipeline.prefix import Prefix
 from pipeline.sampling import BlockNoise
 from pipeline.setup import Setup
 from tests.golden_cases import Case, case_names, entries, load_case, load_weights
@@ -25,6 +27,7 @@ from tests.tiny_pipeline import TINY_DIT, golden_pipeline, random_dit, write_con
 from tests.tiny_training import drawn, layout_of
 from trainer.tasks.base import rollout_recipe
 from utils.config import Config, load_config
+from utils.errors import UserError
 from utils.noise import CounterNoise, RecordedNoise
 from wan.dit import WanDiT
 from wan.vae import WanVAE
@@ -160,14 +163,19 @@ def seeded_noise(config: Config, dit: WanDiT, batch: int = 1) -> BlockNoise:
     return BlockNoise(CounterNoise(7, latent, config.num_frame_per_block), [0] * batch, "cpu")
 
 
-def rollout_x0_by_window(config: Config, dit: WanDiT, text: Any, blocks: int) -> dict:
-    """x_0 of every (window, block) of inference."""
+def rollout_x0_by_window(
+    config: Config, dit: WanDiT, text: Any, blocks: int, given: Tensor | None = None
+) -> dict:
+    """x_0 of every (window, block) of inference, which goes on from latents that are `given`."""
     from pipeline.text_to_video import VideoPipeline
 
     pipe = VideoPipeline(Setup.of(config, sizes=dit.config), dit)
     frames = blocks * config.num_frame_per_block
     stream = pipe._latent_stream(
-        torch.zeros(1, 1, dit.config.text_dim), num_latent_frames=frames, seed=7
+        torch.zeros(1, 1, dit.config.text_dim),
+        num_latent_frames=frames,
+        seed=7,
+        prefix=None if given is None else Prefix(given),
     )
     stream.rollout.text = text
     found = {}
@@ -190,6 +198,32 @@ def test_rolling_training_gives_inference_latents_for_every_r(
     for block, x0 in enumerate(output.split(3, dim=1)):
         window = next(w for w in range(block, block + 5) if w % 5 == exit_level)
         assert torch.equal(x0, inference[window, block])
+
+
+@pytest.mark.parametrize("blocks", [7, 9])
+@pytest.mark.parametrize(("schedule", "exit_level"), [("rolling", 0), ("rolling", 3), ("block", 4)])
+def test_a_rollout_goes_on_from_a_true_block_as_inference_does(
+    schedule: Any, exit_level: int, blocks: int, rolling: Config
+) -> None:
+    """Also where its block has left the attention."""
+    config = replace(rolling, method=None, schedule=schedule)
+    dit = random_dit(3)
+    torch.manual_seed(2)
+    text, given = (
+        dit.encode_text(torch.randn(1, 4, dit.config.text_dim)),
+        torch.randn(1, 3, 16, 4, 6),
+    )
+    inference = rollout_x0_by_window(config, dit, text, blocks, given)
+    plan = RolloutDraw(schedule, blocks, (exit_level,) * blocks, given=1)
+    noise = seeded_noise(config, dit)
+    output = rolled(config, dit, text, noise, plan, grad=False, prefix=given)
+    first, *made = output.split(3, dim=1)
+    assert torch.equal(first, given)
+    for number, x0 in enumerate(made):
+        window = 5 * number + exit_level
+        if schedule == "rolling":
+            window = next(w for w in range(number, number + 5) if w % 5 == exit_level)
+        assert torch.equal(x0, inference[window, number + 1])
 
 
 @pytest.mark.parametrize("exit_level", range(4))
@@ -333,6 +367,8 @@ REPLAYED: dict[str, tuple[RolloutDraw, dict[str, Any]]] = {
     "rolling, sink at its distance": (RolloutDraw("rolling", 10, (4,) * 10), SINKS[2]),
     "rolling, averaged": (RolloutDraw("rolling", 10, (2,) * 10), OPTIONS),
     "block, averaged": (RolloutDraw("block", 11, (1,) * 11), OPTIONS),
+    "rolling, from a true block": (RolloutDraw("rolling", 9, (3,) * 9, given=1), {}),
+    "block, from a true block": (RolloutDraw("block", 4, (2,) * 4, given=1), {}),
 }
 
 
@@ -352,8 +388,9 @@ def test_replayed_gradients_are_those_of_one_graph(
         dit.gradient_checkpointing = checkpointing
         torch.manual_seed(1)
         text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
-        noise = seeded_noise(config, dit)
-        video = rolled(config, dit, text, noise, plan, grad=True, replayed=replayed)
+        noise, true = seeded_noise(config, dit), torch.randn(1, 3, 16, 4, 6)
+        options = {"prefix": true} if plan.given else {}
+        video = rolled(config, dit, text, noise, plan, grad=True, replayed=replayed, **options)
         (video[:, -9:] * torch.randn(1, 9, 16, 4, 6)).sum().backward()
         videos.append(video.detach())
         gradients.append({name: p.grad for name, p in dit.named_parameters()})
@@ -482,6 +519,33 @@ def test_plan_is_a_function_of_seed_and_update(rolling: Config) -> None:
     assert {plan.num_blocks for plan in plans} == {7, 8, 9}
     assert {plan.exit_levels[0] for plan in plans} == set(range(5))
     assert all(len(set(plan.exit_levels)) == 1 for plan in plans)
+
+
+def test_a_share_of_the_rollouts_goes_on_from_true_blocks(rolling: Config) -> None:
+    """All else is drawn as without; a clip of one block alone would have nothing to score."""
+    layout, shares = layout_of(rolling), (0.0, 0.4, 1.0)
+    plans = []
+    for share in shares:
+        recipe = rollout_recipe(replace(rolling, true_prefix_probability=share))
+        plans.append([recipe.draw(layout, update) for update in range(400)])
+    for share, made in zip(shares, plans, strict=True):
+        assert [replace(plan, given=0) for plan in made] == plans[0]
+        assert np.mean([plan.given for plan in made]) == pytest.approx(share, abs=0.06)
+    one_block = replace(rolling, true_prefix_probability=0.5, image_or_video_shape=[1, 3, 16, 4, 6])
+    with pytest.raises(UserError, match="true_prefix_probability needs more"):
+        rollout_recipe(one_block).draw(layout, 0)
+
+
+def test_true_frames_do_not_count() -> None:
+    """Of a clip that is the end of a longer rollout those alone that are left in it."""
+    latents = torch.arange(12.0).view(1, 12, 1, 1, 1)
+    for given, before in ((3, 0), (6, 3), (6, 1), (3, 3)):
+        scored = 12 - before
+        clip, counts = scored_clip(latents, None, scored=scored, block_frames=3, given=given)
+        assert torch.equal(clip, latents[:, before:])
+        assert counts is not None
+        uncounted = max(given - before, 3 if before else 0)
+        assert counts.tolist() == [False] * uncounted + [True] * (scored - uncounted)
 
 
 @pytest.mark.parametrize("longest", [24, 25, 26])

@@ -393,10 +393,10 @@ def test_a_rollout_serves_critic_updates_until_the_student_moves(
                 seen.append((player, tuple(batch["prompt"]), tuple(times)))
             return result
 
-        def counted(embeddings: Tensor, draws: Draws, *, grad: bool) -> Any:
+        def counted(embeddings: Tensor, draws: Draws, *, grad: bool, prefix: Tensor | None) -> Any:
             if not grad:
                 made.append(trainer.step)
-            return rollout(embeddings, draws, grad=grad)
+            return rollout(embeddings, draws, grad=grad, prefix=prefix)
 
         task.loss, task._rollout = watched, counted  # type: ignore[method-assign]
         shares = [task.flops("critic", Draws(0, 2 * step + 1, (0,))) for step in range(3)]
@@ -471,6 +471,32 @@ def test_the_guard_of_motion_adds_the_error_on_true_clips(
     with (
         pytest.raises(UserError, match="holds no latents"),
         trainer_of(training_world, tmp_path, motion_guard_weight=0.5),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("player", ["generator", "critic"])
+def test_rollouts_go_on_from_the_first_block_of_their_clip(
+    player: str, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """It is scored with what follows, and no gradient is asked of it."""
+    changes = {"true_prefix_probability": 1.0, "data_path": str(training_world.latents)}
+    changes |= {"num_training_frames": FRAMES}
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        task = trainer.task
+        assert isinstance(task, Distillation)
+        batch, draws, _ = trainer.batches[player].micro_batch(0, Draws(0, 2, ()))
+        cond, prefix = task.text(batch["prompt"]), task._prefix(batch, draws)
+        clip = task._rollout(cond, draws, grad=player == "generator", prefix=prefix)
+        assert task.layout.start(clip.drawn.shared.num_blocks) == FRAMES
+        assert torch.equal(clip.latents[:, :1], batch["latents"][:, :1])
+        assert clip.counts is not None
+        assert clip.counts.tolist() == [False, True, True]
+        assert not torch.equal(clip.latents[:, 1:], batch["latents"][:, 1:])
+        assert task.loss(player, batch, draws).loss.isfinite()
+    with (
+        pytest.raises(UserError, match="holds no latents"),
+        trainer_of(training_world, tmp_path, true_prefix_probability=0.5),
     ):
         pass
 

@@ -230,16 +230,18 @@ class GeneratorTask(Task):
         blocks = self.layout.blocks_for(drawn.shape[1])
         return block_levels(drawn, [self.layout.start(block) for block in range(blocks)])
 
-    def _latents(self, batch: Batch) -> Tensor:
+    def _latents(self, batch: Batch, frames: int | None = None) -> Tensor:
         """Clean latents of a batch `[B, F, C, h, w]`, encoded here if the data are videos.
 
-        Of stored latents the first frames, if they are more than the config's.
+        The first `frames` of them, by default as many as the config says.
         """
+        frames = frames or self.frames
         if "latents" in batch:
-            return to_device(batch["latents"][:, : self.frames], self.world.device)
+            return to_device(batch["latents"][:, :frames], self.world.device)
         assert self.vae is not None, "load_raw_video loads it"
         with self.timer.phase("encode"):
-            return self.vae.encode(self._video(batch)).float()
+            video = self._video(batch)[:, : self.shape.video_frames(frames)]
+            return self.vae.encode(video).float()
 
     def _parallel_context(self, *, teacher_forcing: bool = False) -> AttentionContext:
         """Block-causal attention of parallel training."""
@@ -268,4 +270,5 @@ def rollout_recipe(config: Config) -> RolloutRecipe:
         same_step_across_blocks=config.same_step_across_blocks,
         scored_clip=config.scored_clip,
         same_step_across_videos=config.same_step_across_videos,
+        true_prefix_probability=config.true_prefix_probability,
     )

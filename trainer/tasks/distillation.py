@@ -45,6 +45,11 @@ class Clip:
     cond: Tensor
 
 
+def reads_clips(config: Config) -> bool:
+    """Whether a distillation needs true clips, not their prompts alone."""
+    return config.motion_guard_weight > 0 or config.true_prefix_probability > 0
+
+
 class Distillation(GeneratorTask):
     """DMD on self-rollouts: every step updates the critic, every n-th first the generator."""
 
@@ -73,9 +78,9 @@ class Distillation(GeneratorTask):
 
     @classmethod
     def check_data(cls, config: Config, setup: Setup, data: Dataset) -> None:
-        """See `Task`: the guard of motion also reads the clips that are trained on."""
+        """See `Task`: some options also read the clips that are trained on."""
         super().check_data(config, setup, data)
-        if config.motion_guard_weight:
+        if reads_clips(config):
             check_latents(config, setup, data)
 
     def due(self, step: int) -> Sequence[str]:
@@ -129,7 +134,8 @@ class Distillation(GeneratorTask):
 
     def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
         """See `Task`: on rollouts of its own."""
-        clip = self._rollout(self._embedded(batch["prompt"]), draws, grad=False)
+        cond, prefix = self._embedded(batch["prompt"]), self._prefix(batch, draws)
+        clip = self._rollout(cond, draws, grad=False, prefix=prefix)
         return self._critic_loss(clip, draws)
 
     def _first_use(self, draws: Draws) -> Draws:
@@ -186,7 +192,7 @@ class Distillation(GeneratorTask):
     def _needs_vae(self) -> bool:
         longest = rollout_recipe(self.config).longest_frames(self.layout)
         reencodes = self.config.reencode_first_frame and longest > self.frames
-        return reencodes or (self.config.motion_guard_weight > 0 and super()._needs_vae())
+        return reencodes or (reads_clips(self.config) and super()._needs_vae())
 
     def _drawn(self, draws: Draws) -> BatchDraw:
         """The rollouts of a batch."""
@@ -194,7 +200,14 @@ class Distillation(GeneratorTask):
             self.layout, draws.update, draws.indices, alone=self.world.size == 1
         )
 
-    def _rollout(self, cond: Tensor, draws: Draws, *, grad: bool) -> Clip:
+    def _prefix(self, batch: Batch, draws: Draws) -> Tensor | None:
+        """Latents of the true frames that the rollouts go on from `[B, n, C, h, w]`; None: none."""
+        given = self.layout.start(self._drawn(draws).shared.given)
+        return self._latents(batch, given) if given else None
+
+    def _rollout(
+        self, cond: Tensor, draws: Draws, *, grad: bool, prefix: Tensor | None = None
+    ) -> Clip:
         source = TrainingNoise(
             draws.seed,
             draws.update,
@@ -217,14 +230,17 @@ class Distillation(GeneratorTask):
                 scored_frames=self.frames,
                 grad=grad,
                 replayed=self.config.replayed_backward,
+                prefix=prefix,
                 before_window=self.look,
             )
-            with self.timer.phase("reencode") if self.vae else nullcontext():
+            vae = self.vae if self.config.reencode_first_frame else None
+            with self.timer.phase("reencode") if vae else nullcontext():
                 clip, counts = scored_clip(
                     latents,
-                    self.vae,
+                    vae,
                     scored=self.frames,
                     block_frames=self.layout.frames(0),
+                    given=0 if prefix is None else prefix.shape[1],
                 )
         return Clip(clip, counts, drawn, cond)
 
@@ -258,7 +274,7 @@ class Distillation(GeneratorTask):
         both = self._with_negative(cond)
         # What is made first is differentiated last: a replay finds no other pass under way.
         guard = self._guard(batch, cond, draws) if self.config.motion_guard_weight else None
-        clip = self._rollout(cond, draws, grad=True)
+        clip = self._rollout(cond, draws, grad=True, prefix=self._prefix(batch, draws))
         timesteps, noise = self._score_inputs(clip, draws)
         samples, drawn = clip.latents.detach(), clip.drawn.shared
         self.look()
@@ -312,7 +328,8 @@ class Distillation(GeneratorTask):
         self.clips = {made: clip for made, clip in self.clips.items() if made[0] == first.update}
         if key in self.clips:
             return self.clips[key]
-        clip = self._rollout(self._embedded(batch["prompt"]), first, grad=False)
+        cond, prefix = self._embedded(batch["prompt"]), self._prefix(batch, first)
+        clip = self._rollout(cond, first, grad=False, prefix=prefix)
         if self.config.critic_updates_per_rollout > 1:
             self.clips[key] = clip
         return clip
