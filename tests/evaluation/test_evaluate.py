@@ -133,6 +133,7 @@ def test_a_model_is_measured_and_the_file_says_how(tiny_world, tmp_path, capsys)
     assert "VBench is not installed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tiny_world, tmp_path, monkeypatch):
     given = [*model(tiny_world), "--prompts", 2, "--seeds", 2, "--seconds", 1, "--json"]
     assert evaluate(*given, tmp_path / "whole.json") == 0

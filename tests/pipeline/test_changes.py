@@ -580,6 +580,7 @@ def test_an_error_within_a_step_leaves_the_stream_before_it(
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_merged_clean_passes_move_the_last_bits_at_most(tiny_world: TinyWorld) -> None:
     """Through every policy, a blend, a seed, what is made anew, and the tries after an error."""
 

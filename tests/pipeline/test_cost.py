@@ -170,6 +170,7 @@ def live():
     return len(tensors), sum(storages.values()), len(objects)
 
 
+@pytest.mark.slow
 def test_thirty_blocks_leave_nothing_behind(tmp_path):
     """Latents, decoder features, noise, views, rotations: nothing grows with the video."""
     stream = steady_stream(tiny_pipeline(tmp_path))

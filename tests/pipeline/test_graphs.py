@@ -156,6 +156,7 @@ def directed(dit: WanDiT, name: str, merged: bool) -> Iterator[Tensor]:
     yield from (latents_of for _, latents_of in islice(latents, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_changes_of_prompt_equal_eager_and_compile_nothing(

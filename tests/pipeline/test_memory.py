@@ -195,6 +195,7 @@ def test_every_command_tells_it(error: Exception, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.startswith("error: there is too little memory")
 
 
+@pytest.mark.slow
 def test_what_would_fit_is_said_where_memory_ended(
     tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def measured(world: TinyWorld, *overrides: str) -> Quality:
     )
 
 
+@pytest.mark.slow
 def test_what_eight_bits_lose(tiny_world: TinyWorld) -> None:
     """A cache in float8 loses nothing before it is read; linear layers lose from the start."""
     cache, linear = (measured(tiny_world, own) for own in BOTH[::-1])

@@ -137,7 +137,13 @@ def directed(pipe: VideoPipeline) -> Session:
     return session
 
 
-@pytest.mark.parametrize("overrides", [[], GUIDED], ids=["distilled", "guided"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([], id="distilled"),
+        pytest.param(GUIDED, id="guided", marks=pytest.mark.slow),
+    ],
+)
 def test_a_session_is_directed_saved_and_branched_alike(
     vae: WanVAE, two: Teamwork, overrides: list[str], tmp_path: Path
 ) -> None:

@@ -196,6 +196,7 @@ def later(call, seconds):
     return called
 
 
+@pytest.mark.slow
 def test_a_slow_part_is_in_its_own_row(pipe, monkeypatch):
     """Delays that are longer than what the part takes by itself."""
     pipe.dit.register_forward_hook(later(lambda *_: None, 0.03))
@@ -228,6 +229,7 @@ def test_decoding_is_timed_on_the_device_that_decodes(pipe, monkeypatch):
     assert [len(measured.parts[name]) for name in ("window", "decode", "copy")] == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_keep_up_slows_its_blocks(pipe, monkeypatch, tmp_path):
     """The wait for the encoder was in no interval, so a slow one was as fast as none."""
     monkeypatch.setattr(VideoWriter, "write", later(VideoWriter.write, 0.1))

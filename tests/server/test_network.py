@@ -156,6 +156,7 @@ def garbage_port(tmp_path_factory):
         yield port
 
 
+@pytest.mark.slow
 def test_client_that_vanishes(tmp_path):
     """It keeps its session for a while, so that it can come back; then the session is closed."""
     engine = FakeEngine()
@@ -173,6 +174,7 @@ def test_client_that_vanishes(tmp_path):
         assert engine.sessions[0].closed
 
 
+@pytest.mark.slow
 def test_half_open_socket(tmp_path):
     """It answers no ping: whoever is gone without a word is noticed."""
     app = fake_app(tmp_path, idle_seconds=0.5)

@@ -84,6 +84,7 @@ def test_each_training_comes_once_and_before_what_needs_it(tmp_path):
         assert m.protocol.times == (60 if m.row.core and m.protocol.given else 12)
 
 
+@pytest.mark.slow
 def test_all_distillations_take_as_many_operations(tmp_path):
     """Equal updates are not equal work: three levels make cheaper ones than five."""
     shipped = touch(tmp_path / "shipped", *STARTS)
@@ -101,6 +102,7 @@ def test_all_distillations_take_as_many_operations(tmp_path):
     assert f"{total / 200e9 / 3600:.1f} h at 100 GFLOP/s in each of 2 processes" in text
 
 
+@pytest.mark.slow
 def test_another_config_is_another_training(tmp_path):
     """What ships is used for nothing but the config that it was trained with."""
     shipped = touch(tmp_path / "shipped", *STARTS, REFERENCE)
@@ -123,6 +125,7 @@ def test_another_config_is_another_training(tmp_path):
     assert len(set.union(*found)) == len(found)
 
 
+@pytest.mark.slow
 def test_longer_rollouts_are_trained_for_each_sink(tmp_path):
     """A sink that training rollouts can see is another training, for the core's four rows too."""
     shipped = touch(tmp_path / "shipped", *STARTS)
@@ -301,6 +304,7 @@ def test_two_rows_are_measured_once_and_told_from_what_is_stored(bench, capsys):
     assert (bench.root / "images" / "drift.png").is_file()
 
 
+@pytest.mark.slow
 def test_other_weights_scenes_and_settings_are_measured_anew(bench, caplog):
     """More scenes are added to what is there; fewer are there already."""
     assert bench(*BOTH) == 0
@@ -320,6 +324,7 @@ def test_other_weights_scenes_and_settings_are_measured_anew(bench, caplog):
     assert "Rolling Forcing, no sink¹" not in (bench.out / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_stored_results_need_no_weights_that_were_trained(bench, capsys):
     """A checkout has results of trainings whose weights do not ship: they are not made again."""
     assert bench(*BOTH) == 0
@@ -349,6 +354,7 @@ def test_the_cost_alone(bench, capsys):
     assert "4 of 4 videos are left" in said
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(bench, monkeypatch):
     run = build.run_command
 
@@ -365,6 +371,7 @@ def test_a_stopped_run_goes_on(bench, monkeypatch):
     assert bench.ran == PARTS[1:]
 
 
+@pytest.mark.slow
 def test_a_failure_stops_only_what_needs_it(bench, monkeypatch, capsys):
     (bench.root / "shapes_rolling_no_sink.pt").unlink()
     run = build.run_command
@@ -386,6 +393,7 @@ def test_a_failure_stops_only_what_needs_it(bench, monkeypatch, capsys):
     assert "| Rolling Forcing¹" in (bench.out / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_ship_are_trained_to_the_end(bench, tmp_path, monkeypatch, capsys):
     """The weights measured are the averaged ones of the last checkpoint."""
     world = write_training_world(tmp_path / "world")

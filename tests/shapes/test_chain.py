@@ -259,6 +259,7 @@ def test_a_stopped_chain_goes_on_where_it_was(
     assert len(ran) == 3, "nothing is left to do"
 
 
+@pytest.mark.slow
 def test_a_changed_config_is_another_stage(
     rehearse: Callable[..., Rehearsal], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -194,6 +194,7 @@ def test_the_next_commands_use_the_model_that_ships() -> None:
     assert (args.config_path, args.checkpoint_path) == (demo.CONFIG, demo.CHECKPOINT)
 
 
+@pytest.mark.slow
 def test_repeated_it_says_where_everything_is_and_overwrites_if_told(
     tiny_demo: Demo, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ def test_frames_are_those_of_the_video_so_long_after_the_prefix(tiny_world):
     assert np.array_equal(strip[:, 32:], video[8 + 32])
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn_from_what_is_stored(tmp_path, monkeypatch, tiny_world):
     """Without weights too, where its frames were made before; other seconds are made anew."""
     for row in ORDER:

@@ -167,6 +167,7 @@ def test_a_damaged_state_is_told_and_runs_no_code(tmp_path: Path, damage: Any) -
     assert not (newest.parent / "ran").exists()
 
 
+@pytest.mark.slow
 def test_the_state_before_a_damaged_one_is_gone_on_from(
     training_world: TrainingWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

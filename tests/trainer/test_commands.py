@@ -187,6 +187,7 @@ def test_a_loss_that_is_not_finite_ends_with_1(
     assert list((tmp_path / "run").glob("emergency_*/diagnosis.json"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_data_yet(
     training_world: TrainingWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,7 @@ def test_weights_are_as_published_and_safetensors_on_request(
     assert names == {"model.pt", "generator.safetensors", "generator_ema.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_an_export_does_not_end_the_training(
     training_world: TrainingWorld,
     tmp_path: Path,

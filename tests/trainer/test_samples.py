@@ -88,6 +88,7 @@ def test_the_average_is_what_every_layer_computes_with(
     assert not torch.equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["ema", "live"])
 def test_samples_are_of_the_average_unless_asked_otherwise(
     weights: str, training_world: TrainingWorld, tmp_path: Path

@@ -146,6 +146,7 @@ def test_large_networks_are_not_gathered_by_themselves(
             assert stays_gathered(config, dit) is expected
 
 
+@pytest.mark.slow
 def test_gathered_or_not_a_training_is_the_same(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:

@@ -68,7 +68,7 @@ def signalled(phase: str, time: int, monkeypatch: pytest.MonkeyPatch) -> Iterato
     assert entered.count(phase) >= time
 
 
-SLOW = [("save", 1), ("rollout", 4), ("samples", 1)]
+SLOW = [("save", 1), ("rollout", 4), ("samples", 1), ("optimiser", 1)]
 LONG = [
     *((phase, 1) for phase in ("data", "backward", "export")),
     *(("scores", 6), ("optimiser", 2), ("heldout", 2)),
@@ -79,7 +79,6 @@ LONG = [
     ("phase", "time"),
     [
         ("rollout", 1),
-        ("optimiser", 1),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
         *(pytest.param(*case, marks=pytest.mark.long) for case in LONG),
     ],

@@ -84,6 +84,7 @@ def losses(trainer: Trainer, item: dict[str, Any], update: int, samples: int = 1
         return trainer.task.loss("generator", batch, draws).loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", SWITCHES)
 def test_flow_matching_learns_a_video(
     mode: str, training_world: TrainingWorld, tmp_path: Path

@@ -174,6 +174,7 @@ def test_steps_that_give_nothing_new_are_passed_over(
         steps.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_what_cannot_run_here_is_counted(
     asked: bool,

@@ -267,6 +267,7 @@ def test_what_cannot_be_written_is_told_before_weights_are_loaded(
         train(training_world.config(tmp_path), run)
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_by_the_names_of_its_keys(
     training_world: TrainingWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -346,6 +347,7 @@ def test_a_finished_run_started_again_does_nothing(
     assert course(tmp_path / "run") == lines
 
 
+@pytest.mark.slow
 def test_weights_that_a_kill_kept_from_being_exported_are_when_the_run_goes_on(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def test_a_broken_update_is_drawn_anew_and_the_state_remembers_it(
     assert course(tmp_path / "twice") == course(tmp_path / "once")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "broken", "reason"),
     [
@@ -115,6 +116,7 @@ def test_the_same_command_goes_on_with_other_draws(
     assert "diagnosis.json is not as it was written" in caplog.text
 
 
+@pytest.mark.slow
 def test_every_batch_but_the_first_of_each_player_is_read_ahead(
     training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

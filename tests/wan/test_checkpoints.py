@@ -441,6 +441,7 @@ def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_only_the_chosen_network_is_read(large_file: Path) -> None:
     """Guards against reading the whole file, or holding a network twice.
