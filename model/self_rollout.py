@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.passes import Plan
+from pipeline.prefix import by_block
 from pipeline.rollout import Rollout, WindowResult
 from pipeline.sampling import BlockNoise, Renoise, StepRule
 from pipeline.schedule import BlockLayout, Window
@@ -35,15 +36,15 @@ class RolloutDraw:
     """What one rollout does: a pure function of (seed, update), and with own levels of the video.
 
     `exit_levels`: r of each block; all the same in a rolling rollout. `scored_end`: the scored clip
-    ends with this many blocks, and what comes after is not run; None: with the last one. `given`:
-    blocks of a true clip that it goes on from.
+    ends with this many blocks, and what comes after is not run; None: with the last one.
+    `given_blocks`: how many of a true clip it goes on from.
     """
 
     schedule: Literal["rolling", "block"]
     num_blocks: int
     exit_levels: tuple[int, ...]
     scored_end: int | None = None
-    given: int = 0
+    given_blocks: int = 0
 
     @property
     def end(self) -> int:
@@ -73,6 +74,15 @@ class BatchDraw:
     def of(cls, drawn: RolloutDraw) -> "BatchDraw":
         """One r for all."""
         return cls((drawn,), (drawn,))
+
+    @property
+    def from_noise(self) -> "BatchDraw":
+        """The same without given blocks."""
+        rows, together = (
+            tuple(replace(drawn, given_blocks=0) for drawn in part)
+            for part in (self.rows, self.together)
+        )
+        return BatchDraw(rows, together)
 
     @property
     def shared(self) -> RolloutDraw:
@@ -148,8 +158,8 @@ class RolloutRecipe:
             blocks, end = most, blocks
         levels = self._levels(draw, blocks, rolling)
         kind: Literal["rolling", "block"] = "rolling" if rolling else "block"
-        given = int(draw.random() < self.true_prefix_probability)
-        return RolloutDraw(kind, blocks, levels, end, given)
+        given_blocks = int(draw.random() < self.true_prefix_probability)
+        return RolloutDraw(kind, blocks, levels, end, given_blocks)
 
     def draw_batch(
         self, layout: BlockLayout, update: int, rows: Sequence[int], *, alone: bool
@@ -191,7 +201,9 @@ def passes_of(setup: Setup, drawn: RolloutDraw) -> Plan:
     if drawn.schedule == "block":
         levels = tuple(level + 1 for level in drawn.exit_levels)
     return setup.plan(
-        setup.schedule(drawn.num_blocks, drawn.given, kind=drawn.schedule, block_levels=levels)
+        setup.schedule(
+            drawn.num_blocks, drawn.given_blocks, kind=drawn.schedule, block_levels=levels
+        )
     )
 
 
@@ -216,7 +228,8 @@ def self_rollout(
 ) -> Tensor:
     """The student's video `[B, F, C, h, w]` up to the end of the scored clip, float32.
 
-    `prefix` `[B, n, C, h, w]`: clean latents of the blocks that are given, its first frames.
+    `prefix` `[B, n, C, h, w]`: clean latents of the blocks that are given, its first frames;
+    ValueError if it holds more or fewer than were drawn.
 
     With `grad`, windows that touch the last `scored_frames` of these frames carry gradient; all
     others have their output too, without. A graph of all of them waits for the backward pass, with
@@ -225,6 +238,8 @@ def self_rollout(
     `before_window` raises ends it.
     """
     course = _Course(setup, _batch(drawn), scored_frames, prefix, before_window)
+    if (held := len(course.prefix_blocks)) != course.drawn.given_blocks:
+        raise ValueError(f"{held} blocks are given, not {course.drawn.given_blocks}")
     if grad and replayed:
         anchor = torch.zeros((), requires_grad=True)  # the weights are no inputs of the function
         video: Tensor = _Replayed.apply(course, dit, noise, anchor, *text.keys, *text.values)
@@ -288,16 +303,13 @@ class _Course:
             noise=noise,
             rule=rule,
             recent_frames=self.setup.layout.start(self.drawn.end) if keeps_all else None,
-            prefix=self.given,
+            prefix=self.prefix_blocks,
         )
 
     @property
-    def given(self) -> list[Tensor]:
-        """Clean latents of the blocks that are given, one by one."""
-        if self.prefix is None:
-            return []
-        layout = self.setup.layout
-        return list(self.prefix.split([layout.frames(b) for b in range(self.drawn.given)], dim=1))
+    def prefix_blocks(self) -> list[Tensor]:
+        """Clean latents of the given blocks, one by one."""
+        return [] if self.prefix is None else by_block(self.prefix, self.setup.layout)
 
     def results(
         self, rollout: Rollout, *, grad: bool = False, before: int | None = None
@@ -329,8 +341,8 @@ class _Course:
 
     def video(self, outputs: Mapping[int, Tensor]) -> Tensor:
         """`[B, F, C, h, w]` of the given blocks and of outputs by block."""
-        made = [outputs[block] for block in range(self.drawn.given, self.drawn.end)]
-        return torch.cat([*self.given, *made], dim=1)
+        made = [outputs[block] for block in range(self.drawn.given_blocks, self.drawn.end)]
+        return torch.cat([*self.prefix_blocks, *made], dim=1)
 
 
 class _Replayed(torch.autograd.Function):
@@ -416,21 +428,21 @@ class _StopEach:
 
 
 def scored_clip(
-    latents: Tensor, vae: WanVAE | None, *, scored: int, block_frames: int, given: int = 0
+    latents: Tensor, vae: WanVAE | None, *, scored: int, block_frames: int, given_frames: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """The last `scored` frames, and which of them count `[scored]` (None: all).
 
-    The first `given` frames of the video are true and do not count.
+    The first `given_frames` of the video are true and do not count.
 
     A longer video's clip has to look like the start of one: its first frame is replaced by the
     re-encoded image of that moment (one latent frame is one video frame there), and its first
     block, of `block_frames` frames, does not count. Without a VAE the frame is left as it is.
     """
     before = latents.shape[1] - scored
-    if not before and not given:
+    if not before and not given_frames:
         return latents, None
     counts = torch.ones(scored, dtype=torch.bool, device=latents.device)
-    counts[: max(block_frames if before else 0, given - before)] = False
+    counts[: max(block_frames if before else 0, given_frames - before)] = False
     if not before:
         return latents, counts
     clip = latents[:, -scored:]

@@ -25,7 +25,7 @@ _SERVER.set_forkserver_preload(["tests.ranks", "tests.tiny_training"])
 def on_ranks(size: int, work: Callable[[World], Any], *, nodes: int = 1) -> list[Any]:
     """What `work`, which can be pickled, gives on each of `size` ranks, or what it raises there.
 
-    TimeoutError, with the place where each rank was, if one has not ended in time.
+    ChildProcessError, with exit codes and where ranks were, if one has not ended in time.
     """
     with TemporaryDirectory() as folder, store_of_ranks() as address:
         files = [Path(folder) / str(rank) for rank in range(size)]
@@ -41,10 +41,13 @@ def on_ranks(size: int, work: Callable[[World], Any], *, nodes: int = 1) -> list
             ranks.append(_SERVER.Process(target=_be_a_rank, args=(work, variables | address, file)))
             ranks[-1].start()
         for process in ranks:
+            process.join(SECONDS + 30)
+            process.kill()
             process.join()
         if not all(file.exists() for file in files):
-            places = [file.with_suffix(".txt").read_text(encoding="utf-8") for file in files]
-            raise TimeoutError("\n".join(places))
+            texts = [file.with_suffix(".txt") for file in files]
+            places = [text.read_text(encoding="utf-8") for text in texts if text.exists()]
+            raise ChildProcessError("\n".join([str([p.exitcode for p in ranks]), *places]))
         return [pickle.loads(file.read_bytes()) for file in files]
 
 
@@ -55,7 +58,8 @@ def _be_a_rank(work: Callable[[World], Any], variables: dict[str, str], file: Pa
         faulthandler.dump_traceback_later(SECONDS, exit=True, file=places)
         try:
             with open_world("cpu") as world:
-                given = work(world)
+                given = pickle.dumps(work(world))
         except BaseException as error:
-            given = error
-        file.write_bytes(pickle.dumps(given))
+            given = pickle.dumps(error)
+        file.write_bytes(given)
+        faulthandler.cancel_dump_traceback_later()

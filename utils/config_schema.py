@@ -444,8 +444,8 @@ class Config:
     )
     true_prefix_probability: float = key(
         0.0,
-        "share of the rollouts that go on from the first block of their true clip, which is not "
-        "scored; needs latents or videos",
+        "distillation: share of the updates whose rollouts go on from the first block of their "
+        "true clips, for which the student gets no gradient; needs latents or videos",
         "weights",
         bounds=SHARE,
     )

@@ -214,7 +214,7 @@ def test_a_rollout_goes_on_from_a_true_block_as_inference_does(
         torch.randn(1, 3, 16, 4, 6),
     )
     inference = rollout_x0_by_window(config, dit, text, blocks, given)
-    plan = RolloutDraw(schedule, blocks, (exit_level,) * blocks, given=1)
+    plan = RolloutDraw(schedule, blocks, (exit_level,) * blocks, given_blocks=1)
     noise = seeded_noise(config, dit)
     output = rolled(config, dit, text, noise, plan, grad=False, prefix=given)
     first, *made = output.split(3, dim=1)
@@ -367,8 +367,8 @@ REPLAYED: dict[str, tuple[RolloutDraw, dict[str, Any]]] = {
     "rolling, sink at its distance": (RolloutDraw("rolling", 10, (4,) * 10), SINKS[2]),
     "rolling, averaged": (RolloutDraw("rolling", 10, (2,) * 10), OPTIONS),
     "block, averaged": (RolloutDraw("block", 11, (1,) * 11), OPTIONS),
-    "rolling, from a true block": (RolloutDraw("rolling", 9, (3,) * 9, given=1), {}),
-    "block, from a true block": (RolloutDraw("block", 4, (2,) * 4, given=1), {}),
+    "rolling, from a true block": (RolloutDraw("rolling", 9, (3,) * 9, given_blocks=1), {}),
+    "block, from a true block": (RolloutDraw("block", 4, (2,) * 4, given_blocks=1), {}),
 }
 
 
@@ -389,7 +389,7 @@ def test_replayed_gradients_are_those_of_one_graph(
         torch.manual_seed(1)
         text = dit.encode_text(torch.randn(1, 4, dit.config.text_dim))
         noise, true = seeded_noise(config, dit), torch.randn(1, 3, 16, 4, 6)
-        options = {"prefix": true} if plan.given else {}
+        options = {"prefix": true} if plan.given_blocks else {}
         video = rolled(config, dit, text, noise, plan, grad=True, replayed=replayed, **options)
         (video[:, -9:] * torch.randn(1, 9, 16, 4, 6)).sum().backward()
         videos.append(video.detach())
@@ -529,8 +529,8 @@ def test_a_share_of_the_rollouts_goes_on_from_true_blocks(rolling: Config) -> No
         recipe = rollout_recipe(replace(rolling, true_prefix_probability=share))
         plans.append([recipe.draw(layout, update) for update in range(400)])
     for share, made in zip(shares, plans, strict=True):
-        assert [replace(plan, given=0) for plan in made] == plans[0]
-        assert np.mean([plan.given for plan in made]) == pytest.approx(share, abs=0.06)
+        assert [replace(plan, given_blocks=0) for plan in made] == plans[0]
+        assert np.mean([plan.given_blocks for plan in made]) == pytest.approx(share, abs=0.06)
     one_block = replace(rolling, true_prefix_probability=0.5, image_or_video_shape=[1, 3, 16, 4, 6])
     with pytest.raises(UserError, match="true_prefix_probability needs more"):
         rollout_recipe(one_block).draw(layout, 0)
@@ -539,13 +539,20 @@ def test_a_share_of_the_rollouts_goes_on_from_true_blocks(rolling: Config) -> No
 def test_true_frames_do_not_count() -> None:
     """Of a clip that is the end of a longer rollout those alone that are left in it."""
     latents = torch.arange(12.0).view(1, 12, 1, 1, 1)
-    for given, before in ((3, 0), (6, 3), (6, 1), (3, 3)):
-        scored = 12 - before
-        clip, counts = scored_clip(latents, None, scored=scored, block_frames=3, given=given)
-        assert torch.equal(clip, latents[:, before:])
+    for given, scored, counting in ((3, 12, 9), (6, 12, 6), (6, 11, 6), (6, 9, 6), (3, 9, 6)):
+        clip, counts = scored_clip(latents, None, scored=scored, block_frames=3, given_frames=given)
+        assert torch.equal(clip, latents[:, -scored:])
         assert counts is not None
-        uncounted = max(given - before, 3 if before else 0)
-        assert counts.tolist() == [False] * uncounted + [True] * (scored - uncounted)
+        assert counts.tolist() == [False] * (scored - counting) + [True] * counting
+
+
+def test_a_prefix_is_what_was_drawn(rolling: Config) -> None:
+    dit = random_dit(3)
+    text, noise = dit.encode_text(torch.ones(1, 4, dit.config.text_dim)), seeded_noise(rolling, dit)
+    for given, prefix in ((1, None), (0, torch.zeros(1, 3, 16, 4, 6))):
+        plan = RolloutDraw("rolling", 7, (0,) * 7, given_blocks=given)
+        with pytest.raises(ValueError, match=f"blocks are given, not {given}"):
+            rolled(rolling, dit, text, noise, plan, grad=False, prefix=prefix)
 
 
 @pytest.mark.parametrize("longest", [24, 25, 26])

@@ -27,7 +27,7 @@ from tests.tiny_training import (
     drawn,
     trained_state,
 )
-from trainer.metrics import Timer
+from trainer.metrics import Timer, latent_statistics
 from trainer.sharding import open_world
 from trainer.tasks import Consistency, Distillation, FlowMatching
 from trainer.tasks.base import GeneratorTask
@@ -199,17 +199,24 @@ def test_a_compiled_training_is_the_eager_one(
     assert_close_states(traced, eager)
 
 
-def test_videos_and_their_latents_give_one_loss(
-    training_world: TrainingWorld, tmp_path: Path
-) -> None:
-    videos, latents = tmp_path / "videos", tmp_path / "latents"
-    videos.mkdir()
-    latents.mkdir()
+@pytest.fixture
+def videos(tmp_path: Path) -> dict[str, Any]:
+    """What makes a training one on a folder with one video of `FRAMES` latent frames."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
     frames = (255 * torch.rand(9, 16, 32, 3, generator=torch.Generator().manual_seed(1))).byte()
-    with VideoWriter(videos / "a.mp4", 16) as writer:
+    with VideoWriter(folder / "a.mp4", 16) as writer:
         writer.write(frames.numpy())
-    (videos / "a.txt").write_text("the sea", encoding="utf-8")
-    raw = training_world.flow(data_path=str(videos), load_raw_video=True)
+    (folder / "a.txt").write_text("the sea", encoding="utf-8")
+    return {"data_path": str(folder), "load_raw_video": True}
+
+
+def test_videos_and_their_latents_give_one_loss(
+    training_world: TrainingWorld, videos: dict[str, Any], tmp_path: Path
+) -> None:
+    latents = tmp_path / "latents"
+    latents.mkdir()
+    raw = training_world.flow(**videos)
     with trainer_of(training_world, tmp_path / "raw", **raw) as trainer:
         item = trainer.batches["generator"].dataset[0]
         assert item["prompt"] == "the sea"
@@ -476,30 +483,86 @@ def test_the_guard_of_motion_adds_the_error_on_true_clips(
         pass
 
 
-@pytest.mark.parametrize("player", ["generator", "critic"])
+@pytest.mark.parametrize("longer", [0, 2])
 def test_rollouts_go_on_from_the_first_block_of_their_clip(
-    player: str, training_world: TrainingWorld, tmp_path: Path
+    longer: int, training_world: TrainingWorld, tmp_path: Path
 ) -> None:
-    """It is scored with what follows, and no gradient is asked of it."""
+    """Where it lies in the scored clip it is seen, and no gradient is asked of it."""
     changes = {"true_prefix_probability": 1.0, "data_path": str(training_world.latents)}
-    changes |= {"num_training_frames": FRAMES}
+    changes |= {"num_training_frames": FRAMES + longer, "reencode_first_frame": False}
     with trainer_of(training_world, tmp_path, **changes) as trainer:
         task = trainer.task
         assert isinstance(task, Distillation)
-        batch, draws, _ = trainer.batches[player].micro_batch(0, Draws(0, 2, ()))
+        update = next(
+            n for n in range(99) if drawn(trainer.config, n).num_blocks == FRAMES + longer
+        )
+        batch, draws, _ = trainer.batches["generator"].micro_batch(0, Draws(0, update, ()))
         cond, prefix = task.text(batch["prompt"]), task._prefix(batch, draws)
-        clip = task._rollout(cond, draws, grad=player == "generator", prefix=prefix)
-        assert task.layout.start(clip.drawn.shared.num_blocks) == FRAMES
-        assert torch.equal(clip.latents[:, :1], batch["latents"][:, :1])
+        assert prefix is not None
+        assert torch.equal(prefix, batch["latents"][:, :1])
+        clip = task._rollout(cond, draws, grad=True, prefix=prefix)
+        assert torch.equal(clip.latents[:, :1], prefix) is (longer == 0)
+        assert clip.true_frames == (longer == 0)
         assert clip.counts is not None
         assert clip.counts.tolist() == [False, True, True]
-        assert not torch.equal(clip.latents[:, 1:], batch["latents"][:, 1:])
-        assert task.loss(player, batch, draws).loss.isfinite()
-    with (
-        pytest.raises(UserError, match="holds no latents"),
-        trainer_of(training_world, tmp_path, true_prefix_probability=0.5),
-    ):
-        pass
+        other = task._rollout(cond, draws, grad=False, prefix=prefix + 1)
+        assert not torch.allclose(other.latents[:, 1:], clip.latents[:, 1:], atol=1e-3)
+        metrics = task.loss("generator", batch, draws).metrics
+        assert metrics["rollout/given_blocks"] == 1
+        made = latent_statistics(clip.latents.detach()[:, clip.true_frames :])
+        torch.testing.assert_close(metrics["generated/mean"], made["mean"])
+        assert task.loss("critic", batch, draws).loss.isfinite()
+
+
+def test_true_blocks_of_videos_are_encoded(
+    training_world: TrainingWorld, videos: dict[str, Any], tmp_path: Path
+) -> None:
+    """And the VAE that does so re-encodes no rollout that is to stay as it is."""
+    changes = {**videos, "true_prefix_probability": 1.0, "num_training_frames": FRAMES + 2}
+    with trainer_of(training_world, tmp_path, **changes, reencode_first_frame=False) as trainer:
+        task, config = trainer.task, trainer.config
+        assert isinstance(task, Distillation)
+        assert task.vae is not None
+        update = next(n for n in range(99) if drawn(config, n).num_blocks == FRAMES + 2)
+        batch, draws, _ = trainer.batches["generator"].micro_batch(0, Draws(0, update, ()))
+        whole = task._latents(batch)
+        prefix = task._prefix(batch, draws)
+        assert prefix is not None
+        torch.testing.assert_close(prefix, whole[:, :1])
+        clips = []
+        for vae in (task.vae, None):
+            task.vae = vae
+            clips.append(
+                task._rollout(task.text(batch["prompt"]), draws, grad=False, prefix=prefix)
+            )
+    assert torch.equal(clips[0].latents, clips[1].latents)
+
+
+def test_true_blocks_need_clips_to_train_on(training_world: TrainingWorld, tmp_path: Path) -> None:
+    """Held-out rollouts are from noise, so that their prompts are enough for the loss there."""
+    changes = {"true_prefix_probability": 1.0, "num_training_frames": FRAMES}
+    held = {"heldout_every": 1, "heldout_videos": 2}
+    held |= {"heldout_data_path": str(training_world.prompts)}
+    latents = {"data_path": str(training_world.latents)}
+    with trainer_of(training_world, tmp_path / "held", **changes, **latents, **held) as trainer:
+        task, draws = trainer.task, Draws(0, 0, (0,))
+        assert isinstance(task, Distillation)
+        assert task._drawn(draws).shared.given_blocks == 1
+        assert task.heldout_loss({"prompt": ["grass"]}, draws, 1.0).loss.isfinite()
+    refused = {
+        "holds no latents": changes,
+        "true_prefix_probability needs more": {
+            **changes,
+            **latents,
+            **{"num_frame_per_block": FRAMES, "max_attention_frames": 21},
+        },
+    }
+    for sentence, given in refused.items():
+        with (
+            pytest.raises(UserError, match=sentence),
+            trainer_of(training_world, tmp_path / sentence, **given),
+        ):
+            pass
 
 
 # --- consistency --------------------------------------------------------------------------------
@@ -614,6 +677,16 @@ def test_window_forcing_trains_the_windows_that_a_rollout_ends_with(
                     start, length = start + length, 0
             assert isinstance(context, ForcedContext)
             assert context.views == views
+
+
+def test_window_forcing_has_no_given_blocks(training_world: TrainingWorld, tmp_path: Path) -> None:
+    """Its config may be that of the distillation that follows."""
+    found = []
+    for share in (0.0, 1.0):
+        changes = training_world.flow(**SWITCHES["window forcing"], true_prefix_probability=share)
+        with trainer_of(training_world, tmp_path / f"{share}", **changes) as trainer:
+            found.append(losses(trainer, trainer.batches["generator"].dataset[0], 5))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(

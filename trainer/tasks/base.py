@@ -235,7 +235,7 @@ class GeneratorTask(Task):
 
         The first `frames` of them, by default as many as the config says.
         """
-        frames = frames or self.frames
+        frames = self.frames if frames is None else frames
         if "latents" in batch:
             return to_device(batch["latents"][:, :frames], self.world.device)
         assert self.vae is not None, "load_raw_video loads it"

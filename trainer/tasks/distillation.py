@@ -36,13 +36,14 @@ from wan.flow import add_noise, shift_timesteps
 class Clip:
     """A rollout: `latents` `[B, F, C, h, w]`, and which frames count `[F]` (None: all).
 
-    `cond`: the embeddings `[B, L, dim]` of its prompts.
+    `cond`: the embeddings `[B, L, dim]` of its prompts. The first `true_frames` are of a true clip.
     """
 
     latents: Tensor
     counts: Tensor | None
     drawn: BatchDraw
     cond: Tensor
+    true_frames: int
 
 
 def reads_clips(config: Config) -> bool:
@@ -79,6 +80,7 @@ class Distillation(GeneratorTask):
     @classmethod
     def check_data(cls, config: Config, setup: Setup, data: Dataset) -> None:
         """See `Task`: some options also read the clips that are trained on."""
+        rollout_recipe(config).blocks(setup.layout)
         super().check_data(config, setup, data)
         if reads_clips(config):
             check_latents(config, setup, data)
@@ -133,9 +135,8 @@ class Distillation(GeneratorTask):
         return self._critic_loss(self._shared_clip(batch, draws), draws)
 
     def heldout_loss(self, batch: Batch, draws: Draws, size: float) -> LossResult:
-        """See `Task`: on rollouts of its own."""
-        cond, prefix = self._embedded(batch["prompt"]), self._prefix(batch, draws)
-        clip = self._rollout(cond, draws, grad=False, prefix=prefix)
+        """See `Task`: on rollouts of its own, all from noise, so that runs compare."""
+        clip = self._rollout(self._embedded(batch["prompt"]), draws, grad=False)
         return self._critic_loss(clip, draws)
 
     def _first_use(self, draws: Draws) -> Draws:
@@ -202,8 +203,8 @@ class Distillation(GeneratorTask):
 
     def _prefix(self, batch: Batch, draws: Draws) -> Tensor | None:
         """Latents of the true frames that the rollouts go on from `[B, n, C, h, w]`; None: none."""
-        given = self.layout.start(self._drawn(draws).shared.given)
-        return self._latents(batch, given) if given else None
+        frames = self.layout.start(self._drawn(draws).shared.given_blocks)
+        return self._latents(batch, frames) if frames else None
 
     def _rollout(
         self, cond: Tensor, draws: Draws, *, grad: bool, prefix: Tensor | None = None
@@ -217,6 +218,8 @@ class Distillation(GeneratorTask):
         )
         noise = BlockNoise(source, draws.indices, self.world.device)
         drawn = self._drawn(draws)
+        drawn = drawn.from_noise if prefix is None else drawn
+        given_frames = 0 if prefix is None else prefix.shape[1]
         # With gradient it is the student that is trained, and gathered for the whole update.
         whole = nullcontext() if grad else self.players["generator"].gathered()
         with self.timer.phase("rollout"), torch.set_grad_enabled(grad), whole:
@@ -240,9 +243,10 @@ class Distillation(GeneratorTask):
                     vae,
                     scored=self.frames,
                     block_frames=self.layout.frames(0),
-                    given=0 if prefix is None else prefix.shape[1],
+                    given_frames=given_frames,
                 )
-        return Clip(clip, counts, drawn, cond)
+        true_frames = max(0, given_frames - (latents.shape[1] - self.frames))
+        return Clip(clip, counts, drawn, cond, true_frames)
 
     def _score_inputs(self, clip: Clip, draws: Draws) -> tuple[Tensor, Tensor]:
         """Timesteps `[B, F]` and noise `[B, F, C, h, w]` of the scores."""
@@ -289,8 +293,10 @@ class Distillation(GeneratorTask):
                 guidance_scale=self.config.guidance_scale,
             )
         result = generator_loss(clip.latents, scores, clip.counts)
-        statistics = latent_statistics(samples)
+        statistics = latent_statistics(samples[:, clip.true_frames :])
         shares = {"rolling": float(drawn.schedule == "rolling"), "blocks": drawn.end}
+        if self.config.true_prefix_probability:
+            shares["given_blocks"] = drawn.given_blocks
         metrics = {
             **result.metrics,
             **{f"generated/{name}": value for name, value in statistics.items()},

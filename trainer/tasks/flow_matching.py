@@ -114,7 +114,8 @@ class FlowMatching(GeneratorTask):
     def _windows(self, draws: Draws) -> tuple[Tensor, ForcedContext]:
         """Levels `[F]` and attention of the output windows of one rollout, drawn as in DMD."""
         layout = self.layout
-        recipe = replace(rollout_recipe(self.config), longest=self.frames, seed=draws.seed)
+        recipe = rollout_recipe(self.config)
+        recipe = replace(recipe, longest=self.frames, seed=draws.seed, true_prefix_probability=0.0)
         drawn = recipe.draw(layout, draws.update)
         windows = output_windows(self.setup, drawn)
         blocks = [pair for window in windows for pair in window]
