@@ -163,12 +163,12 @@ class Task(ABC):
         """What makes sample videos of the student as it is, if it can."""
         return None
 
-    def _video(self, batch: Batch) -> Tensor:
-        """Video of a batch `[B, F, 3, H, W]` in [-1, 1]."""
+    def _video(self, batch: Batch, frames: int | None = None) -> Tensor:
+        """Video of a batch `[B, F, 3, H, W]` in [-1, 1]: its first `frames`, by default all."""
         if "video" not in batch:
             raise UserError("the data hold no videos: set data_path to a folder of them")
-        clips = (to_device(torch.as_tensor(clip), self.world.device) for clip in batch["video"])
-        return torch.stack([to_float(clip) for clip in clips])
+        clips = (torch.as_tensor(clip)[:frames] for clip in batch["video"])
+        return torch.stack([to_float(to_device(clip, self.world.device)) for clip in clips])
 
 
 class GeneratorTask(Task):
@@ -240,7 +240,7 @@ class GeneratorTask(Task):
             return to_device(batch["latents"][:, :frames], self.world.device)
         assert self.vae is not None, "load_raw_video loads it"
         with self.timer.phase("encode"):
-            video = self._video(batch)[:, : self.shape.video_frames(frames)]
+            video = self._video(batch, self.shape.video_frames(frames))
             return self.vae.encode(video).float()
 
     def _parallel_context(self, *, teacher_forcing: bool = False) -> AttentionContext:
