@@ -101,12 +101,17 @@ def critic_loss(
 
 
 def raw_timesteps(
-    uniform: Tensor, lowest: int | Sequence[int] = 0, count: int = NUM_TIMESTEPS
+    uniform: Tensor,
+    lowest: int | Sequence[int] = 0,
+    count: int = NUM_TIMESTEPS,
+    *,
+    end: float = NUM_TIMESTEPS,
 ) -> Tensor:
-    """Timesteps in [lowest, 1000) on a grid of `count` from uniform numbers in [0, 1).
+    """Timesteps in [lowest, end) on a grid of `count` below 1000 from uniform numbers in [0, 1).
 
-    `lowest`: for all, or one for each.
+    `lowest`: for all, or one for each. At least one point of the grid is left.
     """
     spacing = NUM_TIMESTEPS / count
     first = (torch.as_tensor(lowest, dtype=torch.float64) / spacing).round().to(uniform.dtype)
-    return spacing * (first + (uniform * (count - first)).floor())
+    points = (round(end / spacing) - first).clamp_min(1)
+    return spacing * (first + (uniform * points).floor())

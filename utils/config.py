@@ -466,6 +466,11 @@ def _rules(config: Config) -> list[tuple[bool, str]]:
             "clean_context_noise needs teacher_forcing or window_forcing",
         ),
         (
+            config.max_score_timestep == 1000 or not config.ts_schedule,
+            "max_score_timestep and ts_schedule exclude each other: scores below the one, above "
+            "the level of the other",
+        ),
+        (
             config.critic_updates_per_rollout <= config.dfake_gen_update_ratio,
             f"critic_updates_per_rollout={config.critic_updates_per_rollout} is more than "
             f"dfake_gen_update_ratio={config.dfake_gen_update_ratio}: a rollout of another student "

@@ -420,6 +420,13 @@ class Config:
     ts_schedule: bool = key(
         False, "scores at timesteps above the level where a Self Forcing rollout stops", "weights"
     )
+    max_score_timestep: float = key(
+        1000.0,
+        "scores of teacher and critic at timesteps below this one, of 1000; at lower ones a "
+        "teacher sees what a clip looks like, and does not put its own in its place",
+        "weights",
+        bounds=Bounds(above=0, at_most=1000),
+    )
     last_step_only: bool = key(False, "every block goes through all levels", "weights")
     same_step_across_blocks: bool = key(
         True, "false: each block stops at a level of its own (Self Forcing)", "weights"

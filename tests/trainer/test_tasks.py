@@ -302,6 +302,17 @@ def test_ts_schedule_keeps_scores_above_the_next_level(
     assert min(found[2]) < shift_timesteps(torch.tensor(300.0), 3.0), "nothing follows the last"
 
 
+def test_scores_stay_below_the_highest_timestep(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    changes = {"timestep_shift": 3.0, "max_score_timestep": 400.0}
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        found = [time for times in score_times(trainer, 8).values() for time in times]
+    assert 300 < max(found) <= 400
+    assert min(found) < 100
+    assert len(set(found)) > len(found) / 2, "drawn below it, not cut off there"
+
+
 def test_ts_schedule_without_warp_and_with_levels_of_their_own(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:

@@ -251,8 +251,10 @@ class Distillation(GeneratorTask):
     def _score_inputs(self, clip: Clip, draws: Draws) -> tuple[Tensor, Tensor]:
         """Timesteps `[B, F]` and noise `[B, F, C, h, w]` of the scores."""
         uniform, lowest = draws.uniform(Purpose.SCORE_TIMESTEP), map(self._lowest, clip.drawn.rows)
-        raw = raw_timesteps(uniform, list(lowest), self.config.num_train_timestep)
-        timesteps = score_timesteps(raw, self.config.timestep_shift)
+        shift, count = self.config.timestep_shift, self.config.num_train_timestep
+        end = shift_timesteps(torch.tensor(self.config.max_score_timestep), 1 / shift).item()
+        raw = raw_timesteps(uniform, list(lowest), count, end=end)
+        timesteps = score_timesteps(raw, shift)
         shape, on = clip.latents.shape, clip.latents.device
         noise = draws.normal(Purpose.SCORE_NOISE, shape[1:])
         return to_device(timesteps, on)[:, None].expand(-1, shape[1]), to_device(noise, on)
