@@ -462,8 +462,12 @@ def _rules(config: Config) -> list[tuple[bool, str]]:
             "schedule=full",
         ),
         (
-            config.clean_context_noise == 0 or config.teacher_forcing or config.window_forcing,
-            "clean_context_noise needs teacher_forcing or window_forcing",
+            config.clean_context_noise == 0
+            or config.teacher_forcing
+            or config.window_forcing
+            or config.motion_guard_attention == "windows",
+            "clean_context_noise needs teacher_forcing, window_forcing or "
+            "motion_guard_attention=windows",
         ),
         (
             config.max_score_timestep == 1000 or not config.ts_schedule,

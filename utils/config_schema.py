@@ -471,10 +471,16 @@ class Config:
     )
     motion_guard_weight: float = key(
         0.0,
-        "distillation: weight of the student's error on true clips, in full attention at its own "
-        "levels, against loss of motion (HiAR, arXiv 2603.08703); needs latents or videos",
+        "distillation: weight of the student's error on true clips at its own levels, against loss "
+        "of motion (HiAR, arXiv 2603.08703); needs latents or videos",
         "weights",
         bounds=SCALE,
+    )
+    motion_guard_attention: Literal["full", "windows"] = key(
+        "full",
+        "full: all frames of a clip, at one level, see each other, as published; windows: as "
+        "rollouts see them, behind clean frames",
+        "weights",
     )
     teacher_forcing: bool = key(
         False, "diffusion, consistency: look back at clean blocks", "weights"

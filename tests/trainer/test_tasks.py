@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.consistency import consistency_grid
 from model.dmd import Scores, dmd_gradient, generator_loss
+from model.flow_matching import flow_matching_loss
 from model.self_rollout import RolloutDraw
 from tests.tiny_training import (
     FRAMES,
@@ -492,6 +493,40 @@ def test_the_guard_of_motion_adds_the_error_on_true_clips(
         trainer_of(training_world, tmp_path, motion_guard_weight=0.5),
     ):
         pass
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_guard_sees_windows_behind_clean_frames(
+    share: float, training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """In the windows of the rollout that the same update makes, as flow matching has them."""
+    forced = training_world.flow(**SWITCHES["window forcing"], rolling_probability=share)
+    with trainer_of(training_world, tmp_path / "forced", **forced) as trainer:
+        assert isinstance(trainer.task, FlowMatching)
+        _, draws, _ = trainer.batches["generator"].micro_batch(0, Draws(0, 2, ()))
+        timesteps, context = trainer.task._levels(draws, FRAMES)
+        flops = trainer.task.phase_flops("generator", draws)["forward"]
+    changes = {"motion_guard_weight": 0.5, "motion_guard_attention": "windows"}
+    changes |= {"data_path": str(training_world.latents), "rolling_probability": share}
+    with trainer_of(training_world, tmp_path / "guard", **changes) as trainer:
+        task = trainer.task
+        assert isinstance(task, Distillation)
+        batch, draws, _ = trainer.batches["generator"].micro_batch(0, Draws(0, 2, ()))
+        found = task.loss("generator", batch, draws).metrics["guard/error"]
+        assert task.phase_flops("generator", draws)["guard"] == flops
+        clip = batch["latents"]
+        expected = flow_matching_loss(
+            task.generator,
+            clip,
+            draws.normal(Purpose.GUARD_NOISE, (FRAMES, *LATENT)),
+            timesteps,
+            task.generator.encode_text(task.text(batch["prompt"])),
+            shift=None,
+            context=context,
+            clean=clip,
+            clean_timesteps=torch.zeros(len(clip), FRAMES),
+        )
+    torch.testing.assert_close(found, expected.loss.detach())
 
 
 @pytest.mark.parametrize("longer", [0, 2])

@@ -132,8 +132,8 @@ class Consistency(FlowMatching):
         Windows of a rollout stand at any steps between their levels and the next ones.
         """
         steps, levels = self.config.consistency_steps, self.setup.levels.num
-        if self.config.window_forcing:
-            own, context = self._windows(draws)
+        if self.windows is not None:
+            own, context = self.windows.draw(draws)
             offset = draws.integers(Purpose.TIMESTEP, steps // levels)
             return own * (steps // levels) + offset[:, None], context
         assert self.context is not None, "teacher forcing has a mask"

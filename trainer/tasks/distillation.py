@@ -24,6 +24,7 @@ from trainer.data import check_latents
 from trainer.metrics import TimestepBuckets, latent_statistics
 from trainer.networks import build_score, make_player
 from trainer.tasks.base import Batch, GeneratorTask, TaskInputs, rollout_recipe
+from trainer.tasks.windows import WindowForcing, clean_context
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.devices import to_device
@@ -67,6 +68,10 @@ class Distillation(GeneratorTask):
             "generator": make_player(config, "generator", self.generator, ema=True),
             "critic": make_player(config, "critic", self.fake_score, critic=True),
         }
+        self.guarded = None
+        if config.motion_guard_attention == "windows":
+            sizes, device = self.generator.config, world.device
+            self.guarded = WindowForcing(config, setup, sizes, device, self.frames)
         self.errors = TimestepBuckets()
         self.clips: dict[tuple[int, ...], Clip] = {}
         """Rollouts that serve several critic updates, by their update and their videos."""
@@ -166,7 +171,10 @@ class Distillation(GeneratorTask):
         phases = {"rollout": rollout, "scores": scores, "backward": whole - rollout}
         if not self.config.motion_guard_weight:
             return phases
-        guard, attention = self._clip_flops(self.generator.config, self.frames)
+        if self.guarded is not None:
+            guard, attention = self.guarded.flops(draws)
+        else:
+            guard, attention = self._clip_flops(self.generator.config, self.frames)
         phases["backward"] += self._backward_flops(guard, attention)
         return {"guard": guard, **phases}
 
@@ -310,23 +318,34 @@ class Distillation(GeneratorTask):
         return LossResult(result.loss + self.config.motion_guard_weight * guard, metrics)
 
     def _guard(self, batch: Batch, embeddings: Tensor, draws: Draws) -> Tensor:
-        """The student's error on true clips, all frames at one of its levels and in full attention.
+        """The student's error on true clips, at its own levels.
 
         HiAR (arXiv 2603.08703): a forward KL, which covers all motion there is, beside the reverse
-        one of DMD, in a mode of attention that rollouts do not use.
+        one of DMD, all frames at one level and in full attention, which rollouts do not use.
+        `motion_guard_attention: windows` (our own) takes the windows, levels and attention of
+        rollouts, so that it also guards what a student copies from the frames behind a window.
         """
         latents, device = self._latents(batch), self.world.device
         levels = self.setup.levels.tensor()
-        drawn = draws.integers(Purpose.GUARD_LEVEL, len(levels))
-        timesteps = to_device(levels[drawn], device)
+        context, clean, clean_timesteps = None, None, None
+        if self.guarded is not None:
+            places, context = self.guarded.draw(draws)
+            timesteps = levels[places].expand(len(latents), -1)
+            clean, clean_timesteps = clean_context(latents, draws, self.config.clean_context_noise)
+        else:
+            drawn = draws.integers(Purpose.GUARD_LEVEL, len(levels))
+            timesteps = levels[drawn][:, None].expand(-1, latents.shape[1])
         with self.timer.phase("guard"):
             return flow_matching_loss(
                 self.generator,
                 latents,
                 to_device(draws.normal(Purpose.GUARD_NOISE, latents.shape[1:]), device),
-                timesteps[:, None].expand(-1, latents.shape[1]),
+                to_device(timesteps, device),
                 self.generator.encode_text(embeddings),
                 shift=None,
+                context=context,
+                clean=clean,
+                clean_timesteps=clean_timesteps,
             ).loss
 
     def _shared_clip(self, batch: Batch, draws: Draws) -> Clip:

@@ -2,24 +2,22 @@
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from model.flow_matching import flow_matching_loss
 from model.result import LossResult
-from model.self_rollout import output_windows
 from pipeline.setup import Setup
 from trainer.data import check_latents
 from trainer.networks import make_player
-from trainer.tasks.base import Batch, GeneratorTask, TaskInputs, rollout_recipe
+from trainer.tasks.base import Batch, GeneratorTask, TaskInputs
+from trainer.tasks.windows import WindowForcing, clean_context
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.devices import to_device
 from utils.draws import Draws, Purpose
 from utils.errors import UserError
-from wan.context import AttentionContext, ForcedContext
-from wan.flops import pass_attention_flops, pass_flops
-from wan.flow import add_noise, shift_timesteps
+from wan.context import AttentionContext
+from wan.flow import shift_timesteps
 
 
 class FlowMatching(GeneratorTask):
@@ -33,15 +31,16 @@ class FlowMatching(GeneratorTask):
             raise UserError(
                 "teacher and window forcing are for a block-causal network, not schedule=full"
             )
-        if config.window_forcing:
-            if config.denoising_step_list is None:
-                raise UserError("window_forcing needs a denoising_step_list in the config")
-            self.layout.require_full_blocks(self.frames)
+        if config.window_forcing and config.denoising_step_list is None:
+            raise UserError("window_forcing needs a denoising_step_list in the config")
         self.players = {"generator": make_player(config, "generator", self.generator, ema=True)}
         self.context = None  # full attention
         if config.schedule != "full" and not config.window_forcing:
             self.context = self._parallel_context(teacher_forcing=config.teacher_forcing)
-        self.windowed: dict[tuple[range, ...], ForcedContext] = {}
+        self.windows = None
+        if config.window_forcing:
+            sizes, device = self.generator.config, given.world.device
+            self.windows = WindowForcing(config, self.setup, sizes, device, self.frames)
 
     @classmethod
     def check_items(cls, config: Config, setup: Setup, data: Dataset) -> None:
@@ -89,51 +88,21 @@ class FlowMatching(GeneratorTask):
 
     def _forward_flops(self, draws: Draws) -> tuple[int, int]:
         """Of one video, and of its attention."""
-        sizes, tokens = self.generator.config, self.shape.tokens_per_frame
-        if self.config.window_forcing:
-            views = self._windows(draws)[1].views
-            passes = [pass_flops(sizes, view, tokens) for view in views]
-            attention = [pass_attention_flops(sizes, view, tokens) for view in views]
-            return sum(passes), sum(attention)
-        return self._clip_flops(sizes, self.frames * (2 if self.config.teacher_forcing else 1))
+        if self.windows is not None:
+            return self.windows.flops(draws)
+        frames = self.frames * (2 if self.config.teacher_forcing else 1)
+        return self._clip_flops(self.generator.config, frames)
 
     def _clean(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The frames that the noisy ones look back at, and their timesteps `[B, F]`."""
-        noise = to_device(draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]), latents.device)
-        level = draws.uniform(Purpose.CLEAN_TIMESTEP) * self.config.clean_context_noise
-        timesteps = to_device(level, latents.device)[:, None].expand(-1, latents.shape[1])
-        return add_noise(latents, noise, timesteps), timesteps
+        return clean_context(latents, draws, self.config.clean_context_noise)
 
     def _levels(self, draws: Draws, frames: int) -> tuple[Tensor, AttentionContext | None]:
         """Timesteps `[B, F]` and attention of a batch."""
-        if self.config.window_forcing:
-            levels, context = self._windows(draws)
+        if self.windows is not None:
+            levels, context = self.windows.draw(draws)
             return self.setup.levels.tensor()[levels].expand(len(draws.indices), -1), context
         return self._timesteps(draws, frames), self.context
-
-    def _windows(self, draws: Draws) -> tuple[Tensor, ForcedContext]:
-        """Levels `[F]` and attention of the output windows of one rollout, drawn as in DMD."""
-        layout = self.layout
-        recipe = rollout_recipe(self.config)
-        recipe = replace(recipe, longest=self.frames, seed=draws.seed, true_prefix_probability=0.0)
-        drawn = recipe.draw(layout, draws.update)
-        windows = output_windows(self.setup, drawn)
-        blocks = [pair for window in windows for pair in window]
-        per_frame = [level for block, level in blocks for _ in range(layout.frames(block))]
-        spans = tuple(
-            range(layout.start(window.blocks[0]), layout.start(window.blocks[-1] + 1))
-            for window in windows
-        )
-        if spans not in self.windowed:
-            self.windowed[spans] = ForcedContext(
-                self.setup.policy,
-                [range(layout.start(b), layout.start(b + 1)) for b in range(drawn.num_blocks)],
-                spans,
-                self.shape.grid,
-                self.generator.config.head_dim,
-                self.world.device,
-            )
-        return torch.tensor(per_frame), self.windowed[spans]
 
     def _timesteps(self, draws: Draws, frames: int) -> Tensor:
         """One timestep per video, or per block with `diffusion_forcing`: `[B, F]`."""
