@@ -70,7 +70,14 @@ def test_replay_makes_the_same_video(
 ) -> None:
     assert main(replay_flags(tiny_world, made.with_suffix(".json"), tmp_path)) == 0
     assert "the same, frame for frame" in capsys.readouterr().out
-    assert torch.equal(read_video(tmp_path / made.name), read_video(made))
+    again = tmp_path / made.name
+    first, second = (
+        json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) for path in (made, again)
+    )
+    assert first["frames_hash"] == second["frames_hash"]
+    # Of what a video encoder makes of the same frames twice, less is asked: once it differed.
+    apart = read_video(again).float() - read_video(made).float()
+    assert apart.abs().mean() < 1
 
 
 def test_a_session_and_its_branch_are_replayed(

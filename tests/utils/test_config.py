@@ -434,7 +434,7 @@ def test_wrong_types(tmp_path: Path, key: str, value: Any) -> None:
         ("fps", 0, "fps must be at least 1"),
         ("num_samples", 0, "num_samples must be at least 1"),
         ("sampling_steps", 0, "sampling_steps must be at least 1"),
-        ("clean_context_noise", 5, "needs teacher_forcing or window_forcing"),
+        ("clean_context_noise", 5, "needs teacher_forcing, window_forcing or motion_guard"),
         ("sink_ema", 1.5, "sink_ema must be at least 0 and at most 1"),
         ("clean_context_noise", -50, "clean_context_noise must be at least 0"),
         # These were let through, or ended in tracebacks.
