@@ -17,6 +17,8 @@ from tests.conftest import TinyWorld
 from utils.errors import UserError
 from utils.video import probe_video, read_video
 
+# x264's SIMD code does not give the same bytes each time for pictures below 64 pixels.
+SIZE = ["height=64", "width=64"]
 SCHEDULE = "0s: a red ball\n1s: [recache] a blue ball\n2s: [cut] a green ball\n3s: red [blend 2]\n"
 
 
@@ -33,7 +35,7 @@ def made(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Pat
         str(tiny_world.checkpoint),
     ]
     flags += ["--prompt_schedule", str(schedule), "--duration", "4", "--seed", "5"]
-    assert main([*flags, "--output_folder", str(folder)]) == 0
+    assert main([*flags, "--output_folder", str(folder), *SIZE]) == 0
     return folder / "a red ball-0.mp4"
 
 
@@ -51,7 +53,7 @@ def test_a_schedule_is_what_the_same_changes_are_live(tiny_world: TinyWorld, mad
     record = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
     changes = [(c["block"], c["policy"], c["blend_blocks"]) for c in record["changes"]]
     assert changes == [(2, "recache", 0), (3, "cut", 0), (5, "keep", 2)]
-    pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, device="cpu")
+    pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", SIZE)
     frames = []
     with pipe.stream("a red ball", seed=5, num_latent_frames=record["latent_frames"]) as stream:
         for change in [*record["changes"], {"block": 99}]:
@@ -70,14 +72,7 @@ def test_replay_makes_the_same_video(
 ) -> None:
     assert main(replay_flags(tiny_world, made.with_suffix(".json"), tmp_path)) == 0
     assert "the same, frame for frame" in capsys.readouterr().out
-    again = tmp_path / made.name
-    first, second = (
-        json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) for path in (made, again)
-    )
-    assert first["frames_hash"] == second["frames_hash"]
-    # Of what a video encoder makes of the same frames twice, less is asked: once it differed.
-    apart = read_video(again).float() - read_video(made).float()
-    assert apart.abs().mean() < 1
+    assert torch.equal(read_video(tmp_path / made.name), read_video(made))
 
 
 def test_a_session_and_its_branch_are_replayed(
