@@ -24,13 +24,14 @@ from trainer.sharding import World
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.devices import to_device
-from utils.draws import Draws
+from utils.draws import Draws, Purpose
 from utils.embeddings import pad_batch
 from utils.errors import UserError
 from utils.video import to_float
 from wan.context import AttentionContext, MaskedContext, frame_mask
 from wan.dit import DiTConfig, WanDiT
 from wan.flops import attention_flops, forward_flops, training_flops
+from wan.flow import add_noise
 
 Batch = dict[str, Any]
 
@@ -242,6 +243,13 @@ class GeneratorTask(Task):
         with self.timer.phase("encode"):
             video = self._video(batch, self.shape.video_frames(frames))
             return self.vae.encode(video).float()
+
+    def _clean(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The frames that noisy ones look back at, and their timesteps `[B, F]`."""
+        noise = to_device(draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]), latents.device)
+        level = draws.uniform(Purpose.CLEAN_TIMESTEP) * self.config.clean_context_noise
+        timesteps = to_device(level, latents.device)[:, None].expand(-1, latents.shape[1])
+        return add_noise(latents, noise, timesteps), timesteps
 
     def _parallel_context(self, *, teacher_forcing: bool = False) -> AttentionContext:
         """Block-causal attention of parallel training."""

@@ -24,7 +24,7 @@ from trainer.data import check_latents
 from trainer.metrics import TimestepBuckets, latent_statistics
 from trainer.networks import build_score, make_player
 from trainer.tasks.base import Batch, GeneratorTask, TaskInputs, rollout_recipe
-from trainer.tasks.windows import WindowForcing, clean_context
+from trainer.tasks.windows import WindowForcing
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.devices import to_device
@@ -69,7 +69,7 @@ class Distillation(GeneratorTask):
             "critic": make_player(config, "critic", self.fake_score, critic=True),
         }
         self.guarded = None
-        if config.motion_guard_attention == "windows":
+        if config.motion_guard_weight and config.motion_guard_attention == "windows":
             sizes, device = self.generator.config, world.device
             self.guarded = WindowForcing(config, setup, sizes, device, self.frames)
         self.errors = TimestepBuckets()
@@ -326,13 +326,12 @@ class Distillation(GeneratorTask):
         rollouts, so that it also guards what a student copies from the frames behind a window.
         """
         latents, device = self._latents(batch), self.world.device
-        levels = self.setup.levels.tensor()
         context, clean, clean_timesteps = None, None, None
         if self.guarded is not None:
-            places, context = self.guarded.draw(draws)
-            timesteps = levels[places].expand(len(latents), -1)
-            clean, clean_timesteps = clean_context(latents, draws, self.config.clean_context_noise)
+            timesteps, context = self.guarded.timesteps(draws)
+            clean, clean_timesteps = self._clean(latents, draws)
         else:
+            levels = self.setup.levels.tensor()
             drawn = draws.integers(Purpose.GUARD_LEVEL, len(levels))
             timesteps = levels[drawn][:, None].expand(-1, latents.shape[1])
         with self.timer.phase("guard"):

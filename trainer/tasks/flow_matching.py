@@ -10,7 +10,7 @@ from pipeline.setup import Setup
 from trainer.data import check_latents
 from trainer.networks import make_player
 from trainer.tasks.base import Batch, GeneratorTask, TaskInputs
-from trainer.tasks.windows import WindowForcing, clean_context
+from trainer.tasks.windows import WindowForcing
 from utils.config import Config
 from utils.datasets import Dataset
 from utils.devices import to_device
@@ -93,15 +93,10 @@ class FlowMatching(GeneratorTask):
         frames = self.frames * (2 if self.config.teacher_forcing else 1)
         return self._clip_flops(self.generator.config, frames)
 
-    def _clean(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The frames that the noisy ones look back at, and their timesteps `[B, F]`."""
-        return clean_context(latents, draws, self.config.clean_context_noise)
-
     def _levels(self, draws: Draws, frames: int) -> tuple[Tensor, AttentionContext | None]:
         """Timesteps `[B, F]` and attention of a batch."""
         if self.windows is not None:
-            levels, context = self.windows.draw(draws)
-            return self.setup.levels.tensor()[levels].expand(len(draws.indices), -1), context
+            return self.windows.timesteps(draws)
         return self._timesteps(draws, frames), self.context
 
     def _timesteps(self, draws: Draws, frames: int) -> Tensor:

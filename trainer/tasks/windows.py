@@ -9,12 +9,10 @@ from model.self_rollout import output_windows
 from pipeline.setup import Setup
 from trainer.tasks.base import rollout_recipe
 from utils.config import Config
-from utils.devices import to_device
-from utils.draws import Draws, Purpose
+from utils.draws import Draws
 from wan.context import ForcedContext
 from wan.dit import DiTConfig
 from wan.flops import pass_attention_flops, pass_flops
-from wan.flow import add_noise
 
 
 class WindowForcing:
@@ -55,17 +53,14 @@ class WindowForcing:
             )
         return torch.tensor(per_frame), self.contexts[spans]
 
+    def timesteps(self, draws: Draws) -> tuple[Tensor, ForcedContext]:
+        """The same as timesteps of a batch `[B, F]`."""
+        levels, context = self.draw(draws)
+        return self.setup.levels.tensor()[levels].expand(len(draws.indices), -1), context
+
     def flops(self, draws: Draws) -> tuple[int, int]:
         """Operations of one video's forward pass, and of its attention."""
         tokens, views = self.setup.shape.tokens_per_frame, self.draw(draws)[1].views
         passes = (pass_flops(self.sizes, view, tokens) for view in views)
         attention = (pass_attention_flops(self.sizes, view, tokens) for view in views)
         return sum(passes), sum(attention)
-
-
-def clean_context(latents: Tensor, draws: Draws, highest: float) -> tuple[Tensor, Tensor]:
-    """Frames that noisy ones look back at, and their timesteps `[B, F]`, at most `highest`."""
-    noise = to_device(draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]), latents.device)
-    level = draws.uniform(Purpose.CLEAN_TIMESTEP) * highest
-    timesteps = to_device(level, latents.device)[:, None].expand(-1, latents.shape[1])
-    return add_noise(latents, noise, timesteps), timesteps
