@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.ranks import on_ranks
 from tests.tiny_pipeline import write_config
 from trainer.metrics import (
     MetricsLog,
@@ -28,6 +29,7 @@ from trainer.metrics import (
     mean_over_ranks,
     read_metrics,
 )
+from trainer.sharding import World
 from utils.config import load_config
 from utils.errors import UserError
 from utils.video import VideoWriter
@@ -236,25 +238,20 @@ def test_mean_over_ranks_alone_only_reads():
     assert mean_over_ranks({}) == {}
 
 
-def two_ranks(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def of_a_rank(world: World) -> dict[str, float]:
+    rank = world.ranks.rank
     buckets = TimestepBuckets()
     # three losses on rank 0 and one on rank 1: each counts as much as any other
     buckets.add(torch.full((3 if rank == 0 else 1,), 50.0), torch.full((3 - 2 * rank,), rank + 1.0))
     metrics = {"t": torch.tensor(1.0 + rank), "x": {"y": 10.0 * rank}, "word": "same"}
-    result = mean_over_ranks(metrics) | {"bucket": buckets.read()["0-100"]}
-    Path(folder, f"{rank}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
+    return mean_over_ranks(metrics) | {"bucket": buckets.read()["0-100"]}
 
 
 @pytest.mark.slow
-def test_mean_over_two_ranks(tmp_path):
-    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
-    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert results[0] == results[1]
-    assert results[0] == {"t": 1.5, "x/y": 5.0, "word": "same", "bucket": 1.25}
+def test_mean_over_two_ranks():
+    first, second = on_ranks(2, of_a_rank)
+    assert first == second
+    assert first == {"t": 1.5, "x/y": 5.0, "word": "same", "bucket": 1.25}
 
 
 def test_latent_statistics_of_known_latents():
