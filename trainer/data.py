@@ -132,10 +132,22 @@ class Batches:
 
     Each player reads its own sequence of the data; its position counts items of the global batch,
     so it means the same on any number of ranks. One micro-batch is read ahead, by a thread.
+
+    `changes`: share of the items that come with another one's latents, `before` `[B, F, C, h, w]`
+    (of the others these are their own), and `change`: where in [0, 1) each becomes its own.
     """
 
-    def __init__(self, dataset: Dataset, batch_split: BatchSplit, rank: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_split: BatchSplit,
+        rank: int,
+        seed: int,
+        *,
+        changes: float = 0.0,
+    ) -> None:
         self.dataset = dataset
+        self.changes = changes
         self.batch_split = batch_split
         self.rank = rank
         self.order = GlobalOrder(len(dataset), seed)
@@ -177,7 +189,14 @@ class Batches:
             starts = share.draws.uniform(Purpose.CLIP_START).tolist()
             items = zip(share.items, starts, strict=True)
             return collate([self.dataset.clip(*item) for item in items])
-        return collate([self.dataset[item] for item in share.items])
+        items = [self.dataset[item] for item in share.items]
+        if self.changes:
+            drawn = share.draws.uniform(Purpose.PROMPT_CHANGE, (3,)).tolist()
+            for item, (changed, which, place) in zip(items, drawn, strict=True):
+                other = self.dataset[int(which * len(self.dataset))]
+                item["before"] = (other if changed < self.changes else item)["latents"]
+                item["change"] = place
+        return collate(items)
 
     def advance(self, passed_over: int = 0) -> None:
         """The update is done: go on to the next global batch."""
@@ -242,6 +261,15 @@ def check_latents(config: Config, setup: Setup, data: Dataset) -> None:
         raise UserError(
             f"{config.data_path} holds no latents; with videos set load_raw_video=true, or "
             "encode them once with `scripts/precompute.py latents`"
+        )
+
+
+def check_changes(config: Config, data: Dataset) -> None:
+    """Raise UserError unless the items are stored latents, if `prompt_change_probability` is on."""
+    if config.prompt_change_probability and not isinstance(data, LatentDataset):
+        raise UserError(
+            f"prompt_change_probability needs stored latents, which {config.data_path} is not: "
+            "encode the videos with `scripts/precompute.py latents`"
         )
 
 

@@ -22,6 +22,7 @@ from trainer.checkpoint import (
 )
 from trainer.data import (
     Batches,
+    check_changes,
     first_prompts,
     open_heldout_data,
     open_training_data,
@@ -124,13 +125,20 @@ class Trainer:
             setup = setup or Setup.of(config)
             dataset = open_training_data(config, setup)
             task.check_data(config, setup, dataset)
+            check_changes(config, dataset)
             heldout = open_heldout_data(config, setup, task.check_items)
         look = self.stopping.look
         self.task = task(
             TaskInputs(config, setup, world, self.batch_split, self.timer, dataset, look)
         )
         self.batches = {
-            name: Batches(dataset, self.batch_split, world.ranks.rank, config.seed + number)
+            name: Batches(
+                dataset,
+                self.batch_split,
+                world.ranks.rank,
+                config.seed + number,
+                changes=config.prompt_change_probability if name == "generator" else 0.0,
+            )
             for number, name in enumerate(self.task.players)
         }
         keep_state = self._keep_emergency if self.saves else None

@@ -470,6 +470,14 @@ def _rules(config: Config) -> list[tuple[bool, str]]:
             "motion_guard_attention=windows",
         ),
         (
+            config.prompt_change_probability == 0
+            or config.teacher_forcing
+            or config.window_forcing
+            or config.motion_guard_attention == "windows",
+            "prompt_change_probability needs teacher_forcing, window_forcing or "
+            "motion_guard_attention=windows",
+        ),
+        (
             config.max_score_timestep == 1000 or not config.ts_schedule,
             "max_score_timestep and ts_schedule exclude each other: scores below the one, above "
             "the level of the other",

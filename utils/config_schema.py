@@ -456,6 +456,13 @@ class Config:
         "weights",
         bounds=SHARE,
     )
+    prompt_change_probability: float = key(
+        0.0,
+        "true clips behind clean frames: share of which the clean frames before a random block are "
+        "another clip's, so that a prompt that changes is followed; needs stored latents",
+        "weights",
+        bounds=SHARE,
+    )
     reencode_first_frame: bool = key(
         True, "longer rollouts: the scored clip starts with a re-encoded image", "weights"
     )

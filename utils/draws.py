@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     EXIT_LEVEL = 12
     GUARD_LEVEL = 13
     GUARD_NOISE = 14
+    PROMPT_CHANGE = 15
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ from tests.tiny_training import (
     drawn,
     trained_state,
 )
+from trainer.data import check_changes
 from trainer.metrics import Timer, latent_statistics
 from trainer.sharding import open_world
 from trainer.tasks import Consistency, Distillation, FlowMatching
 from trainer.tasks.base import GeneratorTask
 from trainer.trainer import Trainer
-from utils.datasets import write_shard
+from utils.datasets import open_dataset, write_shard
 from utils.draws import Draws, Purpose
 from utils.embeddings import EmbeddingStore
 from utils.errors import UserError
@@ -733,6 +734,59 @@ def test_window_forcing_has_no_given_blocks(training_world: TrainingWorld, tmp_p
         with trainer_of(training_world, tmp_path / f"{share}", **changes) as trainer:
             found.append(losses(trainer, trainer.batches["generator"].dataset[0], 5))
     assert torch.equal(*found)
+
+
+def test_a_prompt_that_changes_leaves_another_clip_behind(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Up to a block's first frame; whatever the share of a rank is."""
+    changes = training_world.flow(
+        **SWITCHES["window forcing"], prompt_change_probability=0.5, total_batch_size=16
+    )
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        task, data = trainer.task, trainer.batches["generator"].dataset
+        assert isinstance(task, FlowMatching)
+        ends, changed = set(), 0
+        for update in range(8):
+            batch, draws, _ = trainer.batches["generator"].micro_batch(0, Draws(0, update, ()))
+            seen = task._clean(batch, batch["latents"], draws)[0]
+            drawn = draws.uniform(Purpose.PROMPT_CHANGE, (3,)).tolist()
+            for row, own, (share, which, _) in zip(seen, batch["latents"], drawn, strict=True):
+                other = data[int(which * len(data))]["latents"]
+                differ = [not torch.equal(*pair) for pair in zip(row, own, strict=True)]
+                if share >= 0.5 or torch.equal(own, other):
+                    assert not any(differ)
+                    continue
+                changed += 1
+                end = sum(differ)
+                ends.add(end)
+                assert differ == [True] * end + [False] * (FRAMES - end)
+                assert torch.equal(row[:end], other[:end])
+        assert changed > 2
+        assert ends == {1, 2}, "the first frames of the later blocks"
+        one, of_one = draws.indices[0], draws.for_indices(draws.indices[:1])
+        alone = trainer.batches["generator"].micro_batch(0, of_one)[0]
+        assert one == 0
+        assert torch.equal(alone["before"][0], batch["before"][0])
+        plain = {key: value for key, value in batch.items() if key not in ("before", "change")}
+        with_it, without = (task.loss("generator", b, draws).loss for b in (batch, plain))
+        assert not torch.equal(with_it, without)
+
+
+def test_prompt_changes_need_latents_and_frames_behind(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    share = {"prompt_change_probability": 0.5}
+    with pytest.raises(UserError, match="needs teacher_forcing, window_forcing or"):
+        training_world.config(tmp_path, **training_world.flow(**share))
+    changes = training_world.flow(**SWITCHES["window forcing"], **share)
+    config = training_world.config(tmp_path, **changes)
+    size = {"num_frames": 9, "height": 16, "width": 32}
+    check_changes(config, open_dataset(training_world.latents, **size))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball\n")
+    with pytest.raises(UserError, match="needs stored latents"):
+        check_changes(config, open_dataset(prompts, **size))
 
 
 @pytest.mark.parametrize(

@@ -244,8 +244,20 @@ class GeneratorTask(Task):
             video = self._video(batch, self.shape.video_frames(frames))
             return self.vae.encode(video).float()
 
-    def _clean(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The frames that noisy ones look back at, and their timesteps `[B, F]`."""
+    def _clean(self, batch: Batch, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The frames that noisy ones look back at, and their timesteps `[B, F]`.
+
+        They are those of the clip, or of another one up to the block where its prompt changes:
+        windows before look back at that one alone, later ones at both.
+        """
+        if "before" in batch:
+            starts = [self.layout.start(n) for n in range(self.layout.blocks_for(self.frames))]
+            behind = starts[1:] or [self.frames]
+            ends = torch.tensor([behind[int(x * len(behind))] for x in batch["change"]])
+            earlier = torch.arange(self.frames) < ends[:, None]
+            mask = to_device(earlier[:, :, None, None, None], latents.device)
+            before = to_device(batch["before"][:, : self.frames], latents.device)
+            latents = torch.where(mask, before, latents)
         noise = to_device(draws.normal(Purpose.CLEAN_NOISE, latents.shape[1:]), latents.device)
         level = draws.uniform(Purpose.CLEAN_TIMESTEP) * self.config.clean_context_noise
         timesteps = to_device(level, latents.device)[:, None].expand(-1, latents.shape[1])

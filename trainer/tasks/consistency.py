@@ -103,7 +103,7 @@ class Consistency(FlowMatching):
     def _given(self, batch: Batch, draws: Draws) -> tuple[dict[str, Any], Tensor]:
         """What the loss and the held-out one are of, and the places of its frames."""
         latents = self._latents(batch)
-        clean, clean_timesteps = self._clean(latents, draws)
+        clean, clean_timesteps = self._clean(batch, latents, draws)
         places, context = self._places(draws, latents.shape[1])
         return {
             "latents": latents,

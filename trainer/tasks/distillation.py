@@ -329,7 +329,7 @@ class Distillation(GeneratorTask):
         context, clean, clean_timesteps = None, None, None
         if self.guarded is not None:
             timesteps, context = self.guarded.timesteps(draws)
-            clean, clean_timesteps = self._clean(latents, draws)
+            clean, clean_timesteps = self._clean(batch, latents, draws)
         else:
             levels = self.setup.levels.tensor()
             drawn = draws.integers(Purpose.GUARD_LEVEL, len(levels))

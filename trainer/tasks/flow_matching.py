@@ -54,7 +54,7 @@ class FlowMatching(GeneratorTask):
         frames = latents.shape[1]
         kept = draws.uniform(Purpose.PROMPT_DROPOUT) >= config.prompt_dropout
         prompts = [p if k else "" for p, k in zip(batch["prompt"], kept.tolist(), strict=True)]
-        clean, clean_timesteps = self._clean(latents, draws) if self.forced else (None, None)
+        clean, clean_timesteps = self._clean(batch, latents, draws) if self.forced else (None, None)
         timesteps, context = self._levels(draws, frames)
         embeddings = self._embedded(prompts)
         with self.timer.phase("forward"):
