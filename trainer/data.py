@@ -187,14 +187,14 @@ class Batches:
     def _read(self, share: _Share) -> dict[str, Any]:
         if isinstance(self.dataset, VideoDataset):
             starts = share.draws.uniform(Purpose.CLIP_START).tolist()
-            items = zip(share.items, starts, strict=True)
-            return collate([self.dataset.clip(*item) for item in items])
-        items = [self.dataset[item] for item in share.items]
+            clips = zip(share.items, starts, strict=True)
+            return collate([self.dataset.clip(*clip) for clip in clips])
+        items = [self.dataset[number] for number in share.items]
         if self.changes:
             drawn = share.draws.uniform(Purpose.PROMPT_CHANGE, (3,)).tolist()
-            for item, (changed, which, place) in zip(items, drawn, strict=True):
+            for item, (chance, which, place) in zip(items, drawn, strict=True):
                 other = self.dataset[int(which * len(self.dataset))]
-                item["before"] = (other if changed < self.changes else item)["latents"]
+                item["before"] = (other if chance < self.changes else item)["latents"]
                 item["change"] = place
         return collate(items)
 
