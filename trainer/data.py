@@ -193,9 +193,9 @@ class Batches:
         if self.changes:
             drawn = share.draws.uniform(Purpose.PROMPT_CHANGE, (3,)).tolist()
             for item, (chance, which, place) in zip(items, drawn, strict=True):
-                other = self.dataset[int(which * len(self.dataset))]
-                item["before"] = (other if chance < self.changes else item)["latents"]
-                item["change"] = place
+                changed = chance < self.changes
+                other = self.dataset[int(which * len(self.dataset))] if changed else item
+                item["before"], item["change"] = other["latents"], place
         return collate(items)
 
     def advance(self, passed_over: int = 0) -> None:

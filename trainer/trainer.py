@@ -22,7 +22,6 @@ from trainer.checkpoint import (
 )
 from trainer.data import (
     Batches,
-    check_changes,
     first_prompts,
     open_heldout_data,
     open_training_data,
@@ -125,7 +124,6 @@ class Trainer:
             setup = setup or Setup.of(config)
             dataset = open_training_data(config, setup)
             task.check_data(config, setup, dataset)
-            check_changes(config, dataset)
             heldout = open_heldout_data(config, setup, task.check_items)
         look = self.stopping.look
         self.task = task(

@@ -461,21 +461,18 @@ def _rules(config: Config) -> list[tuple[bool, str]]:
             "sink_ema and window_attention are for a network that looks back at a past, not "
             "schedule=full",
         ),
-        (
-            config.clean_context_noise == 0
-            or config.teacher_forcing
-            or config.window_forcing
-            or config.motion_guard_attention == "windows",
-            "clean_context_noise needs teacher_forcing, window_forcing or "
-            "motion_guard_attention=windows",
-        ),
-        (
-            config.prompt_change_probability == 0
-            or config.teacher_forcing
-            or config.window_forcing
-            or config.motion_guard_attention == "windows",
-            "prompt_change_probability needs teacher_forcing, window_forcing or "
-            "motion_guard_attention=windows",
+        *(
+            (
+                value == 0
+                or config.teacher_forcing
+                or config.window_forcing
+                or config.motion_guard_attention == "windows",
+                f"{name} needs teacher_forcing, window_forcing or motion_guard_attention=windows",
+            )
+            for name, value in (
+                ("clean_context_noise", config.clean_context_noise),
+                ("prompt_change_probability", config.prompt_change_probability),
+            )
         ),
         (
             config.max_score_timestep == 1000 or not config.ts_schedule,

@@ -19,6 +19,7 @@ from model.consistency import consistency_grid
 from model.dmd import Scores, dmd_gradient, generator_loss
 from model.flow_matching import flow_matching_loss
 from model.self_rollout import RolloutDraw
+from pipeline.setup import Setup
 from tests.tiny_training import (
     FRAMES,
     LATENT,
@@ -787,6 +788,9 @@ def test_prompt_changes_need_latents_and_frames_behind(
     prompts.write_text("a red ball\n")
     with pytest.raises(UserError, match="needs stored latents"):
         check_changes(config, open_dataset(prompts, **size))
+    guarded = training_world.config(tmp_path, motion_guard_attention="windows", **share)
+    with pytest.raises(UserError, match="needs stored latents"):
+        Distillation.check_data(guarded, Setup.of(guarded), open_dataset(prompts, **size))
 
 
 @pytest.mark.parametrize(

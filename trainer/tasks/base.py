@@ -16,7 +16,7 @@ from model.result import LossResult
 from model.self_rollout import RolloutRecipe
 from pipeline.setup import Setup
 from pipeline.text_to_video import VideoPipeline
-from trainer.data import BatchSplit, check_embeddings
+from trainer.data import BatchSplit, check_changes, check_embeddings
 from trainer.export import Writer, export_generator
 from trainer.metrics import Timer
 from trainer.networks import Player, build_generator, build_text, build_vae
@@ -87,6 +87,7 @@ class Task(ABC):
     def check_data(cls, config: Config, setup: Setup, data: Dataset) -> None:
         """Raise UserError unless it can train on these data, all texts included."""
         cls.check_items(config, setup, data)
+        check_changes(config, data)
         if cls.roles:
             check_embeddings(config, data)
 
@@ -228,8 +229,11 @@ class GeneratorTask(Task):
 
     def _per_block(self, drawn: Tensor) -> Tensor:
         """Of a draw for each frame `[B, F]` that of its block's first one."""
-        blocks = self.layout.blocks_for(drawn.shape[1])
-        return block_levels(drawn, [self.layout.start(block) for block in range(blocks)])
+        return block_levels(drawn, self._starts(drawn.shape[1]))
+
+    def _starts(self, frames: int) -> list[int]:
+        """The first frame of each block of a clip."""
+        return [self.layout.start(block) for block in range(self.layout.blocks_for(frames))]
 
     def _latents(self, batch: Batch, frames: int | None = None) -> Tensor:
         """Clean latents of a batch `[B, F, C, h, w]`, encoded here if the data are videos.
@@ -251,8 +255,7 @@ class GeneratorTask(Task):
         windows before look back at that one alone, later ones at both.
         """
         if "before" in batch:
-            starts = [self.layout.start(n) for n in range(self.layout.blocks_for(self.frames))]
-            behind = starts[1:] or [self.frames]
+            behind = self._starts(self.frames)[1:] or [self.frames]
             ends = torch.tensor([behind[int(x * len(behind))] for x in batch["change"]])
             earlier = torch.arange(self.frames) < ends[:, None]
             mask = to_device(earlier[:, :, None, None, None], latents.device)
