@@ -28,7 +28,7 @@ Split = Literal["train", "heldout"]
 RGB = tuple[int, int, int]
 Colour = tuple[float, float, float]
 
-UNSAID = False
+UNSAID = True
 """Whether clips have properties that captions leave open, where nothing else is said."""
 
 WORLD = 64.0
