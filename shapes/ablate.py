@@ -22,6 +22,7 @@ every video. What is made:
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 import time
@@ -37,17 +38,20 @@ from shapes.drift import Protocol, play
 from shapes.picture import draw_drift
 from shapes.plan import (
     Measurement,
+    MissingStart,
     Plan,
     add_weights_flags,
     current_results,
     played,
 )
 from shapes.table import MARKS, SPEED, make_page, read_speed, split_page
-from shapes.variants import ROWS
+from shapes.variants import ROWS, STARTS
 from utils.cli import parse_command, require_matplotlib, run_main, set_up_logging
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import check_folder, write_json, write_text
+
+logger = logging.getLogger(__name__)
 
 GFLOPS, FRAMES_PER_SECOND = 20.0, 40.0
 """Of a core: what the costs are told from, as measured on a shared AMD EPYC server."""
@@ -119,12 +123,20 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def list_targets(args: argparse.Namespace) -> list[CommandTarget]:
-    """What is made and what is to be, in order: of the first training seed all rows first."""
+    """What is made and what is to be, in order: of the first training seed all rows first.
+
+    Rows of a start alone that is not there are left out, unless they are asked for.
+    """
     plan = Plan(args)
     for seed in range(args.seeds):
         for row in (ROWS[key] for key in args.only or ROWS):
             if seed in row.seeds:
-                plan.add(row, seed)
+                try:
+                    plan.add(row, seed)
+                except MissingStart as error:
+                    if args.only or row.weights not in STARTS:
+                        raise
+                    logger.warning("%s is left out: %s", row.key, error)
     return plan.needed()
 
 

@@ -4,12 +4,16 @@
     python -m shapes.chain --until teacher  # a part of it; the same command goes on
     python -m shapes.chain --redo teacher   # again from there; then go on without --redo
     python -m shapes.chain --quick          # a few updates of each stage, checked
+    python -m shapes.chain --shipped        # from the models that ship: starts and student alone
 
 Every stage is one of the project's own commands with a config of `configs/shapes`, and can be
 stopped at any point: the same command goes on there. What a stage cost and reached is printed and
 kept in `chain.json`; if its config has changed since, the chain says so. `key=value` goes to every
 stage. Use the result with `model_root=runs/shapes/models --checkpoint_path
 runs/shapes/checkpoints/shapes_rolling_forcing.pt`.
+
+With `--shipped` text encoder, VAE and teacher are those that ship, so what comes out goes with them
+(`python -m shapes.ablate --starts runs/shapes_shipped/checkpoints`).
 
 With `--quick` each stage makes a few updates, starting from the weights that ship for the stages
 before it (text encoder, VAE and teacher start from scratch), and has to lower its own held-out loss
@@ -45,6 +49,9 @@ MODEL = "Shapes"
 ACCURACIES = ("background", "colour", "kind", "direction")
 STARTS = {"ode_init": "ODE initialisation", "causal_init": "causal initialisation"}
 MIN_KEPT_ACCURACY = 0.8
+OF_MODELS = ("init", "text_encoder", "vae_images", "vae_short", "vae", "teacher_short", "teacher")
+"""Stages that are done with `--shipped`, beside the data of the teacher."""
+TEACHER_DATA = "latents"
 
 
 class Quick(NamedTuple):
@@ -92,13 +99,15 @@ QUICK_HELDOUT = 8
 class Chain:
     """Where things are, and how commands are run.
 
-    `rebuilt` stands in for the chain's own models while they are put together again.
+    `shipped`: from the models that ship. `rebuilt` stands in for the chain's own models while they
+    are put together again.
     """
 
     folder: Path
     overrides: Sequence[str]
     quick: bool
     processes: int
+    shipped: bool = False
     rebuilt: Path | None = None
 
     @property
@@ -109,7 +118,13 @@ class Chain:
     @property
     def models(self) -> Path:
         """`model_root` of the stages after the VAE."""
-        return ROOT / "wan_models" if self.quick else self.own_models
+        return ROOT / "wan_models" if self.quick or self.shipped else self.own_models
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages, in order."""
+        done = (*OF_MODELS, TEACHER_DATA) if self.shipped else ()
+        return [name for name in STAGES if name not in done]
 
     @property
     def checkpoints(self) -> Path:
@@ -493,12 +508,16 @@ class Record:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--folder", type=Path, help="(default: runs/shapes, runs/shapes_quick)")
+    parser.add_argument(
+        "--folder", type=Path, help="(default: runs/shapes, runs/shapes_quick, runs/shapes_shipped)"
+    )
     parser.add_argument("--until", choices=STAGES, help="the last stage to run")
     parser.add_argument(
         "--redo", choices=STAGES, help="do this stage and all that follow anew; once is enough"
     )
-    parser.add_argument("--quick", action="store_true", help="a few updates per stage, checked")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quick", action="store_true", help="a few updates per stage, checked")
+    how.add_argument("--shipped", action="store_true", help="from the teacher that ships on")
     add_processes(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every config")
     return parser
@@ -509,12 +528,14 @@ def go_back(chain: Chain, record: Record, name: str) -> None:
 
     UserError, before anything is lost, if one of the others was begun with another config.
     """
-    number = list(STAGES).index(name)
-    before, again = list(STAGES)[:number], list(STAGES)[number:]
+    number = chain.stages.index(name)
+    before, again = chain.stages[:number], chain.stages[number:]
     record.check(before)
     record.forget(again)
     for path in (path for name in again for path in STAGES[name](chain).folders()):
         shutil.rmtree(path, ignore_errors=True)
+    if chain.shipped:
+        return
     with written_folder(chain.own_models) as part:
         for target in (STAGES[name](replace(chain, rebuilt=part)) for name in before):
             if isinstance(target, Beginning):
@@ -524,7 +545,7 @@ def go_back(chain: Chain, record: Record, name: str) -> None:
 
 
 def check_shipped(chain: Chain) -> dict[str, str]:
-    """Hashes of the weights that `--quick` builds on; UserError unless they are there."""
+    """Hashes of the weights that ship and are built on; UserError unless they are there."""
     from pipeline.records import file_hash, network_files
     from wan.folders import ModelFolder
 
@@ -532,8 +553,8 @@ def check_shipped(chain: Chain) -> dict[str, str]:
     files = ModelFolder.find(config.model_root, MODEL)
     files.require(files.vae, files.text_encoder, files.tokenizer)
     if not network_files(files.path):
-        raise UserError(f"{files.path} has no teacher, which --quick builds on.")
-    starts = [find_file(chain.start(name), "checkpoint") for name in STARTS]
+        raise UserError(f"{files.path} has no teacher to build on.")
+    starts = [find_file(chain.start(name), "checkpoint") for name in STARTS if chain.quick]
     parts = [files.vae, files.text_encoder, *network_files(files.path), *starts]
     return {path.name: file_hash(path) for path in parts}
 
@@ -544,14 +565,17 @@ def main(argv: Sequence[str]) -> int:
     processes = processes_of(args)
     if args.redo and args.until and list(STAGES).index(args.until) < list(STAGES).index(args.redo):
         raise UserError(f"--until {args.until} comes before --redo {args.redo}, which deletes more")
-    folder = args.folder or Path("runs") / ("shapes_quick" if args.quick else "shapes")
-    chain = Chain(folder.absolute(), args.overrides, quick=args.quick, processes=processes)
-    shipped = check_shipped(chain) if args.quick else {}
-    targets = {name: stage(chain) for name, stage in STAGES.items()}
+    kind = "_quick" if args.quick else "_shipped" if args.shipped else ""
+    folder = args.folder or Path("runs") / f"shapes{kind}"
+    chain = Chain(folder.absolute(), args.overrides, args.quick, processes, args.shipped)
+    for name in {args.redo, args.until} - {None, *chain.stages}:
+        raise UserError(f"--shipped has no stage {name}: its result ships")
+    shipped = check_shipped(chain) if args.quick or args.shipped else {}
+    targets = {name: STAGES[name](chain) for name in chain.stages}
     identities = {
         name: fingerprint({**target.identity(), **shipped}) for name, target in targets.items()
     }
-    names = list(STAGES)
+    names = chain.stages
     names = names[: names.index(args.until) + 1 if args.until else None]
     make_folder(chain.folder)
     record = Record(chain.folder / "chain.json", identities)

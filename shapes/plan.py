@@ -49,6 +49,11 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
     add("--results", type=Path, default=RESULTS, help="the figures (default: %(default)s)")
     add("--configs", type=Path, default=CONFIGS, help="folder of the configs")
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of what ships")
+    add(
+        "--starts",
+        type=Path,
+        help="folder of initialisations that do not ship, made by shapes/chain.py --shipped",
+    )
     add("--retrain", action="store_true", help="train all anew, though weights ship")
     add_processes(parser)
     add("overrides", nargs="*", metavar="key=value", help="of every config")
@@ -199,6 +204,10 @@ def protocol_settings(protocol: Protocol) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in ("scenes", "batch")}
 
 
+class MissingStart(UserError):
+    """An initialisation that only the chain can make is not there."""
+
+
 class Plan:
     """What is to be done, in order: each training right before the first row that needs it."""
 
@@ -261,16 +270,22 @@ class Plan:
         return path, {**trained, **told}
 
     def start(self, key: str) -> tuple[Path, dict[str, Any]]:
-        """The weights of a start: those that ship, as they are, or from data of the chain.
+        """The weights of a start: those that ship or that the chain made, as they are, or from data
+        of the chain.
 
-        UserError if the chain alone can make them.
+        MissingStart if the chain alone can make them.
         """
-        name = self.args.checkpoints / f"shapes_{key}.pt"
-        found = next((path for path in (name, ROOT / name) if path.is_file()), None)
+        folders = [self.args.checkpoints, ROOT / self.args.checkpoints]
+        folders += [self.args.starts] * (self.args.starts is not None)
+        paths = [folder / f"shapes_{key}.pt" for folder in folders]
+        found = next((path for path in paths if path.is_file()), None)
         if found is not None:
             return found, {"trained": ""}
         if key in CHAIN_MAKES:
-            raise UserError(f"{name} is missing and not trained here; make it with shapes/chain.py")
+            raise MissingStart(
+                f"{paths[0]} is missing and not trained here; make it with shapes/chain.py "
+                "--shipped, and say with --starts where it is"
+            )
         return self.planned(key, STARTS[key], self.args.overrides)
 
     def planned(

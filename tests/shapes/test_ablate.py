@@ -136,7 +136,7 @@ def test_longer_rollouts_are_trained_for_each_sink(tmp_path):
     assert len(trainings(*given, "num_training_frames=27", "max_attention_frames=27")) == 2
 
 
-def test_starts_that_do_not_ship_are_trained_from_one_another(tmp_path):
+def test_starts_that_do_not_ship_are_trained_from_one_another(tmp_path, caplog):
     shipped = touch(tmp_path / "shipped", "ode_init", START)
     given = ["--checkpoints", shipped, "--folder", tmp_path]
     first, second = trainings(*given, "--only", "consistency_init_alone")
@@ -145,6 +145,12 @@ def test_starts_that_do_not_ship_are_trained_from_one_another(tmp_path):
     (shipped / "shapes_ode_init.pt").unlink()
     with pytest.raises(UserError, match=r"shapes_ode_init.pt is missing.*chain.py"):
         targets(*given, "--only", "ode_init_alone")
+    rows = {part.row.key for part in targets(*given) if isinstance(part, Measurement)}
+    assert set(ROWS) - rows == {"ode_init_alone"}
+    assert "ode_init_alone is left out: " in caplog.text
+    made = touch(tmp_path / "made", "ode_init")
+    true, _ = targets(*given, "--only", "ode_init_alone", "--starts", made)
+    assert true.weights == made / "shapes_ode_init.pt"
 
 
 def test_commands(tmp_path):

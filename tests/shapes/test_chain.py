@@ -290,6 +290,25 @@ def test_a_changed_config_is_another_stage(
     assert list(json.loads((tmp_path / "chain.json").read_text())["stages"])[-1] == "vae_short"
 
 
+def test_from_the_models_that_ship(
+    rehearse: Callable[..., Rehearsal], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What ships is not made anew, and all that is made goes with it."""
+    rehearsal = rehearse(tmp_path, quick=False)
+    command = ["--folder", str(tmp_path), "--shipped"]
+    assert run_main(main, [*command, "--until", "causal_init"]) == 0
+    made = ["ode_pairs", "ode_init", "long_latents", "causal_init"]
+    assert list(json.loads((tmp_path / "chain.json").read_text())["stages"]) == made
+    assert all(f"model_root={ROOT / 'wan_models'}" in words for _, words in rehearsal.said)
+    rehearsal.said.clear()
+    again = [*command, "--redo", "causal_init", "--until", "causal_init"]
+    assert run_main(main, again) == 0
+    assert [script for script, _ in rehearsal.said] == ["train.py"]
+    assert not any((tmp_path / "models" / "Shapes").iterdir())
+    assert run_main(main, [*command, "--until", "vae"]) == 2
+    assert "--shipped has no stage vae: its result ships" in capsys.readouterr().err
+
+
 def test_a_quick_chain_needs_what_ships(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
