@@ -47,6 +47,7 @@ from utils.processes import run_together, script_command
 
 MODEL = "Shapes"
 ACCURACIES = ("background", "colour", "kind", "direction")
+STAND_IN = "shapes_self_forcing.pt"
 STARTS = {"ode_init": "ODE initialisation", "causal_init": "causal initialisation"}
 MIN_KEPT_ACCURACY = 0.8
 OF_MODELS = ("init", "text_encoder", "vae_images", "vae_short", "vae", "teacher_short", "teacher")
@@ -136,8 +137,12 @@ class Chain:
         return self.folder / "checkpoints" / f"shapes_{name}.pt"
 
     def start(self, name: str) -> Path:
-        """Where a student is taken from that others start from."""
-        return self.checkpoints / f"shapes_{name}.pt"
+        """Where a student is taken from that others start from.
+
+        With `--quick`, a student that ships for an initialisation that does not.
+        """
+        path = self.checkpoints / f"shapes_{name}.pt"
+        return path if path.is_file() or not self.quick else self.checkpoints / STAND_IN
 
     def data(self, name: str) -> Path:
         """Folder of stored data."""

@@ -58,7 +58,7 @@ PATH_SECONDS = 0.5
 # scenes of two shapes over five minutes at most 1 s and 3.1 s.
 HIDDEN_SECONDS = 1.5
 UNCLEAR_SECONDS = 4.0
-METER_VERSION = 4
+METER_VERSION = 5
 """Raised when a measure is new or its formula another: results of two versions are never mixed."""
 
 _CHUNK = 32  # frames read at a time

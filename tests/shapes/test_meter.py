@@ -19,7 +19,8 @@ def shape(look, motion, x, y):
     return Shape(kind, colour, size, speed, direction, position=(x, y))
 
 
-# Colours that can be shifted by 24 levels without clipping; shapes that come to overlap.
+# Colours that can be shifted by 24 levels without clipping, as they are named; shapes that come to
+# overlap.
 SCENES = (
     Scene("navy", (shape("large green circle", "slow right", 16.0, 30.0),), ""),
     Scene("gray", (shape("small blue star", "fast upper left", 42.0, 44.0),), ""),
@@ -36,7 +37,7 @@ SCENES = (
 
 def sums(frames, scene):
     """All that the report says of one video, as one flat dictionary."""
-    result = report(measure(frames, scene.attributes))
+    result = report(measure(frames, scene.attributes, unsaid=False))
     seconds = {key: np.nanmean(np.array(v, float)) for key, v in result.per_second.items()}
     drift = {f"drift_{key}": value for key, value in asdict(result.drift).items()}
     flat = {**seconds, **drift, **asdict(result.accuracy)}
@@ -364,8 +365,9 @@ def test_what_is_hidden_is_not_wrong_for_as_long_as_the_world_hides_it():
 )
 def test_true_shapes_that_hide_each_other_for_long_survive(index, until, absent, unclear):
     """The longest times that scenes of the data set hide a shape (see `HIDDEN_SECONDS`)."""
-    scene = sample_scene(0, index, split="heldout")
-    measures = measure(render(scene, 112, start=until - 80), scene.caption)
+    scene = sample_scene(0, index, split="heldout", unsaid=False)
+    frames = render(scene, 112, start=until - 80)
+    measures = measure(frames, scene.caption, unsaid=False)
     behind = measures.seen.shapes[1]
     assert np.sum(~behind.present) == absent
     assert np.sum(behind.visible[behind.present] < 0.5) >= unclear

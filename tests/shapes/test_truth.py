@@ -41,6 +41,7 @@ def clips(tmp_path_factory):
         for scene in drawn
         if all(shape.speed == "fast" for shape in scene.shapes)
         and len({shape.size for shape in scene.shapes}) == len(scene.shapes)
+        and {shape.colour for shape in scene.shapes} != {"yellow", "orange"}
     ]
     for scene in [s for s in scenes if len(s.shapes) == 1][:2]:
         write_clip(folder / f"{scene.caption}-0.mp4", scene, 96)
