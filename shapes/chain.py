@@ -382,8 +382,9 @@ class Comparison(Target):
     def make(self) -> str:
         """See `Target`."""
         chain = self.chain
-        checkpoints = {name: chain.start(name) for name in STARTS}
-        checkpoints["rolling_forcing"] = chain.student("rolling_forcing")
+        paths = {name: chain.start(name) for name in STARTS}
+        starts = {name: path for name, path in paths.items() if path.name != STAND_IN}
+        checkpoints = {**starts, "rolling_forcing": chain.student("rolling_forcing")}
         results = {name: chain.folder / f"evaluation_{name}.json" for name in checkpoints}
         words = {
             f"evaluation of {name}": (
@@ -395,14 +396,14 @@ class Comparison(Target):
         }
         chain.run("scripts/evaluate.py", words)
         reached = {name: prompt_accuracy(path) for name, path in results.items()}
-        after, before = reached["rolling_forcing"], max(reached[name] for name in STARTS)
+        after, before = reached["rolling_forcing"], max(reached[name] for name in starts)
         if chain.quick:
             check_moved(checkpoints["causal_init"], checkpoints["rolling_forcing"])
             if after < MIN_KEPT_ACCURACY * before:
                 fell = f"from {before:.2f} (initialisation) to {after:.2f}"
                 raise UserError(f"prompt accuracy fell {fell}")
-        starts = " -> ".join(f"{reached[name]:.2f} ({title})" for name, title in STARTS.items())
-        return f"prompt accuracy {starts} -> {after:.2f} (student)"
+        told = " -> ".join(f"{reached[name]:.2f} ({STARTS[name]})" for name in starts)
+        return f"prompt accuracy {told} -> {after:.2f} (student)"
 
 
 def check_moved(start: Path, trained: Path) -> None:
