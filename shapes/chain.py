@@ -51,8 +51,7 @@ STAND_IN = "shapes_self_forcing.pt"
 STARTS = {"ode_init": "ODE initialisation", "causal_init": "causal initialisation"}
 MIN_KEPT_ACCURACY = 0.8
 OF_MODELS = ("init", "text_encoder", "vae_images", "vae_short", "vae", "teacher_short", "teacher")
-"""Stages that are done with `--shipped`, beside the data of the teacher."""
-TEACHER_DATA = "latents"
+"""Stages that are done with `--shipped`."""
 
 
 class Quick(NamedTuple):
@@ -124,8 +123,7 @@ class Chain:
     @property
     def stages(self) -> list[str]:
         """Names of the stages, in order."""
-        done = (*OF_MODELS, TEACHER_DATA) if self.shipped else ()
-        return [name for name in STAGES if name not in done]
+        return [name for name in STAGES if not (self.shipped and name in OF_MODELS)]
 
     @property
     def checkpoints(self) -> Path:
@@ -340,17 +338,12 @@ class Precomputing(Target):
         return [self.chain.data(self.name), self.chain.data(f"{self.name}_heldout")]
 
 
-def latents(name: str, config: str, training: int, heldout: int) -> Stage:
-    """A stage that stores clips as latents."""
-
-    def stage(chain: Chain) -> Target:
-        counts = (16, QUICK_HELDOUT) if chain.quick else (training, heldout)
-        size = "16" if chain.quick else "64"
-        flags = ("--storage_dtype", "bfloat16", "--shard_size", size)
-        keys = ("image_or_video_shape", "dtype")
-        return Precomputing(chain, name, "latents", config, keys, counts, flags)
-
-    return stage
+def latents(chain: Chain) -> Target:
+    """Clips as latents; the teacher's trainings take the first frames of each."""
+    counts = (16, QUICK_HELDOUT) if chain.quick else (2048, 64)
+    flags = ("--storage_dtype", "bfloat16", "--shard_size", "16" if chain.quick else "64")
+    keys = ("image_or_video_shape", "dtype")
+    return Precomputing(chain, "latents", "latents", "causal_init", keys, counts, flags)
 
 
 def ode_pairs(chain: Chain) -> Target:
@@ -429,15 +422,14 @@ STAGES: dict[str, Stage] = {
     "vae_images": training("vae_images", install_vae, from_shipped=False),
     "vae_short": training("vae_short", install_vae, from_shipped=False),
     "vae": training("vae", install_vae, from_shipped=False),
-    "latents": latents("latents", "teacher", 3072, 64),
+    "latents": latents,
     "teacher_short": training("teacher_short", install_teacher, lambda c: c.stored("latents")),
     "teacher": training("teacher", install_teacher, lambda c: c.stored("latents")),
     "ode_pairs": ode_pairs,
     "ode_init": student("ode_init", lambda c: c.stored("ode_pairs")),
-    "long_latents": latents("long_latents", "causal_init", 1024, 32),
     "causal_init": student(
         "causal_init",
-        lambda c: [*c.stored("long_latents"), f"generator_ckpt={c.start('ode_init')}"],
+        lambda c: [*c.stored("latents"), f"generator_ckpt={c.start('ode_init')}"],
     ),
     "rolling_forcing": student(
         "rolling_forcing", lambda c: [f"generator_ckpt={c.start('causal_init')}"]

@@ -297,7 +297,7 @@ def test_from_the_models_that_ship(
     rehearsal = rehearse(tmp_path, quick=False)
     command = ["--folder", str(tmp_path), "--shipped"]
     assert run_main(main, [*command, "--until", "causal_init"]) == 0
-    made = ["ode_pairs", "ode_init", "long_latents", "causal_init"]
+    made = ["latents", "ode_pairs", "ode_init", "causal_init"]
     assert list(json.loads((tmp_path / "chain.json").read_text())["stages"]) == made
     assert all(f"model_root={ROOT / 'wan_models'}" in words for _, words in rehearsal.said)
     rehearsal.said.clear()
