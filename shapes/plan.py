@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER, RESULTS = Path("runs/ablations"), Path("results/ablations")
 CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
-SINK_KEYS = frozenset({"sink_position", "clean_pass_sees_sink"})  # besides sink_size
+SINK_KEYS = frozenset({"sink_position", "clean_pass_sees_sink", "sink_ema"})  # besides sink_size
 CHAIN_MAKES = ("ode_init", START)
 NEAR_BUDGET = 0.02
 """A training this near to the budget keeps the `max_steps` of its config."""

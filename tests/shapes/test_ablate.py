@@ -116,6 +116,8 @@ def test_another_config_is_another_training(tmp_path):
 
     assert logdirs("--", "device=cpu", "model_root=wan_models") == set()
     assert logdirs("--", "model_kwargs.sink_size=1") == set(), "its rollouts drop no frame"
+    averaged = ["--", "sink_ema=0.9", "model_kwargs.sink_size=1"]
+    assert logdirs(*averaged) == set(), "nor is there one to average"
     assert logdirs("--configs", own) == set(), "weights and configs of one's own"
     changes = ["max_steps=8", "total_batch_size=16", "num_training_frames=27"]
     found = [*(logdirs("--", change) for change in changes), logdirs("--retrain")]
