@@ -132,7 +132,7 @@ def fill_in_model(args: argparse.Namespace) -> Path:
             raise UserError("this copy has no model: say with --config_path which one to use")
         demo = offered(DEMO_PACKAGE, "open_demo")()
         args.config_path = demo.CONFIG
-        args.checkpoint_path = args.checkpoint_path or demo.CHECKPOINT
+        args.checkpoint_path = args.checkpoint_path or demo.LIVE_CHECKPOINT
         demo.require_model(read_config(args), args.checkpoint_path)
         examples = demo.PROMPTS
     return find_file(examples, "prompt file")

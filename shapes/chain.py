@@ -85,11 +85,17 @@ QUICK = {
     "causal_init": Quick(
         0.05, "max_steps=10 total_batch_size=4 lr_warmup_steps=5 heldout_videos=4"
     ),
-    # The loss is the critic's, so the student moves little.
-    "rolling_forcing": Quick(
-        0.03,
-        "max_steps=8 lr=1e-4 lr_critic=2e-4 heldout_videos=4 ema_start_step=1000 "
-        "image_or_video_shape=[1,15,16,8,8] num_training_frames=15",
+    "directed_init": Quick(
+        0.05, "max_steps=10 total_batch_size=4 lr_warmup_steps=5 heldout_videos=4"
+    ),
+    **dict.fromkeys(
+        ("rolling_forcing", "rolling_directed"),
+        # The loss is the critic's, so the student moves little.
+        Quick(
+            0.03,
+            "max_steps=8 lr=1e-4 lr_critic=2e-4 heldout_videos=4 ema_start_step=1000 "
+            "image_or_video_shape=[1,15,16,8,8] num_training_frames=15",
+        ),
     ),
 }
 QUICK_HELDOUT = 8
@@ -433,6 +439,13 @@ STAGES: dict[str, Stage] = {
     ),
     "rolling_forcing": student(
         "rolling_forcing", lambda c: [f"generator_ckpt={c.start('causal_init')}"]
+    ),
+    "directed_init": student(
+        "directed_init",
+        lambda c: [*c.stored("latents"), f"generator_ckpt={c.start('causal_init')}"],
+    ),
+    "rolling_directed": student(
+        "rolling_directed", lambda c: [f"generator_ckpt={c.start('directed_init')}"]
     ),
     "evaluate": Comparison,
 }

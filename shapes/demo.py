@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "configs/shapes/rolling_forcing.yaml"
 CHECKPOINT = "checkpoints/shapes_rolling_forcing.pt"
+LIVE_CHECKPOINT = "checkpoints/shapes_rolling_directed.pt"
+"""The page's: a student that follows changes of prompt, and keeps a little less for it."""
 PROMPTS = "prompts/shapes_demo.txt"
 FOLDER = "videos/demo"
 SECONDS = 10.0
@@ -35,8 +37,8 @@ ANOTHER_PROMPT = (
 def require_model(config: Config, checkpoint: str) -> None:
     """UserError, with what to fetch instead, if the model that ships is not in this checkout."""
     parts = [Path(config.model_root) / config.generator_name]
-    if checkpoint == CHECKPOINT:
-        parts.append(Path(CHECKPOINT))
+    if checkpoint in (CHECKPOINT, LIVE_CHECKPOINT):
+        parts.append(Path(checkpoint))
     missing = [str(part) for part in parts if not (part.exists() or (ROOT / part).exists())]
     if missing:
         raise UserError(

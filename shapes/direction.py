@@ -1,7 +1,7 @@
 """Is a change of prompt followed, and when? Scenes of the shapes world that change on the way.
 
     python -m shapes.direction --config_path configs/shapes/rolling_forcing.yaml \\
-        --checkpoint_path checkpoints/shapes_rolling_forcing.pt
+        --checkpoint_path checkpoints/shapes_rolling_directed.pt
 
 A video shows one held-out scene for some seconds; then the prompt becomes another one, of other
 colours and another background, under each policy from the same seed. Told are, of what has to

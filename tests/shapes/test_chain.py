@@ -138,7 +138,7 @@ def test_every_stage_is_a_command_that_its_script_accepts(
         "0.62 (student)"
     )
     trainings = [words for script, words in rehearsal.said if script == "train.py"]
-    assert len(trainings) == len(TRAININGS) == 9
+    assert len(trainings) == len(TRAININGS) == 11
     assert all("seed=7" in words for words in trainings)
     assert (tmp_path / "checkpoints" / "shapes_rolling_forcing.pt").is_file()
     teacher = next(words for words in trainings if str(tmp_path / "train" / "teacher") in words)

@@ -23,7 +23,9 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def engine() -> PipelineEngine:
-    return PipelineEngine(load_pipeline(ROOT / demo.CONFIG, ROOT / demo.CHECKPOINT, use_ema=True))
+    return PipelineEngine(
+        load_pipeline(ROOT / demo.CONFIG, ROOT / demo.LIVE_CHECKPOINT, use_ema=True)
+    )
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ BLOCK = 0.75
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    pipe = load_pipeline(ROOT / demo.CONFIG, ROOT / demo.CHECKPOINT, use_ema=True)
+    pipe = load_pipeline(ROOT / demo.CONFIG, ROOT / demo.LIVE_CHECKPOINT, use_ema=True)
     example = "A large red circle drifts slowly to the right over a gray background."
     with live_server(pipe, tmp_path_factory.mktemp("live"), [example]) as server:
         yield server

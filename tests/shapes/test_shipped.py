@@ -26,7 +26,7 @@ from wan.vae import WanVAE
 
 MODEL = ROOT / "wan_models" / "Shapes"
 STUDENTS = sorted((ROOT / "checkpoints").glob("shapes_*.pt"))
-NAMES = {"causal_init", "ode_init", "rolling_forcing", "self_forcing"}
+NAMES = {"causal_init", "rolling_directed", "rolling_forcing", "self_forcing"}
 pytestmark = pytest.mark.skipif(
     not (STUDENTS or MODEL.exists()), reason="the weights are not in this checkout"
 )

@@ -18,7 +18,7 @@ COLOURS = 96  # of a picture, which keeps them small
 
 def main(folder: Path) -> None:
     """Write the pictures of the tour into a folder."""
-    pipe = load_pipeline(ROOT / demo.CONFIG, ROOT / demo.CHECKPOINT, use_ema=True)
+    pipe = load_pipeline(ROOT / demo.CONFIG, ROOT / demo.LIVE_CHECKPOINT, use_ema=True)
     examples = read_prompts(ROOT / demo.PROMPTS)
     with (
         tempfile.TemporaryDirectory() as videos,
