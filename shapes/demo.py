@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "configs/shapes/rolling_forcing.yaml"
 CHECKPOINT = "checkpoints/shapes_rolling_forcing.pt"
 LIVE_CHECKPOINT = "checkpoints/shapes_rolling_directed.pt"
-"""The page's: a student that follows changes of prompt, and keeps a little less for it."""
+"""The page's: a student that saw changes of prompt in training, and follows them."""
 PROMPTS = "prompts/shapes_demo.txt"
 FOLDER = "videos/demo"
 SECONDS = 10.0

@@ -32,7 +32,7 @@ def clips(tmp_path_factory):
     """Two scenes of one shape, by name; two of two shapes, whose captions stand beside them.
 
     Fast ones, beside whose way it is little what compression moves; of two sizes, so that no shape
-    hides another.
+    hides another; not yellow on orange, which a file's colours, of half the resolution, mix.
     """
     folder = tmp_path_factory.mktemp("clips")
     drawn = [sample_scene(0, index) for index in range(200)]
