@@ -47,6 +47,9 @@ EVERY_SHAPE = [
 ]
 
 
+IN_BOTH_WORLDS = pytest.mark.parametrize("unsaid", [False, True])
+
+
 def scenes(count, split="train", seed=3, unsaid=False):
     return [sample_scene(seed, index, split=split, unsaid=unsaid) for index in range(count)]
 
@@ -141,8 +144,9 @@ def test_position_is_that_of_a_simulation_in_small_steps(shape):
     assert error < 2 * 20 * SPEEDS["fast"] / (fps * steps)  # one overshoot per bounce, 20 at most
 
 
-def test_the_direction_of_the_caption_lasts_for_the_run_up():
-    for scene in scenes(300):
+@IN_BOTH_WORLDS
+def test_the_direction_of_the_caption_lasts_for_the_run_up(unsaid):
+    for scene in scenes(300, unsaid=unsaid):
         for shape in scene.shapes:
             frames = int(RUN_UP_SECONDS * 16) + 1
             straight = np.array(shape.position) + np.outer(
@@ -159,8 +163,9 @@ def middle_of_start(shape, lane):
     return np.where(still, (low + high) / 2, at_the_wall) + lane * np.array([-y, x])
 
 
-def test_shapes_start_at_the_wall_behind_them_side_by_side():
-    for scene in scenes(300):
+@IN_BOTH_WORLDS
+def test_shapes_start_at_the_wall_behind_them_side_by_side(unsaid):
+    for scene in scenes(300, unsaid=unsaid):
         middles = [middle_of_start(scene.shapes[0], 0.0)]
         if len(scene.shapes) == 2:
             front, back = scene.shapes
@@ -172,8 +177,9 @@ def test_shapes_start_at_the_wall_behind_them_side_by_side():
             assert (np.abs(shape.position - middle) <= START_SPREAD + 1e-9).all()
 
 
-def test_opposite_ways_are_side_by_side():
-    pairs = [scene.shapes for scene in scenes(600) if len(scene.shapes) == 2]
+@IN_BOTH_WORLDS
+def test_opposite_ways_are_side_by_side(unsaid):
+    pairs = [scene.shapes for scene in scenes(600, unsaid=unsaid) if len(scene.shapes) == 2]
     opposite = [
         abs(front.position[1] - back.position[1]) / back.radius
         for front, back in pairs
@@ -183,8 +189,9 @@ def test_opposite_ways_are_side_by_side():
     assert min(opposite) > 1
 
 
-def test_no_shape_stays_over_another():
-    pairs = [scene.shapes for scene in scenes(400) if len(scene.shapes) == 2]
+@IN_BOTH_WORLDS
+def test_no_shape_stays_over_another(unsaid):
+    pairs = [scene.shapes for scene in scenes(400, unsaid=unsaid) if len(scene.shapes) == 2]
     longest = 0
     for front, back in pairs:
         ways = [shape.positions(300 * 8, fps=8) for shape in (front, back)]
@@ -194,12 +201,13 @@ def test_no_shape_stays_over_another():
     assert 2 < longest / 8 <= TOGETHER_SECONDS + 0.25
 
 
-def test_shapes_pass_over_each_other():
+@IN_BOTH_WORLDS
+def test_shapes_pass_over_each_other(unsaid):
     def nearest(scene):
         front, back = (shape.positions(160) for shape in scene.shapes)
         return np.linalg.norm(front - back, axis=1).min()
 
-    pairs = [scene for scene in scenes(300) if len(scene.shapes) == 2]
+    pairs = [scene for scene in scenes(300, unsaid=unsaid) if len(scene.shapes) == 2]
     assert np.mean([nearest(scene) < scene.shapes[0].radius for scene in pairs]) > 0.4
 
 
