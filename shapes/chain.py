@@ -365,7 +365,7 @@ def ode_pairs(chain: Chain) -> Target:
         *("independent_first_frame", "timestep_shift", "denoising_step_list"),
         *("warp_denoising_step", "guidance_scale", "negative_prompt", "model_kwargs"),
     )
-    return Precomputing(chain, "ode_pairs", "ode_pairs", "rolling_forcing", keys, counts, flags)
+    return Precomputing(chain, "ode_pairs", "ode_pairs", "ode_init", keys, counts, flags)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,11 @@ if TYPE_CHECKING:
     from pipeline import VideoPipeline
 
 TRUTH = ShapesTruth(unsaid=True)
-SCENE_SEED = 31_415
-"""Of the scenes: no data set of a training, no prompt of an evaluation has it."""
+SCENE_SEED, TEST_SEED = 31_415, 27_182
+"""Of scenes to decide by, and of those of the ablations, which no decision has seen.
+
+No data set of a training, no prompt of an evaluation has either.
+"""
 
 TOLD = ("late.right", "late.motion", "late.path", "background_flicker.ratio")
 """What is told beside what is kept: prompt, motion, path in the last five seconds, flicker."""
@@ -57,7 +60,7 @@ class Protocol:
 
     given: blocks of true frames that a video goes on from; 0: from noise. times: its length over
     that of a training clip; clip: latent frames of the latter. batch: videos made together, which
-    changes none of them.
+    changes none of them. scene_seed: of what the scenes are drawn from.
     """
 
     scenes: int = 16
@@ -66,10 +69,11 @@ class Protocol:
     clip: int = 21
     seed: int = 0
     batch: int = 8
+    scene_seed: int = SCENE_SEED
 
     def scene(self, index: int) -> Scene:
         """Scene number `index`, with what its caption leaves open."""
-        return sample_scene(SCENE_SEED, index, split="heldout", unsaid=True)
+        return sample_scene(self.scene_seed, index, split="heldout", unsaid=True)
 
 
 Keep = Callable[[int, Result], None]
@@ -192,6 +196,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clip", type=int, default=usual.clip, help="latent frames of one (%(default)s)")
     add("--seed", type=int, default=usual.seed, help="of the noise (%(default)s)")
     add("--batch", type=int, default=usual.batch, help="videos made together (%(default)s)")
+    what = f"of the scenes (%(default)s; {TEST_SEED}: those of the ablations, not to decide by)"
+    add("--scene_seed", type=int, default=usual.scene_seed, help=what)
     add_model_flags(parser)
     return parser
 

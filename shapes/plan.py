@@ -19,7 +19,7 @@ from shapes.build import (
     processes_of,
     publish_to,
 )
-from shapes.drift import TRUTH, Protocol
+from shapes.drift import TEST_SEED, TRUTH, Protocol
 from shapes.stored import read_run, sum_up, write_run
 from shapes.table import Results, Settings, read_results
 from shapes.variants import BEGINNINGS, REFERENCE, ROWS, START, STARTS, Row, Weights, training_of
@@ -133,7 +133,8 @@ class Measurement(CommandTarget):
         words = (
             *("--config_path", self.config_path, "--checkpoint_path", self.weights),
             *("--scenes", p.scenes, "--given", p.given, "--times", p.times, "--clip", p.clip),
-            *("--batch", p.batch, "--json", self.measured, *self.overrides),
+            *("--batch", p.batch, "--scene_seed", p.scene_seed, "--json", self.measured),
+            *self.overrides,
         )
         return script_command("shapes/drift.py", words, min(self.processes, p.scenes))
 
@@ -245,6 +246,7 @@ class Plan:
                 times=args.long_times if row.core and how.given else args.times,
                 clip=self.reference.image_or_video_shape[1],
                 batch=args.batch,
+                scene_seed=TEST_SEED,
             )
             path, changes = self.path(row.config), [*row.overrides, *args.overrides]
             where = args.folder, args.results, processes_of(args)

@@ -203,6 +203,12 @@ FURTHER = (
         "load_raw_video=true",
     ),
     variation(
+        "guidance_3",
+        "Rolling Forcing, guidance as published",
+        "scores that lead further away from what the prompt does not say",
+        "guidance_scale=3.0",
+    ),
+    variation(
         "low_scores",
         "Rolling Forcing, scores below the highest noise",
         "no scores where the teacher cannot see what the prompt leaves open",

@@ -15,6 +15,7 @@ import shapes.drift
 import train
 from shapes import ablate, build
 from shapes.build import Training
+from shapes.drift import TEST_SEED
 from shapes.plan import NEAR_BUDGET, Measurement, Plan, update_operations
 from shapes.stored import read_run, write_run
 from shapes.table import MARKS
@@ -173,7 +174,7 @@ def test_commands(tmp_path):
         *("--config_path", "configs/shapes/rolling_forcing.yaml"),
         *("--checkpoint_path", f"{logdir}/shapes_rolling_forcing.pt"),
         *("--scenes", "16", "--given", "1", "--times", "12", "--clip", "21", "--batch", "8"),
-        *("--json", "out/measured/critic_reuse_2-0-true.json"),
+        *("--scene_seed", str(TEST_SEED), "--json", "out/measured/critic_reuse_2-0-true.json"),
         *("critic_updates_per_rollout=2", "device=cpu"),
     )
     assert noise.command[8:10] == ("--given", "0")

@@ -6,7 +6,7 @@ import pytest
 
 from evaluation.meters import Judge
 from shapes import drift
-from shapes.drift import TRUTH, Protocol, drift_rows, main, table
+from shapes.drift import SCENE_SEED, TEST_SEED, TRUTH, Protocol, drift_rows, main, table
 from shapes.kept import ERRORS, PROPERTIES
 from shapes.stored import POINTS, spans, sum_up
 from shapes.world import render, sample_scene
@@ -53,7 +53,9 @@ def test_true_clips_keep_everything(true_results):
 
 
 def test_scenes_are_none_that_training_draws():
-    ours = {Protocol().scene(number).shapes for number in range(16)}
+    seeds = (SCENE_SEED, TEST_SEED)
+    ours = {Protocol(scene_seed=s).scene(n).shapes for s in seeds for n in range(16)}
+    assert len(ours) == 32
     others = {sample_scene(0, n, split="heldout", unsaid=True).shapes for n in range(200)}
     assert not ours & others
 

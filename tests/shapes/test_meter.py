@@ -361,13 +361,14 @@ def test_what_is_hidden_is_not_wrong_for_as_long_as_the_world_hides_it():
 
 
 @pytest.mark.parametrize(
-    ("index", "until", "absent", "unclear"), [(297, 2715, 15, 1), (241, 2366, 0, 48)]
+    ("unsaid", "index", "until", "absent", "unclear"),
+    [(False, 297, 2715, 15, 1), (False, 241, 2366, 0, 48), (True, 241, 2467, 0, 43)],
 )
-def test_true_shapes_that_hide_each_other_for_long_survive(index, until, absent, unclear):
+def test_true_shapes_that_hide_each_other_for_long_survive(unsaid, index, until, absent, unclear):
     """The longest times that scenes of the data set hide a shape (see `HIDDEN_SECONDS`)."""
-    scene = sample_scene(0, index, split="heldout", unsaid=False)
+    scene = sample_scene(0, index, split="heldout", unsaid=unsaid)
     frames = render(scene, 112, start=until - 80)
-    measures = measure(frames, scene.caption, unsaid=False)
+    measures = measure(frames, scene.caption, unsaid=unsaid)
     behind = measures.seen.shapes[1]
     assert np.sum(~behind.present) == absent
     assert np.sum(behind.visible[behind.present] < 0.5) >= unclear

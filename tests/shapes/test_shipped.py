@@ -180,7 +180,8 @@ def test_a_row_of_the_table_is_that_of_the_weights_that_ship(path):
     weights = ROOT / "checkpoints" / settings["weights"]
     assert file_hash(weights) == settings["checkpoint_hash"]
     pipe = load_pipeline(load_config(settings["config"], settings["overrides"]), weights)
-    protocol = Protocol(times=2, clip=settings["clip"], given=settings["given"])
+    names = ("clip", "given", "scene_seed")
+    protocol = Protocol(times=2, **{name: settings[name] for name in names})
     given = given_frames(pipe, protocol) / pipe.setup.fps
     for scene, result in enumerate(continued(pipe, protocol, [0, 1])):
         again = sum_up(result, scene, settings["clip_seconds"], given)
