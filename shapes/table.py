@@ -21,7 +21,7 @@ UNKNOWN = "–"
 COMMON = 10
 """The length, in training clips, that every row is told at."""
 PLATEAU = 0.15
-"""A row whose tint drifts as much within the first clip was not trained enough to be compared."""
+"""Of a property that drifts as much within the first clip, rows are shown and not compared."""
 SPEED = "speed.json"
 
 Settings = Mapping[str, Any]
@@ -43,10 +43,10 @@ class Results:
         """A row's videos that go on from a true prefix."""
         return self.measured.get((key, "true"))
 
-    def comparable(self, key: str) -> bool:
-        """Whether a row keeps its tint within the first clip, as far as that is known."""
+    def lost_early(self, key: str) -> list[str]:
+        """Properties that a row does not keep within the first clip, as far as that is known."""
         seen = self.primary(key)
-        return seen is None or bool(at(seen, "tint", 1).mean < PLATEAU)
+        return [n for n in PROPERTIES if seen is not None and at(seen, n, 1).mean >= PLATEAU]
 
 
 def read_results(folder: Path, of_today: Callable[[Path, str, Settings], bool]) -> Results | None:
@@ -91,11 +91,15 @@ def at(seen: Measured, name: str, times: int) -> Interval:
 
 @dataclass(frozen=True)
 class Finding:
-    """How two rows differ at the greatest length that both reach, by property and measure."""
+    """How two rows differ at the greatest length that both reach, by property and measure.
+
+    `lost_early`: properties of which nothing is claimed, see `PLATEAU`.
+    """
 
     comparison: Comparison
     times: int
     differences: Mapping[str, Interval]
+    lost_early: Sequence[str]
 
     @property
     def seeds(self) -> int:
@@ -104,7 +108,7 @@ class Finding:
 
     def told(self, name: str) -> bool:
         """Whether a difference is claimed."""
-        return told_apart(name, self.differences[name])
+        return name not in self.lost_early and told_apart(name, self.differences[name])
 
     def less(self, names: Sequence[str]) -> list[str]:
         """Those of the names in which the first row has less."""
@@ -128,7 +132,11 @@ def compare(results: Results, comparison: Comparison) -> Finding | None:
         name: difference(one.curve(name)[..., column], other.curve(name)[..., column])
         for name in (*PROPERTIES, *BESIDE)
     }
-    return Finding(comparison, common[-1], found)
+    lost = {n for key in (comparison.one, comparison.other) for n in results.lost_early(key)}
+    return Finding(comparison, common[-1], found, [name for name in PROPERTIES if name in lost])
+
+
+LOST_EARLY = f"a row loses {PLATEAU} or more within the first clip"
 
 
 def verdict(results: Results) -> str:
@@ -136,17 +144,11 @@ def verdict(results: Results) -> str:
     sentences = []
     for comparison in EQUAL_SINK:
         where = comparison.title.rpartition(", ")[2]
-        rows = [comparison.one, comparison.other]
         found = compare(results, comparison)
-        lacking = [ROWS[key].title for key in rows if results.primary(key) is None]
-        poor = [ROWS[k].title for k in rows if k not in lacking and not results.comparable(k)]
         if found is None:
             sentences.append(f"{where.capitalize()}, nothing is known yet: a row is missing.")
-        elif poor:
-            sentences.append(
-                f"{where.capitalize()}, nothing is compared: {' and '.join(poor)} drifts by "
-                f"{PLATEAU} or more within the first clip."
-            )
+        elif len(found.lost_early) == len(PROPERTIES):
+            sentences.append(f"{where.capitalize()}, nothing is compared: {LOST_EARLY}.")
         else:
             sentences.append(window_sentence(where, found))
     return " ".join(sentences)
@@ -165,9 +167,11 @@ def window_sentence(where: str, found: Finding) -> str:
         for word, chosen in (("it drifts less in", less), ("it drifts more in", more))
         if chosen
     ]
-    rest = [name for name in names if name not in (*less, *more)]
+    rest = [name for name in names if name not in (*less, *more, *found.lost_early)]
     if rest:
         parts.append(f"not distinguished are {listed(found, rest)}")
+    if found.lost_early:
+        parts.append(f"not compared are {listed(found, found.lost_early)}, of which {LOST_EARLY}")
     seeds = counted(found.seeds, "training seed")
     return f"{start}: at {found.times}x, {', '.join(parts)} ({seeds})."
 
@@ -204,7 +208,8 @@ BESIDE_NOTE = (
 DIFFERENCE_NOTE = (
     "The first row minus the second, paired by scene, noise and number of the training seed, at "
     "the greatest length that both reach. In bold what is claimed: the interval leaves out 0, and "
-    "the difference is above three times the meter's error. Everything else is not distinguished."
+    "the difference is above three times the meter's error. Of what is marked ² a row loses too "
+    "much within the first clip to be compared. Everything else is not distinguished."
 )
 
 
@@ -213,7 +218,6 @@ def protocol_text(results: Results) -> str:
     scenes = {len(videos) for seen in results.measured.values() for videos in seen.seeds}
     number = " or ".join(map(str, sorted(scenes)))
     clip = next(iter(results.settings.values()))[0]["clip_seconds"]
-    poor = [ROWS[k].title for k, _ in results.measured if not results.comparable(k)]
     lines = [
         f"{number} scenes of each row and training seed, none of which training, its monitors or "
         f"any decision saw. Videos go on from a true prefix of one block (and, where it says so, "
@@ -227,19 +231,17 @@ def protocol_text(results: Results) -> str:
         "which says nothing of another training.",
         "All distillations took equally many operations, so their numbers of updates differ.",
     ]
-    if poor:
-        titles = ", ".join(dict.fromkeys(poor))
+    if any(results.lost_early(key) for key in rows_of(results)):
         lines.append(
-            f"Not comparable, marked ², and left out of comparisons: {titles}, whose tint drifts "
-            f"by {PLATEAU} or more within the first clip already."
+            f"A property that a row does not keep within the first clip (drift of {PLATEAU} or "
+            "more, marked ²) is shown, and nothing is claimed of it."
         )
     return " ".join(lines)
 
 
 def row_title(results: Results, key: str) -> str:
     """A row's name, with its marks."""
-    marks = "¹" * (len(results.settings[key]) == 1) + "²" * (not results.comparable(key))
-    return f"{ROWS[key].title}{marks}"
+    return ROWS[key].title + "¹" * (len(results.settings[key]) == 1)
 
 
 def rows_of(results: Results) -> list[str]:
@@ -257,7 +259,8 @@ def property_table(results: Results, name: str) -> str:
         cells += [number(true.gain(name, COMMON)) if true else UNKNOWN]
         cells += [number(true.variety(name, COMMON)) if true else UNKNOWN]
         cells += [shown_at(noise, name, COMMON)]
-        lines.append(markdown_row([row_title(results, key), *cells]))
+        mark = "²" * (name in results.lost_early(key))
+        lines.append(markdown_row([row_title(results, key) + mark, *cells]))
     return "\n".join(lines)
 
 
@@ -306,11 +309,11 @@ def formula_note() -> str:
 
 
 def difference_table(results: Results) -> str:
-    """Every comparison of rows that can be compared."""
+    """Every comparison of rows that are there."""
     lines = head(["what differs", "at", "seeds", *PROPERTIES, *BESIDE.values()])
     for comparison in comparisons():
         found = compare(results, comparison)
-        if found is None or not all(map(results.comparable, (comparison.one, comparison.other))):
+        if found is None:
             continue
         cells = [claim(found, name) for name in found.differences]
         start = [comparison.title, f"{found.times}x", str(found.seeds)]
@@ -319,10 +322,12 @@ def difference_table(results: Results) -> str:
 
 
 def claim(found: Finding, name: str) -> str:
-    """A difference, in bold if it is claimed."""
+    """A difference, in bold if it is claimed, marked if nothing can be."""
     text = shown(found.differences[name], sign=True)
     if text == UNKNOWN:
         return text
+    if name in found.lost_early:
+        return f"{text} ²"
     mean, space, ends = text.partition(" ")
     return f"**{mean}**{space}{ends}" if found.told(name) else f"not distinguished, {text}"
 

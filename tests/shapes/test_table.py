@@ -48,19 +48,25 @@ def test_what_is_claimed_of_the_window_follows_from_the_results(tmp_path):
     assert "With a sink, rolling does not" in verdict(read(tmp_path)), "one training seed of three"
 
 
-def test_a_row_that_drifts_within_the_first_clip_is_shown_and_not_compared(tmp_path):
+def test_what_is_lost_within_the_first_clip_is_shown_and_not_compared(tmp_path):
+    """Of every property by itself."""
     write_core(tmp_path, **WINNING)
-    write_row(tmp_path, "rolling_forcing", 0.1, first=0.2)
+    assert "²" not in make_page(read(tmp_path)).replace("marked ²", "")
+    write_row(tmp_path, "rolling_forcing", 0.1, first={"tint": 0.2})
     results = read(tmp_path)
     text = make_page(results)
-    assert "Rolling Forcing² drifts" not in text
-    assert "left out of comparisons: Rolling Forcing, whose tint drifts by 0.15 or more" in text
-    assert "With a sink, nothing is compared: Rolling Forcing drifts by 0.15" in verdict(results)
-    assert "| Rolling Forcing² | 0.20 [" in text
-    table = difference_table(results)
-    assert "the rolling window, without a sink" in table
-    assert "the rolling window, with a sink" not in table
-    assert "the sink, with the rolling window" not in table
+    assert "A property that a row does not keep within the first clip" in text
+    assert text.count("| Rolling Forcing² | 0.20 [") == 1
+    assert "**With a sink, rolling beats block by block**" in verdict(results)
+    assert "not compared are tint (-0.20 [" in verdict(results)
+    (*_, differences) = rows(difference_table(results))
+    with_sink = differences["the rolling window, with a sink"]
+    assert with_sink["tint"].startswith("-0.20 [")
+    assert with_sink["tint"].endswith("] ²")
+    assert with_sink["phase"].startswith("**-0.20** [")
+    assert differences["the rolling window, without a sink"]["tint"].startswith("**-")
+    write_row(tmp_path, "rolling_forcing", 0.1, first=0.2)
+    assert "With a sink, nothing is compared: a row loses 0.15" in verdict(read(tmp_path))
 
 
 def test_every_table_has_every_row_that_is_there(tmp_path):

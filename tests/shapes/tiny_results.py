@@ -1,5 +1,6 @@
 """Stored results of the ablations without any video: each row drifts as it is told to."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,15 @@ def write_row(
     seeds: int = 3,
     scenes: int = 8,
     times: int = 60,
-    first: float = 0.02,
+    first: float | Mapping[str, float] = 0.02,
     motion: float = 1.0,
     start: str = "true",
     seed_shift: float = 0.0,
 ) -> None:
-    """Drift grows from `first` at 1x to `drift`, by each scene's own; `seed_shift` to a seed."""
+    """Drift grows from `first` at 1x to `drift`, by each scene's own; `seed_shift` to a seed.
+
+    Of properties that `first` does not name it begins with 0.02.
+    """
     row = ROWS[key]
     points = [point for point in POINTS if point <= times]
     told = [column for column in COLUMNS if column <= times]
@@ -36,17 +40,20 @@ def write_row(
         for scene in range(scenes):
             own = np.random.default_rng((seed, scene)).normal(0, 0.01)
             own += 0.05 * np.sin(scene) + seed_shift * seed
-            curve = [first if point == 1 else max(0.0, drift + own) for point in points]
             value = float(np.cos(3 * scene))
-            kept = {
-                "drift": curve,
-                "first": [[value]],
-                "later": [[[0.5 * value]]] * len(told),
-                "first_last_5s": curve[-1],
-                "first_last_15_percent": curve[-1],
-            }
+            kept = {}
+            for name in PROPERTIES:
+                begun = first if isinstance(first, float) else first.get(name, 0.02)
+                curve = [begun if point == 1 else max(0.0, drift + own) for point in points]
+                kept[name] = {
+                    "drift": curve,
+                    "first": [[value]],
+                    "later": [[[0.5 * value]]] * len(told),
+                    "first_last_5s": curve[-1],
+                    "first_last_15_percent": curve[-1],
+                }
             curves = {name: [motion if name == "motion" else 1.0] * len(points) for name in BESIDE}
-            of_all = {"kept": dict.fromkeys(PROPERTIES, kept), "curves": curves}
+            of_all = {"kept": kept, "curves": curves}
             videos.append({"scene": scene, **of_all, "flicker": 1.1})
         config = load_config(f"configs/shapes/{row.config}.yaml", row.overrides)
         settings = {
