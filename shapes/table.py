@@ -259,7 +259,7 @@ def property_table(results: Results, name: str) -> str:
         cells += [number(true.gain(name, COMMON)) if true else UNKNOWN]
         cells += [number(true.variety(name, COMMON)) if true else UNKNOWN]
         cells += [shown_at(noise, name, COMMON)]
-        mark = "²" * (name in results.lost_early(key))
+        mark = " ²" * (name in results.lost_early(key))
         lines.append(markdown_row([row_title(results, key) + mark, *cells]))
     return "\n".join(lines)
 

@@ -56,7 +56,7 @@ def test_what_is_lost_within_the_first_clip_is_shown_and_not_compared(tmp_path):
     results = read(tmp_path)
     text = make_page(results)
     assert "A property that a row does not keep within the first clip" in text
-    assert text.count("| Rolling Forcing² | 0.20 [") == 1
+    assert text.count("| Rolling Forcing ² | 0.20 [") == 1
     assert "**With a sink, rolling beats block by block**" in verdict(results)
     assert "not compared are tint (-0.20 [" in verdict(results)
     (*_, differences) = rows(difference_table(results))
