@@ -568,8 +568,8 @@ def main(argv: Sequence[str]) -> int:
     kind = "_quick" if args.quick else "_shipped" if args.shipped else ""
     folder = args.folder or Path("runs") / f"shapes{kind}"
     chain = Chain(folder.absolute(), args.overrides, args.quick, processes, args.shipped)
-    for name in {args.redo, args.until} - {None, *chain.stages}:
-        raise UserError(f"--shipped has no stage {name}: its result ships")
+    if unknown := {args.redo, args.until} - {None, *chain.stages}:
+        raise UserError(f"--shipped has no stage {' or '.join(sorted(unknown))}: its result ships")
     shipped = check_shipped(chain) if args.quick or args.shipped else {}
     targets = {name: STAGES[name](chain) for name in chain.stages}
     identities = {

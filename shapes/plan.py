@@ -275,9 +275,8 @@ class Plan:
 
         MissingStart if the chain alone can make them.
         """
-        folders = [self.args.checkpoints, ROOT / self.args.checkpoints]
-        folders += [self.args.starts] * (self.args.starts is not None)
-        paths = [folder / f"shapes_{key}.pt" for folder in folders]
+        folders = (self.args.checkpoints, ROOT / self.args.checkpoints, self.args.starts)
+        paths = [folder / f"shapes_{key}.pt" for folder in folders if folder is not None]
         found = next((path for path in paths if path.is_file()), None)
         if found is not None:
             return found, {"trained": ""}
