@@ -40,14 +40,6 @@ def served(monkeypatch, tmp_path):
     return run
 
 
-def play_until(talk, kind):
-    """The next message of a type, for a player that has always played all it was sent."""
-    while all(message["type"] != kind for message in talk.unread):
-        talk.say("playhead", seconds=1e6)
-        talk.receive()
-    return talk.until(kind)
-
-
 def test_random_weights(served, capsys):
     """Nothing depends on one model: every policy, a branch, and the whole video at another size."""
 
@@ -60,7 +52,7 @@ def test_random_weights(served, capsys):
             end = 9
             for policy in config["policies"]:
                 talk.say("session.prompt_update", id=policy, prompt=policy, policy=policy)
-                applied = play_until(talk, "session.prompt_update.applied")
+                applied = talk.play_until("session.prompt_update.applied")
                 assert (applied["id"], applied["policy"]) == (policy, policy)
                 assert applied["whole_from_frame"] >= applied["frame"] >= end - 9
                 end = applied["frame"] + 9
@@ -69,7 +61,7 @@ def test_random_weights(served, capsys):
             talk.say("session.branch", snapshot=snapshot, prompt="another", policy="cut")
             branch = talk.until("session.started")
             assert talk.until("video.start")["first_frame"] == branch["frames"] > 0
-            play_until(talk, "session.prompt_update.applied")
+            talk.play_until("session.prompt_update.applied")
             talk.say("session.stop")
             frames = talk.until("session.stopped")["frames"]
             video = client.get(f"/v1/sessions/{branch['id']}/video.mp4").content

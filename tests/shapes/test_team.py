@@ -15,7 +15,6 @@ import server.listen
 from shapes import demo
 from tests.processes import free_port, store_of_ranks
 from tests.server.test_app import PATH, start
-from tests.server.test_command import play_until
 from tests.teams import ended
 from tests.tiny_training import finish
 from tests.tiny_training import start as start_ranks
@@ -38,12 +37,12 @@ def test_a_live_session_of_two_ranks_is_that_of_one(
             talk = start(socket, seed=3, prompt=RED)
             for policy in client.get("/v1/config").json()["policies"]:
                 talk.say("session.prompt_update", id=policy, prompt=BLUE, policy=policy)
-                applied = play_until(talk, "session.prompt_update.applied")
+                applied = talk.play_until("session.prompt_update.applied")
                 talk.frames(applied["frame"] + 9)
             snapshot = talk.until("snapshot.available")["id"]
             talk.say("session.branch", snapshot=snapshot, prompt=RED, policy="cut")
             branch = talk.until("session.started")["id"]
-            play_until(talk, "session.prompt_update.applied")
+            talk.play_until("session.prompt_update.applied")
             talk.say("session.stop")
             talk.until("session.stopped")
             names.append(branch)
