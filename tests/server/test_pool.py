@@ -50,12 +50,16 @@ async def begin(pool: SessionPool, prompt: str = "fox", **asked) -> tuple[LiveSe
 
 
 async def settled(pool: SessionPool) -> None:
-    """Until nobody has anything to do at this time of the clock."""
+    """Until nobody has anything to do at this time of the clock, and no prompt is being encoded."""
     while True:
         await asyncio.sleep(0.005)
         lives = list(pool._live.values())
-        if not any(live.in_turn or live.undelivered or live.wants_turn() for live in lives):
+        if not any(busy(live) for live in lives):
             return
+
+
+def busy(live: LiveSession) -> bool:
+    return bool(live.in_turn or live.undelivered or live.wants_turn() or live._encoding)
 
 
 def play(pool: SessionPool, live: LiveSession, seconds: float) -> None:
@@ -178,7 +182,7 @@ async def test_change_is_applied(tmp_path):
         live, client = await begin(pool)
         await settled(pool)
         pool.update(live, update(policy="recache"))
-        await asyncio.sleep(0.02)
+        await settled(pool)
         assert client.heard("session.prompt_update.accepted") == [
             {"type": "session.prompt_update.accepted", "id": "u"}
         ]
@@ -211,7 +215,7 @@ async def test_changes_keep_their_order(tmp_path):
         pool.update(live, update("1", "owl"))
         pool.update(live, update("2", None, seed=7))
         pool.update(live, update("3", "cat"))
-        await asyncio.sleep(0.05)
+        await settled(pool)
         play(pool, live, 0.3)
         await settled(pool)
         ids = [m["id"] for m in client.heard("session.prompt_update.superseded")]
@@ -232,7 +236,7 @@ async def test_refused_change(tmp_path, prompt, code, words):
         live, client = await begin(pool)
         await settled(pool)
         pool.update(live, update("x", prompt))
-        await asyncio.sleep(0.02)
+        await settled(pool)
         play(pool, live, 0.3)
         await settled(pool)
         (error,) = client.heard("error")
@@ -251,7 +255,7 @@ async def test_changes_are_bounded(tmp_path):
         with pytest.raises(ProtocolError, match="16 changes wait"):
             pool.update(live, update("more"))
         live.stop("stopped")
-        await asyncio.sleep(0.05)
+        await settled(pool)
         assert live.stopped
         answered = {m["id"] for m in client.heard("error")}
         assert answered == {str(number) for number in range(16)}
@@ -400,7 +404,7 @@ async def test_another_client_takes_over(tmp_path):
         live, old = await begin(pool)
         await settled(pool)
         pool.update(live, update())
-        await asyncio.sleep(0.02)
+        await settled(pool)
         play(pool, live, 0.3)
         await settled(pool)
         new = FakeClient()
