@@ -174,18 +174,21 @@ STORED = [ROOT / RESULTS / f"{row.key}-0-true.json" for row in CORE]
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in STORED if path.is_file()], ids=lambda p: p.stem)
 def test_a_row_of_the_table_is_that_of_the_weights_that_ship(path):
-    """Its first two scenes, made again for two training lengths."""
+    """Its first two scenes, made again for two training lengths and a third.
+
+    The last frames of a rolling video are made in windows that grow smaller, so they are others.
+    """
     run = read_run(path)
     settings = run["settings"]
     weights = ROOT / "checkpoints" / settings["weights"]
     assert file_hash(weights) == settings["checkpoint_hash"]
     pipe = load_pipeline(load_config(settings["config"], settings["overrides"]), weights)
     names = ("clip", "given", "scene_seed")
-    protocol = Protocol(times=2, **{name: settings[name] for name in names})
+    protocol = Protocol(times=3, **{name: settings[name] for name in names})
     given = given_frames(pipe, protocol) / pipe.setup.fps
     for scene, result in enumerate(continued(pipe, protocol, [0, 1])):
         again = sum_up(result, scene, settings["clip_seconds"], given)
         for name, kept in again["kept"].items():
             stored = run["videos"][scene]["kept"][name]["drift"]
             # other processors round other pixels, and the last digits of a file are rounded
-            assert kept["drift"] == pytest.approx(stored[:2], rel=0.1, abs=0.03), name
+            assert kept["drift"][:2] == pytest.approx(stored[:2], rel=0.1, abs=0.03), name
