@@ -77,7 +77,8 @@ QUICK = {
     "vae_short": Quick(0.04, "max_steps=10 lr=4.5e-5 lr_warmup_steps=5 heldout_videos=8"),
     "vae": Quick(
         0.02,
-        "max_steps=32 lr=6e-5 lr_warmup_steps=10 heldout_videos=4 image_or_video_shape=[1,4,16,8,8]",
+        "max_steps=32 lr=6e-5 lr_warmup_steps=10 heldout_videos=4 "
+        "image_or_video_shape=[1,4,16,8,8]",
     ),
     "teacher_short": Quick(
         0.2,
