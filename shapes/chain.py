@@ -71,6 +71,12 @@ class Quick(NamedTuple):
         return (*self.words.split(), "log_iters=1000000", "heldout_every=1000000")
 
 
+ON_CLIPS = "max_steps=10 total_batch_size=4 lr_warmup_steps=5 heldout_videos=4"
+# The loss is the critic's, so the student moves little.
+ON_ROLLOUTS = (
+    "max_steps=8 lr=1e-4 lr_critic=2e-4 heldout_videos=4 ema_start_step=1000 "
+    "image_or_video_shape=[1,15,16,8,8] num_training_frames=15"
+)
 QUICK = {
     "text_encoder": Quick(0.2, "max_steps=30 lr_warmup_steps=5 heldout_videos=64"),
     "vae_images": Quick(0.3, "max_steps=20 lr_warmup_steps=5 ema_start_step=1000"),
@@ -88,22 +94,10 @@ QUICK = {
         0.2, "max_steps=16 total_batch_size=8 random_init=true lr_warmup_steps=5 heldout_videos=8"
     ),
     "ode_init": Quick(0.1, "max_steps=24 total_batch_size=8 lr_warmup_steps=5 heldout_videos=8"),
-    "causal_init": Quick(
-        0.05, "max_steps=10 total_batch_size=4 lr_warmup_steps=5 heldout_videos=4"
-    ),
-    # No prompt of the held-out clips changes.
-    "directed_init": Quick(
-        -0.2, "max_steps=10 total_batch_size=4 lr_warmup_steps=5 heldout_videos=4"
-    ),
-    # The loss is the critic's, so the student moves little.
-    **dict.fromkeys(
-        ("rolling_forcing", "rolling_directed"),
-        Quick(
-            0.03,
-            "max_steps=8 lr=1e-4 lr_critic=2e-4 heldout_videos=4 ema_start_step=1000 "
-            "image_or_video_shape=[1,15,16,8,8] num_training_frames=15",
-        ),
-    ),
+    "causal_init": Quick(0.05, ON_CLIPS),
+    "directed_init": Quick(-0.2, ON_CLIPS),  # no prompt of the held-out clips changes
+    "rolling_forcing": Quick(0.03, ON_ROLLOUTS),
+    "rolling_directed": Quick(0.03, ON_ROLLOUTS),
 }
 QUICK_HELDOUT = 8
 
@@ -275,8 +269,12 @@ def install_teacher(chain: Chain, exported: Path) -> None:
     publish_model(exported / "model.pt", chain.own_models / MODEL)
 
 
-def student(name: str, inputs: Callable[[Chain], Sequence[str]]) -> Stage:
-    """A training that ends in a published checkpoint."""
+def student(name: str, *, data: str | None = None, start: str | None = None) -> Stage:
+    """A training that ends in a published checkpoint: on what data, from which student."""
+
+    def inputs(chain: Chain) -> list[str]:
+        stored = chain.stored(data) if data else []
+        return [*stored, *([f"generator_ckpt={chain.start(start)}"] if start else [])]
 
     return training(name, lambda chain, run: publish_to(chain.student(name), run), inputs)
 
@@ -436,21 +434,11 @@ STAGES: dict[str, Stage] = {
     "teacher_short": training("teacher_short", install_teacher, lambda c: c.stored("latents")),
     "teacher": training("teacher", install_teacher, lambda c: c.stored("latents")),
     "ode_pairs": ode_pairs,
-    "ode_init": student("ode_init", lambda c: c.stored("ode_pairs")),
-    "causal_init": student(
-        "causal_init",
-        lambda c: [*c.stored("latents"), f"generator_ckpt={c.start('ode_init')}"],
-    ),
-    "rolling_forcing": student(
-        "rolling_forcing", lambda c: [f"generator_ckpt={c.start('causal_init')}"]
-    ),
-    "directed_init": student(
-        "directed_init",
-        lambda c: [*c.stored("latents"), f"generator_ckpt={c.start('causal_init')}"],
-    ),
-    "rolling_directed": student(
-        "rolling_directed", lambda c: [f"generator_ckpt={c.start('directed_init')}"]
-    ),
+    "ode_init": student("ode_init", data="ode_pairs"),
+    "causal_init": student("causal_init", data="latents", start="ode_init"),
+    "rolling_forcing": student("rolling_forcing", start="causal_init"),
+    "directed_init": student("directed_init", data="latents", start="causal_init"),
+    "rolling_directed": student("rolling_directed", start="directed_init"),
     "evaluate": Comparison,
 }
 

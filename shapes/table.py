@@ -11,6 +11,7 @@ import numpy as np
 
 from evaluation.intervals import Interval, difference, mean_interval
 from evaluation.keeping import FORMULAS
+from evaluation.statistics import mean
 from shapes.kept import ERRORS, PROPERTIES, told_apart
 from shapes.stored import BESIDE, COLUMNS, POINTS, Measured, read_run
 from shapes.variants import BEGINNINGS, EQUAL_SINK, ROWS, Comparison, comparisons
@@ -43,10 +44,12 @@ class Results:
         """A row's videos that go on from a true prefix."""
         return self.measured.get((key, "true"))
 
-    def lost_early(self, key: str) -> list[str]:
-        """Properties that a row does not keep within the first clip, as far as that is known."""
+    def loses_early(self, key: str, name: str) -> bool:
+        """Whether a row is known not to keep a property within the first clip."""
         seen = self.primary(key)
-        return [n for n in PROPERTIES if seen is not None and at(seen, n, 1).mean >= PLATEAU]
+        if seen is None:
+            return False
+        return bool(mean(seen.curve(name)[..., POINTS.index(1)].ravel()) >= PLATEAU)
 
 
 def read_results(folder: Path, of_today: Callable[[Path, str, Settings], bool]) -> Results | None:
@@ -132,8 +135,9 @@ def compare(results: Results, comparison: Comparison) -> Finding | None:
         name: difference(one.curve(name)[..., column], other.curve(name)[..., column])
         for name in (*PROPERTIES, *BESIDE)
     }
-    lost = {n for key in (comparison.one, comparison.other) for n in results.lost_early(key)}
-    return Finding(comparison, common[-1], found, [name for name in PROPERTIES if name in lost])
+    keys = (comparison.one, comparison.other)
+    lost = [n for n in PROPERTIES if any(results.loses_early(key, n) for key in keys)]
+    return Finding(comparison, common[-1], found, lost)
 
 
 LOST_EARLY = f"a row loses {PLATEAU} or more within the first clip"
@@ -231,7 +235,7 @@ def protocol_text(results: Results) -> str:
         "which says nothing of another training.",
         "All distillations took equally many operations, so their numbers of updates differ.",
     ]
-    if any(results.lost_early(key) for key in rows_of(results)):
+    if any(results.loses_early(key, name) for key in rows_of(results) for name in PROPERTIES):
         lines.append(
             f"A property that a row does not keep within the first clip (drift of {PLATEAU} or "
             "more, marked ²) is shown, and nothing is claimed of it."
@@ -259,7 +263,7 @@ def property_table(results: Results, name: str) -> str:
         cells += [number(true.gain(name, COMMON)) if true else UNKNOWN]
         cells += [number(true.variety(name, COMMON)) if true else UNKNOWN]
         cells += [shown_at(noise, name, COMMON)]
-        mark = " ²" * (name in results.lost_early(key))
+        mark = " ²" * results.loses_early(key, name)
         lines.append(markdown_row([row_title(results, key) + mark, *cells]))
     return "\n".join(lines)
 
