@@ -39,7 +39,7 @@ SINK_KEYS = frozenset({"sink_position", "clean_pass_sees_sink", "sink_ema"})  # 
 CHAIN_MAKES = ("ode_init", START)
 NEAR_BUDGET = 0.02
 """A training this near to the budget keeps the `max_steps` of its config."""
-_COUNTED: dict[str, float] = {}  # operations of an update, by a hash of its config
+_COUNTED: dict[str, dict[str, float]] = {}  # operations by player, by a hash of the config
 
 
 def add_weights_flags(parser: argparse.ArgumentParser) -> None:
@@ -140,9 +140,10 @@ class Measurement(CommandTarget):
 
     def identity(self) -> dict[str, Any]:
         """See `Target`: the same on every machine; without weights that are not here any more, but
-        with what they were trained as.
+        with what they were trained as. How its operations are counted is no part of it.
         """
-        settings = {**played(self.config), **protocol_settings(self.protocol), **self.trained}
+        trained = {name: value for name, value in self.trained.items() if name != "operations"}
+        settings = {**played(self.config), **protocol_settings(self.protocol), **trained}
         if not self.weights.is_file():
             return settings
         model = self.of_weights
@@ -183,7 +184,7 @@ class Measurement(CommandTarget):
             **{"config": str(self.config_path), "overrides": list(self.overrides)},
             **{"weights": self.weights.name, "clip_seconds": clip},
         }
-        write_run(self.result, {**told, **self.identity()}, videos)
+        write_run(self.result, {**told, **self.identity(), **self.trained}, videos)
         return str(self.result)
 
     def open(self) -> VideoPipeline:
@@ -346,7 +347,7 @@ class Plan:
     @cached_property
     def budget(self) -> float:
         """Floating-point operations of each distillation."""
-        return update_operations(self.reference) * (self.reference.max_steps or 0)
+        return operations(self.reference, self.reference.max_steps or 0)
 
     @cached_property
     def shipped(self) -> dict[str, Path]:
@@ -372,26 +373,30 @@ class Plan:
 def affordable(config: Config, budget: float) -> tuple[int, float]:
     """How many steps of a distillation a budget of operations pays, and what they take.
 
-    Those of its config, if they are near enough; else whole turns of student and critic.
+    Those of its config, if they are near enough; else whole turns of student and critic behind the
+    critic's warm-up.
     """
-    of_one = update_operations(config)
-    own = (config.max_steps or 0) * of_one
-    if abs(own / budget - 1) <= NEAR_BUDGET:
-        return config.max_steps or 0, own
-    every = config.dfake_gen_update_ratio
-    steps = every * max(1, round(budget / of_one / every))
-    return steps, steps * of_one
+    steps = config.max_steps or 0
+    if abs(operations(config, steps) / budget - 1) > NEAR_BUDGET:
+        alone, every = config.critic_warmup_steps, config.dfake_gen_update_ratio
+        before = operations(config, alone)
+        turn = operations(config, alone + every) - before
+        steps = alone + every * max(1, round((budget - before) / turn))
+    return steps, operations(config, steps)
 
 
-def update_operations(config: Config) -> float:
-    """Floating-point operations of a step of a distillation, all its videos together."""
+def operations(config: Config, steps: int) -> float:
+    """Floating-point operations of so many steps of a distillation, all videos together."""
     from trainer.estimate import planned_setup
-    from trainer.footprint import step_flops
+    from trainer.footprint import update_flops
+    from trainer.networks import generator_updates
 
     asked = fingerprint({**to_dict(config), "max_steps": None})
     if asked not in _COUNTED:
-        _COUNTED[asked] = step_flops(config, planned_setup(config)) * videos_per_update(config)
-    return _COUNTED[asked]
+        _COUNTED[asked] = update_flops(config, planned_setup(config))
+    of = _COUNTED[asked]
+    one = steps * of["critic"] + generator_updates(config, steps) * of["generator"]
+    return one * videos_per_update(config)
 
 
 def decides(config: Config) -> dict[str, Any]:

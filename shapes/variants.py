@@ -209,6 +209,12 @@ FURTHER = (
         "guidance_scale=3.0",
     ),
     variation(
+        "critic_warmup",
+        "Rolling Forcing, the critic trained first",
+        "a critic that knows the student's videos before the student learns from it",
+        "critic_warmup_steps=100",
+    ),
+    variation(
         "low_scores",
         "Rolling Forcing, scores below the highest noise",
         "no scores where the teacher cannot see what the prompt leaves open",

@@ -66,7 +66,7 @@ class Footprint:
     """Of the heaviest update of each player that is drawn.
 
     `flops`: of one video's share of an average update, by player and phase, as the training counts
-    them. `updates`: of each player in one step, on average.
+    them. `updates`: of each player in one step, on average, once all take their turns.
     """
 
     phases: tuple[Phase, ...]
@@ -80,7 +80,7 @@ class Footprint:
 
     @property
     def step_flops(self) -> float:
-        """One video's share of an average step."""
+        """One video's share of an average step, once all players take their turns."""
         return sum(self.updates[name] * sum(own.values()) for name, own in self.flops.items())
 
 
@@ -187,17 +187,17 @@ def planned_task(
         yield task, memory, shaped
 
 
-def step_flops(config: Config, setup: Setup) -> float:
-    """`Footprint.step_flops` on one rank, of any training of transformers; nothing is run."""
+def update_flops(config: Config, setup: Setup) -> dict[str, float]:
+    """Of one video's share of an average update, by player, on one rank; nothing is run."""
     config = replace(planned_config(config), mixed_precision=False)  # then nothing is sharded
     with planned_task(config, setup, 1, 1, 1, 1) as (task, _, _):
-        flops = {name: heaviest_updates(task, name)[1] for name in task.players}
-        return Footprint((), flops, often(task)).step_flops
+        return {name: sum(heaviest_updates(task, name)[1].values()) for name in task.players}
 
 
 def often(task: GeneratorTask) -> dict[str, float]:
-    """Updates of each player in one step, on average."""
-    due = Counter(name for step in range(UPDATES) for name in task.due(step))
+    """Updates of each player in one step, on average, once all take their turns."""
+    steps = range(task.warmup_steps, task.warmup_steps + UPDATES)
+    due = Counter(name for step in steps for name in task.due(step))
     return {name: due[name] / UPDATES for name in task.players}
 
 
@@ -242,7 +242,8 @@ def heaviest_updates(task: Task, name: str) -> tuple[list[int], dict[str, float]
     The heaviest backward pass tells the largest graph.
     """
     order = list(task.players)
-    steps = [step for step in range(UPDATES * len(order)) if name in task.due(step)][:UPDATES]
+    turns = range(task.warmup_steps, task.warmup_steps + UPDATES * len(order))
+    steps = [step for step in turns if name in task.due(step)][:UPDATES]
     numbers = [step * len(order) + order.index(name) for step in steps]
     found = [task.phase_flops(name, Draws(task.config.seed, n, ())) or {} for n in numbers]
     heaviest: dict[str, int] = {}

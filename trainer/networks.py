@@ -230,11 +230,16 @@ def stays_gathered(config: Config, module: nn.Module) -> bool:
     return sum(p.numel() for p in module.parameters()) * size <= GATHERED_BYTES
 
 
+def generator_updates(config: Config, steps: int) -> int:
+    """How many of so many steps of a distillation update the generator."""
+    return max(0, -(-(steps - config.critic_warmup_steps) // config.dfake_gen_update_ratio))
+
+
 def learning_rate_schedule(config: Config, lr: float, *, critic: bool) -> Callable[[int], float]:
     """Learning rate of an update: linear warm-up, then constant or a cosine to zero."""
     total = config.max_steps
     if total is not None and config.trainer == "score_distillation" and not critic:
-        total = -(-total // config.dfake_gen_update_ratio)
+        total = generator_updates(config, total)
 
     def rate(update: int) -> float:
         warm = min(1.0, (update + 1) / (config.lr_warmup_steps + 1))

@@ -110,9 +110,10 @@ class TimedTrainer(Trainer):
     def cycle(self) -> Counter[str]:
         """How many updates of each kind there are until all is as before."""
         steps = self.config.dfake_gen_update_ratio if len(self.task.players) > 1 else 1
+        second = self.task.warmup_steps + steps
         return Counter(
             self.kind(name, step)
-            for step in range(steps, 2 * steps)
+            for step in range(second, second + steps)
             for name in self.task.due(step)
         )
 
@@ -138,14 +139,14 @@ class TimedTrainer(Trainer):
 
     def usual_flops(self, kind: str) -> float:
         """Operations of a rank's share of an update of this kind, the mean over many draws."""
-        steps, found = 0, list[float]()
+        step, found = self.task.warmup_steps, list[float]()
         while len(found) < DRAWS:
-            for name in self.task.due(steps):
-                if self.kind(name, steps) == kind:
-                    number = steps * len(self.task.players) + list(self.task.players).index(name)
+            for name in self.task.due(step):
+                if self.kind(name, step) == kind:
+                    number = step * len(self.task.players) + list(self.task.players).index(name)
                     draws = Draws(self.config.seed, number, ())
                     found.append(sum(self.rank_flops(name, draws).values()))
-            steps += 1
+            step += 1
         return statistics.mean(found)
 
 

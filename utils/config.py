@@ -485,6 +485,13 @@ def _rules(config: Config) -> list[tuple[bool, str]]:
             f"dfake_gen_update_ratio={config.dfake_gen_update_ratio}: a rollout of another student "
             "is of no use to the critic",
         ),
+        (
+            config.trainer != "score_distillation"
+            or not config.max_steps
+            or config.critic_warmup_steps < config.max_steps,
+            f"critic_warmup_steps={config.critic_warmup_steps} leaves the generator no update of "
+            f"max_steps={config.max_steps}",
+        ),
     ]
 
 

@@ -469,6 +469,13 @@ class Config:
     dfake_gen_update_ratio: int = key(
         5, "critic updates per generator update", "weights", bounds=COUNT
     )
+    critic_warmup_steps: int = key(
+        0,
+        "distillation: steps of the critic alone before the generator's first update, so that it "
+        "knows the student's videos by then",
+        "weights",
+        bounds=STEPS_OR_NONE,
+    )
     critic_updates_per_rollout: int = key(
         1,
         "critic updates on one batch and its rollouts, each at new noise levels; at most "

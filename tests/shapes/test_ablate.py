@@ -16,7 +16,7 @@ import train
 from shapes import ablate, build
 from shapes.build import Training
 from shapes.drift import TEST_SEED
-from shapes.plan import NEAR_BUDGET, Measurement, Plan, update_operations
+from shapes.plan import NEAR_BUDGET, Measurement, Plan, operations
 from shapes.stored import read_run, write_run
 from shapes.table import MARKS
 from shapes.variants import CORE, FURTHER, REFERENCE, ROWS, START, STARTS, comparisons
@@ -91,12 +91,13 @@ def test_all_distillations_take_as_many_operations(tmp_path):
     shipped = touch(tmp_path / "shipped", *STARTS)
     parts = targets("--folder", tmp_path, "--checkpoints", shipped, "--seeds", 1)
     made = [part for part in parts if isinstance(part, Training)]
-    taken = {part.key: update_operations(part.config) * part.config.max_steps for part in made}
+    taken = {part.key: operations(part.config, part.config.max_steps) for part in made}
     budget = taken[f"{REFERENCE}, seed 0"]
     assert len(taken) >= 5
     assert list(taken.values()) == pytest.approx([budget] * len(taken), rel=NEAR_BUDGET)
     steps = {part.key.partition(",")[0]: part.config.max_steps for part in made}
     assert steps["rolling_levels_3"] > steps[REFERENCE] > steps["rollouts_63"]
+    assert steps["critic_warmup"] > steps[REFERENCE]
     text = ablate.cost_text(options("--gflops", 100, "--fps", 50, "--processes", 2), parts)
     total = sum(taken.values())
     assert f"{len(made)} of {len(made)} trainings are left: {total / 1e12:,.1f} TFLOP" in text

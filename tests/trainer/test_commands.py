@@ -63,6 +63,7 @@ def test_dry_run_says_what_a_rank_will_hold_and_writes_nothing(
     [
         ("dfake_gen_update_ratios=5", "did you mean 'dfake_gen_update_ratio'"),
         ("global_batch_size=1", "1 videos per update are too few for 2 ranks"),
+        ("critic_warmup_steps=4", "leaves the generator no update of max_steps=4"),
         ("real_name=Missing", "Missing does not exist"),
         ("trainer=gan", "trainer"),
         ("trainer=ode", "prompts.txt holds no trajectories"),

@@ -65,6 +65,17 @@ def test_what_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> N
     assert line.startswith("fits")
 
 
+def test_what_a_step_takes_behind_a_long_warm_up(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """The generator's updates were looked for in the first steps, where there may be none."""
+    changes = {"critic_warmup_steps": 1001, "max_steps": 2000, "dfake_gen_update_ratio": 2}
+    config = training_world.config(tmp_path, **changes)
+    found = footprint(config, planned_setup(config), 1, 1)
+    assert found.updates == {"generator": 0.5, "critic": 1.0}
+    assert all(sum(phases.values()) > 0 for phases in found.flops.values())
+
+
 @pytest.mark.parametrize("kind", ["ode", "flow", "consistency"])
 def test_every_objective_has_its_phases(
     kind: str, training_world: TrainingWorld, tmp_path: Path

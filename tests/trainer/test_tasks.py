@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.tiny_training import (
 )
 from trainer.data import check_changes
 from trainer.metrics import Timer, latent_statistics
+from trainer.networks import generator_updates
 from trainer.sharding import open_world
 from trainer.tasks import Consistency, Distillation, FlowMatching
 from trainer.tasks.base import GeneratorTask
@@ -431,6 +433,42 @@ def test_a_rollout_serves_critic_updates_until_the_student_moves(
     assert len(set(prompts)) == 4
     assert len({times for *_, times in seen}) == 6
     assert shares[1] < shares[0]
+
+
+def test_the_critic_may_be_trained_before_the_student_moves(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """Turns begin behind its warm-up, whatever that is a multiple of; no rollout is used across."""
+    turns = {"dfake_gen_update_ratio": 3, "critic_updates_per_rollout": 2}
+    changes = {**turns, "critic_warmup_steps": 4, "max_steps": 11, "batch_size": 4}
+    made: list[int] = []
+    with trainer_of(training_world, tmp_path, **changes) as trainer:
+        task = trainer.task
+        assert isinstance(task, Distillation)
+        student = trainer.task.players["generator"].module
+        before, rollout = deepcopy(student.state_dict()), task._rollout
+
+        def counted(embeddings: Tensor, draws: Draws, *, grad: bool, prefix: Tensor | None) -> Any:
+            if not grad:
+                made.append(trainer.step)
+            return rollout(embeddings, draws, grad=grad, prefix=prefix)
+
+        task._rollout = counted  # type: ignore[method-assign]
+        due = [task.due(step) for step in range(11)]
+        for _ in range(4):
+            trainer.train_step()
+        assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+        trainer.train_step()
+        assert any(not torch.equal(v, before[name]) for name, v in student.state_dict().items())
+        for _ in range(6):
+            trainer.train_step()
+        updates = {name: player.updates for name, player in task.players.items()}
+    assert [step for step, players in enumerate(due) if "generator" in players] == [4, 7, 10]
+    assert all("critic" in players for players in due)
+    assert updates == {"generator": 3, "critic": 11}
+    assert made == [0, 2, 3, 4, 6, 7, 9, 10]
+    counted_ahead = [generator_updates(trainer.config, steps) for steps in (0, 4, 5, 8, 11)]
+    assert counted_ahead == [0, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("trainer", ["score_distillation", "consistency"])

@@ -155,7 +155,9 @@ def test_what_is_slow_or_large_is_in_its_own_phase(
 def test_steps_that_give_nothing_new_are_passed_over(
     training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two updates of a generator that is due in every fifth step; a rollout is used five times."""
+    """Two updates of a generator that is due in every fifth step; a rollout is used five times,
+    or the critic is alone for twelve steps.
+    """
     steps: list[int] = []
 
     def skim(trainer: Trainer) -> None:
@@ -163,8 +165,10 @@ def test_steps_that_give_nothing_new_are_passed_over(
         trainer.step += 1
 
     monkeypatch.setattr(Trainer, "train_step", skim)
-    for uses, expected in ((1, [0, 5]), (5, [*range(10)])):
+    cases = ((1, 0, [0, 5]), (5, 0, [*range(10)]), (1, 12, [12, 17]))
+    for uses, alone, expected in cases:
         changes = {"dfake_gen_update_ratio": 5, "critic_updates_per_rollout": uses}
+        changes |= {"critic_warmup_steps": alone, "max_steps": 50}
         config = training_world.config(tmp_path, **changes)
         with open_world("cpu") as world:
             trainer = opened(timed_config(config), world, tmp_path, drawn=False)

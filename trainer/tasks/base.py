@@ -91,6 +91,11 @@ class Task(ABC):
         if cls.roles:
             check_embeddings(config, data)
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps at the beginning in which not all players take their turns."""
+        return 0
+
     def due(self, step: int) -> Sequence[str]:
         """Players that are updated in a step, in order."""
         return tuple(self.players)

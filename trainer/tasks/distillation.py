@@ -53,7 +53,10 @@ def reads_clips(config: Config) -> bool:
 
 
 class Distillation(GeneratorTask):
-    """DMD on self-rollouts: every step updates the critic, every n-th first the generator."""
+    """DMD on self-rollouts: every step updates the critic, every n-th first the generator.
+
+    The generator may stand still for the first steps (`critic_warmup_steps`).
+    """
 
     roles = ("generator", "real_score", "fake_score")
 
@@ -90,11 +93,21 @@ class Distillation(GeneratorTask):
         if reads_clips(config):
             check_latents(config, setup, data)
 
+    @property
+    def warmup_steps(self) -> int:
+        """See `Task`."""
+        return self.config.critic_warmup_steps
+
     def due(self, step: int) -> Sequence[str]:
         """See `Task`."""
-        if step % self.config.dfake_gen_update_ratio == 0:
+        if step >= self.warmup_steps and self._turn(step) == 0:
             return ("generator", "critic")
         return ("critic",)
+
+    def _turn(self, step: int) -> int:
+        """How many steps ago the generator was updated, or the critic's warm-up began."""
+        since = step - self.warmup_steps if step >= self.warmup_steps else step
+        return since % self.config.dfake_gen_update_ratio
 
     def keeps_batch(self, player: str, step: int) -> bool:
         """See `Task`."""
@@ -105,8 +118,7 @@ class Distillation(GeneratorTask):
 
         A rollout serves until the student moves, so it can be made anew after a restart.
         """
-        config = self.config
-        return step % config.dfake_gen_update_ratio % config.critic_updates_per_rollout
+        return self._turn(step) % self.config.critic_updates_per_rollout
 
     def collect(self, metrics: Mapping[str, Tensor]) -> None:
         """See `Task`: the critic's error at each timestep."""
