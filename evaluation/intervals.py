@@ -19,6 +19,7 @@ from evaluation.statistics import Array, mean
 
 LEVEL = 0.95
 DRAWS = 2000
+UNKNOWN = "–"
 _NORMAL = 1.959964  # 97.5 % of a normal distribution, then of Student's t by degrees of freedom
 _STUDENT = (12.706, 4.303, 3.182, 2.776)
 
@@ -37,6 +38,13 @@ class Interval(NamedTuple):
     def leaves_out_zero(self) -> bool:
         """Of numbers: whether 0 is outside; false where nothing is known."""
         return bool(self.low > 0 or self.high < 0)
+
+    def text(self, *, sign: bool = False, digits: int = 2) -> str:
+        """Of numbers: `mean [low, high]`, without ends that are not known; a dash for no mean."""
+        if np.isnan(self.mean):
+            return UNKNOWN
+        mean, *ends = (f"{float(x):{'+' if sign else ''}.{digits}f}" for x in self[:3])
+        return mean if np.isnan(self.low) else f"{mean} [{', '.join(ends)}]"
 
 
 def mean_interval(values: Array) -> Interval:

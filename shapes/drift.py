@@ -8,12 +8,14 @@ its training clips. What captions leave open is read from the frames and held ag
 the given ones (`evaluation/keeping.py`; docs/shapes.md has the formulas). `--given 0` starts from
 noise, where a video is held against its own first second. The scenes are none that training or its
 monitors ever draw. Results are kept one by one, so the same command goes on where it was stopped;
-under torchrun the ranks share the scenes.
+under torchrun the ranks share the scenes. `--against other.json`, the figures of another model with
+the same scenes and noise, tells how the two differ, paired by scene.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.intervals import mean_interval
+from evaluation.intervals import Interval, difference, mean_interval
 from evaluation.meters import Judge, Result
 from evaluation.results import ResultLog, summarise
 from evaluation.statistics import to_json
-from shapes.kept import ERRORS, PROPERTIES
+from shapes.kept import ERRORS, PROPERTIES, told_apart
 from shapes.playing import add_model_flags, describe_model, open_model
-from shapes.stored import COLUMNS, POINTS, Measured, Video, sum_up
+from shapes.stored import BESIDE, COLUMNS, POINTS, Measured, Video, sum_up
 from shapes.truth import ShapesTruth
 from shapes.world import Scene, render, sample_scene
 from utils.cli import check_outputs, parse_command, run_main, set_up_logging
@@ -171,6 +173,52 @@ def drift_rows(videos: Sequence[Video]) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def differences(videos: Sequence[Video], others: Sequence[Video]) -> dict[str, dict[str, Interval]]:
+    """Videos minus others, paired by scene: of each of `PROPERTIES` and `BESIDE`, at each of
+    `COLUMNS` that both reach.
+    """
+    one, other = Measured([videos]), Measured([others])
+    common = [times for times in COLUMNS if one.reaches(times) and other.reaches(times)]
+    found = {}
+    for name in (*PROPERTIES, *BESIDE):
+        pairs = one.curve(name), other.curve(name)
+        at = ([values[..., POINTS.index(times)] for values in pairs] for times in common)
+        found[name] = {
+            f"{times}x": difference(*both) for times, both in zip(common, at, strict=True)
+        }
+    return found
+
+
+def difference_lines(found: Mapping[str, Mapping[str, Interval]]) -> str:
+    """The differences for people, with a star if they may be claimed (`told_apart`)."""
+    columns = next(iter(found.values()))
+    lines = [f"{'difference [95 %]':<30}" + "".join(f"{c:>34}" for c in columns)]
+    for name, row in found.items():
+        cells = (
+            each.text(sign=True, digits=3) + (" *" if told_apart(name, each) else "  ")
+            for each in row.values()
+        )
+        lines.append(f"{name:<30}" + "".join(f"{cell:>34}" for cell in cells))
+    return "\n".join([*lines, "* not by chance, and more than three times the meter's error"])
+
+
+def read_other(path: Path, settings: Mapping[str, Any]) -> list[Video]:
+    """The videos of `--against`; UserError unless they are of the same scenes and noise."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content["settings"]
+        seconds = found["clip_seconds"], found["given_seconds"]
+        videos = [sum_up(video, number, *seconds) for number, video in enumerate(content["videos"])]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--against {path} holds no figures of this command") from error
+    for name in ("given", "clip", "seed", "scene_seed", "meter"):
+        if found.get(name) != settings[name]:
+            raise UserError(
+                f"--against {path} has {name}={found.get(name)}, not {settings[name]}: no pairs"
+            )
+    return videos
+
+
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows for people: drift [95 % interval] (gain, variety) at each length."""
     columns = [name for name in next(iter(rows.values())) if name != "error"]
@@ -198,6 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=usual.batch, help="videos made together (%(default)s)")
     what = f"of the scenes (%(default)s; {TEST_SEED}: those of the ablations, not to decide by)"
     add("--scene_seed", type=int, default=usual.scene_seed, help=what)
+    add("--against", type=Path, metavar="JSON", help="tell differences from these figures, too")
     add_model_flags(parser)
     return parser
 
@@ -219,6 +268,7 @@ def main(argv: Sequence[str]) -> int:
     settings = {**asdict(protocol), **describe_model(args, pipe), "meter": TRUTH.version}
     of_each = {name: value for name, value in settings.items() if name not in ("scenes", "batch")}
     log = ResultLog(args.json, fingerprint(of_each), ranks.rank) if args.json is not None else None
+    others = None if args.against is None else read_other(args.against, settings)
     scenes = range(protocol.scenes)
     results: dict[int, Result] = {}
     if log is not None:
@@ -240,7 +290,7 @@ def main(argv: Sequence[str]) -> int:
     if not all(number in results for number in scenes):
         print("the other scenes are still being made by other ranks")
     elif ranks.is_main if log is None or not mine else log.wrote_last():
-        finish(args, pipe, protocol, settings, [results[number] for number in scenes])
+        finish(args, pipe, protocol, settings, [results[number] for number in scenes], others)
     return 0
 
 
@@ -250,6 +300,7 @@ def finish(
     protocol: Protocol,
     settings: Mapping[str, Any],
     results: Sequence[Result],
+    others: Sequence[Video] | None,
 ) -> None:
     """Sum up, print, and write all if that is wanted."""
     fps = pipe.setup.fps
@@ -261,6 +312,8 @@ def finish(
     for name in TOLD:
         measure = summary["measures"][name]["mean"]
         print(f"{name:<30}" + (f"{'–':>8}" if measure is None else f"{measure:>8.2f}"))
+    if others is not None:
+        print(f"\nminus {args.against}", difference_lines(differences(videos, others)), sep="\n")
     if args.json is not None:
         seconds = {"clip_seconds": clip, "given_seconds": given}
         content = {"settings": {**settings, **seconds}, "rows": rows, "summary": summary}

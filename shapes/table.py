@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.intervals import Interval, difference, mean_interval
+from evaluation.intervals import UNKNOWN, Interval, difference, mean_interval
 from evaluation.keeping import FORMULAS
 from evaluation.statistics import mean
 from shapes.kept import ERRORS, PROPERTIES, told_apart
@@ -18,7 +18,6 @@ from shapes.variants import BEGINNINGS, EQUAL_SINK, ROWS, Comparison, comparison
 from utils.errors import UserError
 
 MARKS = ("<!-- ablations -->", "<!-- /ablations -->")
-UNKNOWN = "–"
 COMMON = 10
 """The length, in training clips, that every row is told at."""
 PLATEAU = 0.15
@@ -182,7 +181,7 @@ def window_sentence(where: str, found: Finding) -> str:
 
 def listed(found: Finding, names: Sequence[str]) -> str:
     """Names with what they differ by."""
-    return ", ".join(f"{name} ({shown(found.differences[name], sign=True)})" for name in names)
+    return ", ".join(f"{name} ({found.differences[name].text(sign=True)})" for name in names)
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -278,7 +277,7 @@ def beside_table(results: Results) -> str:
         seen = results.primary(key)
         cells = [shown_at(seen, name, COMMON) for name in BESIDE]
         cells += [shown_at(seen, name, last) for name in ("right", "motion")]
-        cells.append(shown(mean_interval(seen.flicker())) if seen else UNKNOWN)
+        cells.append(mean_interval(seen.flicker()).text() if seen else UNKNOWN)
         cells.append(rate(results.rates.get(key, ())))
         settings = results.settings[key][0]
         distilled = "updates" in settings
@@ -295,7 +294,7 @@ def formula_table(results: Results) -> str:
     for key in rows_of(results):
         seen = results.measured.get((key, "noise"))
         cells = [
-            shown(mean_interval(seen.formula(name, formula))) if seen else UNKNOWN
+            mean_interval(seen.formula(name, formula)).text() if seen else UNKNOWN
             for name in PROPERTIES
             for formula in FORMULAS
         ]
@@ -327,7 +326,7 @@ def difference_table(results: Results) -> str:
 
 def claim(found: Finding, name: str) -> str:
     """A difference, in bold if it is claimed, marked if nothing can be."""
-    text = shown(found.differences[name], sign=True)
+    text = found.differences[name].text(sign=True)
     if text == UNKNOWN:
         return text
     if name in found.lost_early:
@@ -353,17 +352,7 @@ def row_list(results: Results) -> str:
 
 def shown_at(seen: Measured | None, name: str, times: int) -> str:
     """`mean [low, high]` at a length; unknown where the videos are shorter, or there are none."""
-    return UNKNOWN if seen is None else shown(at(seen, name, times))
-
-
-def shown(found: Interval, *, sign: bool = False) -> str:
-    """`mean [low, high]`."""
-    mean, low, high = (float(value) for value in found[:3])
-    if np.isnan(mean):
-        return UNKNOWN
-    plus = "+" if sign else ""
-    ends = "" if np.isnan(low) else f" [{low:{plus}.2f}, {high:{plus}.2f}]"
-    return f"{mean:{plus}.2f}{ends}"
+    return UNKNOWN if seen is None else at(seen, name, times).text()
 
 
 def number(value: float) -> str:

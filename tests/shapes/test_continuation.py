@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from shapes import continuation
 from shapes.continuation import SECONDS, distances, main, moments, travelled
 from shapes.world import background_rows, render, sample_scene
 from utils.cli import run_main
@@ -55,10 +56,30 @@ def test_the_command_measures_each_scene(tiny_world, tmp_path, capsys):
     assert run_main(main, [str(a) for a in (*given, *more)]) == 0
     figures = json.loads(out.read_text())
     assert figures["seconds"] == list(SECONDS)
-    assert all(len(figures[name]) == len(SECONDS) for name in ("median", "still", "seen"))
+    assert all(len(figures[name]) == len(SECONDS) for name in ("distance", "still", "seen"))
     assert figures["overrides"] == ["width=32", "device=cpu"]
     assert figures["checkpoint_path"] == str(tiny_world.checkpoint)
     assert capsys.readouterr().out.startswith("seconds")
+
+
+def test_two_models_are_compared_scene_by_scene(tiny_world, tmp_path, monkeypatch, capsys):
+    """A shape that is not seen by one of them is no pair."""
+    given = ["--config_path", tiny_world.config, "--scenes", 2, "--blocks", 2]
+    out, other = tmp_path / "out.json", tmp_path / "other.json"
+    of_scenes = iter([[[1.0, 2.0, 3.0, 4.0, 5.0]], [[3.0, 2.0, 5.0, np.nan, 9.0]]])
+    monkeypatch.setattr(continuation, "distances", lambda *_: np.array(next(of_scenes)))
+    command = [str(a) for a in (*given, "--against", other, "width=32", "device=cpu")]
+    figures = {"scenes": 2, "start": 4.0, "blocks": 2}
+    other.write_text(
+        json.dumps({**figures, "scenes_off": [[1, 1, 1, 1, None], [1, 2, 3, 4, None]]})
+    )
+    assert run_main(main, [*command, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["difference"]
+    assert [each[0] for each in found] == [1, 0.5, 2, 3, None]
+    assert "1.00 [" in capsys.readouterr().out
+    other.write_text(json.dumps({**figures, "start": 5.0, "scenes_off": [[1.0] * 5] * 2}))
+    assert run_main(main, command) == 2
+    assert "is of other --scenes, --start or --blocks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,25 @@
 """Videos that go on from true clips: the protocol, its table on true clips, and the command."""
 
 import json
+from copy import deepcopy
 
 import pytest
 
 from evaluation.meters import Judge
 from shapes import drift
-from shapes.drift import SCENE_SEED, TEST_SEED, TRUTH, Protocol, drift_rows, main, table
+from shapes.drift import (
+    SCENE_SEED,
+    TEST_SEED,
+    TRUTH,
+    Protocol,
+    difference_lines,
+    differences,
+    drift_rows,
+    main,
+    table,
+)
 from shapes.kept import ERRORS, PROPERTIES
-from shapes.stored import POINTS, spans, sum_up
+from shapes.stored import BESIDE, POINTS, spans, sum_up
 from shapes.world import render, sample_scene
 from utils.cli import run_main
 
@@ -88,6 +99,37 @@ def test_the_command_measures_each_scene_once(tiny_world, tmp_path, monkeypatch,
     assert run(tiny_world, alone, "--scenes", 1, "--given", given, "--batch", 1) == 0
     (video,) = json.loads(alone.read_text())["videos"]
     assert video["prompt"] == together["videos"][0]["prompt"]
+
+
+def test_two_models_are_compared_scene_by_scene(true_results):
+    """A tint that drifts by one more in every scene, and more right in one by chance."""
+    videos = [sum_up(result, n, 0.8, 9 / 16) for n, result in enumerate(true_results)]
+    others = deepcopy(videos)
+    for video in others:
+        video["kept"]["tint"]["drift"] = [drift + 1 for drift in video["kept"]["tint"]["drift"]]
+    others[0]["curves"]["right"] = [0.0 for _ in others[0]["curves"]["right"]]
+    found = differences(videos, others)
+    assert set(found) == {*PROPERTIES, *BESIDE}
+    assert [float(x) for x in found["tint"]["5x"][:3]] == pytest.approx([-1, -1, -1])
+    assert found["right"]["5x"].mean == pytest.approx(0.25)
+    lines = {line.split()[0]: line for line in difference_lines(found).splitlines()}
+    assert lines["difference"].split()[-1] == "5x"
+    assert lines["tint"].endswith("-1.000 [-1.000, -1.000] *")
+    assert "+0.250 [" in lines["right"]
+    assert not lines["right"].endswith("*")
+
+
+def test_the_other_model_is_one_of_the_same_scenes(tiny_world, tmp_path, capsys):
+    out, other = tmp_path / "out.json", tmp_path / "other.json"
+    assert run(tiny_world, out, "--scenes", 1) == 0
+    assert run(tiny_world, out, "--scenes", 1, "--against", out) == 0
+    assert f"minus {out}" in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    content["settings"]["scene_seed"] += 1
+    for text, said in ((json.dumps(content), "no pairs"), ("{}", "holds no figures")):
+        other.write_text(text)
+        assert run(tiny_world, out, "--scenes", 1, "--against", other) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_rank_that_begins_later_makes_its_share(tiny_world, tmp_path, monkeypatch, capsys):
