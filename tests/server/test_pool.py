@@ -40,13 +40,23 @@ async def pool_of(tmp_path, engine: FakeEngine | None = None, disk: int = 10**8,
 
 async def begin(pool: SessionPool, prompt: str = "fox", **asked) -> tuple[LiveSession, FakeClient]:
     """A session that plays, and its client."""
+    live = await started(pool, prompt, **asked)
+    return live, watch(pool, live)
+
+
+async def started(pool: SessionPool, prompt: str = "fox", **asked) -> LiveSession:
+    """A session that nobody watches yet."""
     values = {"seed": None, "seconds": None, "format": None, "policy": "keep", **asked}
     address = values.pop("address", "1.1.1.1")
-    live = await pool.start(Start(prompt, **values), address)
+    return await pool.start(Start(prompt, **values), address)
+
+
+def watch(pool: SessionPool, live: LiveSession) -> FakeClient:
+    """Its first client."""
     client = FakeClient()
     live.attach(client, 0, again=False)
     pool.wake()
-    return live, client
+    return client
 
 
 async def settled(pool: SessionPool) -> None:
@@ -138,7 +148,9 @@ async def test_turns_are_fair(tmp_path):
     """Whoever came first took every turn that it could get."""
     engine = FakeEngine(step_seconds=0.001)
     async with pool_of(tmp_path, engine, lead=10.0) as pool:
-        lives = [(await begin(pool, name))[0] for name in ("a", "b", "c")]
+        lives = [await started(pool, name) for name in ("a", "b", "c")]
+        for live in lives:
+            watch(pool, live)
         await settled(pool)
         early = engine.steps[6:60]
         assert all(abs(early.count(name) - 18) <= 3 for name in "abc")
