@@ -39,6 +39,11 @@ class Interval(NamedTuple):
         """Of numbers: whether 0 is outside; false where nothing is known."""
         return bool(self.low > 0 or self.high < 0)
 
+    def each(self) -> "list[Interval]":
+        """Of arrays `[n]`: those of each number."""
+        ends = zip(self.mean, self.low, self.high, strict=True)
+        return [Interval(*values, self.seeds) for values in ends]
+
     def text(self, *, sign: bool = False, digits: int = 2) -> str:
         """Of numbers: `mean [low, high]`, without ends that are not known; a dash for no mean."""
         if np.isnan(self.mean):

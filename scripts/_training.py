@@ -152,7 +152,7 @@ def _step(
 def _recipe(
     config: Config, split: BatchSplit, seconds: float, max_steps: int | None
 ) -> dict[str, Any]:
-    """What follows from the seconds of a step."""
+    """What follows from the seconds of a step, as if all were such: also a critic's warm-up."""
     recipe, steps_of_recipe = config.recipe_batch_size or split.videos, max_steps or STEPS
     return {
         "seconds": seconds,

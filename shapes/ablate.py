@@ -45,7 +45,7 @@ from shapes.plan import (
     played,
 )
 from shapes.table import MARKS, SPEED, make_page, read_speed, split_page
-from shapes.variants import ROWS, STARTS
+from shapes.variants import CORE_SEEDS, ROWS, STARTS
 from utils.cli import parse_command, require_matplotlib, run_main, set_up_logging
 from utils.config import Config
 from utils.errors import UserError
@@ -112,6 +112,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--only {key} is no row; choose from {', '.join(ROWS)}")
     if min(args.scenes, args.seeds, args.times, args.long_times, args.batch) < 1:
         raise UserError("--scenes, --seeds, --times, --long_times and --batch must be at least 1")
+    if args.seeds > len(CORE_SEEDS):
+        raise UserError(f"--seeds must be at most {len(CORE_SEEDS)}")
     if not (args.gflops > 0 and args.fps > 0):
         raise UserError("--gflops and --fps must be above 0")
     processes_of(args)

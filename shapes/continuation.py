@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.intervals import difference, mean_interval
+from evaluation.intervals import Interval, difference, mean_interval
 from evaluation.statistics import Array, mean, to_json
 from shapes.meter import observe
 from shapes.playing import add_model_flags, describe_model, open_model
@@ -37,6 +37,7 @@ from utils.errors import UserError
 from utils.files import write_json
 
 SECONDS = (0.25, 0.5, 1.0, 2.0, 3.0)
+MOST_SHAPES = 2  # in a scene
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,60 +59,71 @@ def main(argv: Sequence[str]) -> int:
     if args.scenes < 1 or args.blocks < 1 or not 0 <= args.start < math.inf:
         raise UserError("--scenes and --blocks must be at least 1, --start at least 0")
     check_outputs(args.json)
+    other = None if args.against is None else read_other(args.against)
     import torch
     from tqdm import tqdm
 
     pipe = open_model(args)
-    protocol = {"scenes": args.scenes, "start": args.start, "blocks": args.blocks}
-    other = None if args.against is None else read_other(args.against, protocol)
     given = pipe.shape.video_frames(pipe.layout.start(args.blocks))
+    protocol = {"scenes": args.scenes, "start": args.start, "given_frames": given}
+    if other is not None:
+        check_same(args.against, other, protocol)
     frames = given + round(SECONDS[-1] * FPS)
     blocks = pipe.layout.blocks_for(pipe.shape.latent_frames(frames))
     start = round(args.start * FPS)
-    off: list[Array] = []
-    still: list[Array] = []
+    off = np.full((args.scenes, MOST_SHAPES, len(SECONDS)), np.nan)
+    still = off.copy()
     for index in tqdm(range(args.scenes), "scenes"):
         scene = sample_scene(0, index, split="heldout")
         past = torch.from_numpy(render(scene, given, size=pipe.shape.height, start=start))
         video = pipe.generate([scene.caption], pipe.layout.start(blocks), index, video=past)[0]
-        off.append(distances(video.numpy()[:frames], scene, start, given))
-        still.append(travelled(scene, frames, start, given))
-    own = np.stack([mean(shapes) for shapes in off])
-    stopped = np.stack([mean(shapes) for shapes in still])
-    rows = {
-        "distance": [mean_interval(column) for column in columns(own)],
-        "still": [mean_interval(column) for column in columns(stopped)],
-    }
+        shapes = slice(len(scene.shapes))
+        off[index, shapes] = distances(video.numpy()[:frames], scene, start, given)
+        still[index, shapes] = travelled(scene, frames, start, given)
+    rows = {"distance": of_scenes(off), "still": of_scenes(still)}
     if other is not None:
-        pairs = zip(columns(own), columns(other), strict=True)
-        rows["difference"] = [difference(*pair) for pair in pairs]
-    seen = np.isfinite(np.concatenate(off)).mean(axis=0)
-    cells = {name: [found.text() for found in row] for name, row in rows.items()}
-    cells = {"seconds": [f"{s:g}" for s in SECONDS], **cells, "seen": [f"{s:.2f}" for s in seen]}
-    for name, row in cells.items():
-        print(f"{name:<12}" + "".join(f"{cell:>24}" for cell in row))
+        both = np.isfinite(off) & np.isfinite(other["off"])
+        pair = (np.where(both, each, np.nan) for each in (off, other["off"]))
+        rows["difference"] = difference(*map(scene_means, pair))
+    seen = np.isfinite(off).sum((0, 1)) / np.isfinite(still).sum((0, 1))
+    print(f"{'seconds':<12}" + "".join(f"{second:>24g}" for second in SECONDS))
+    for name, row in rows.items():
+        print(f"{name:<12}" + "".join(f"{at.text():>24}" for at in row.each()))
+    print(f"{'seen':<12}" + "".join(f"{share:>24.2f}" for share in seen))
     if args.json is not None:
-        figures = {"seconds": SECONDS, "scenes_off": own, "seen": seen, **rows}
+        figures = {"seconds": SECONDS, "off": off, "seen": seen}
+        figures |= {name: [at[:3] for at in row.each()] for name, row in rows.items()}
         write_json(args.json, to_json({**figures, **protocol, **describe_model(args, pipe)}))
     return 0
 
 
-def columns(values: Array) -> list[Array]:
-    """Values `[scenes, seconds]` as intervals are made of them: `[1, scenes]` of each second."""
-    return [column[None] for column in values.T]
+def scene_means(values: Array) -> Array:
+    """Of `[scenes, shapes, seconds]` the means over the shapes, `[1, scenes, seconds]`."""
+    return mean(np.moveaxis(values, 1, 0))[None]
 
 
-def read_other(path: Path, protocol: Mapping[str, Any]) -> Array:
-    """Distances `[scenes, seconds]` of `--against`; UserError unless of the same scenes."""
+def of_scenes(values: Array) -> Interval:
+    """Of `[scenes, shapes, seconds]` the mean over the scenes, second by second."""
+    return mean_interval(scene_means(values))
+
+
+def read_other(path: Path) -> dict[str, Any]:
+    """The figures of `--against`; UserError for another file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = np.array(content["scenes_off"], float)
-        same = {name: content[name] for name in protocol} == protocol
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--against {path} holds no figures of this command") from error
-    if not same:
-        raise UserError(f"--against {path} is of other --scenes, --start or --blocks: no pairs")
-    return found
+        off = np.array(content["off"], float)
+        if off.shape[1:] == (MOST_SHAPES, len(content["seconds"])):
+            return {**content, "off": off}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"--against {path} holds no figures of this command")
+
+
+def check_same(path: Path, other: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
+    """UserError unless its clips are the same."""
+    for name, value in {**protocol, "seconds": list(SECONDS)}.items():
+        if other.get(name) != value:
+            raise UserError(f"--against {path} has {name}={other.get(name)}, not {value}: no pairs")
 
 
 def distances(video: NDArray[np.uint8], scene: Scene, start: int, given: int) -> Array:

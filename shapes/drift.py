@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.intervals import Interval, difference, mean_interval
+from evaluation.intervals import Interval, mean_interval
 from evaluation.meters import Judge, Result
 from evaluation.results import ResultLog, summarise
 from evaluation.statistics import to_json
@@ -173,50 +173,54 @@ def drift_rows(videos: Sequence[Video]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def differences(videos: Sequence[Video], others: Sequence[Video]) -> dict[str, dict[str, Interval]]:
-    """Videos minus others, paired by scene: of each of `PROPERTIES` and `BESIDE`, at each of
-    `COLUMNS` that both reach.
-    """
-    one, other = Measured([videos]), Measured([others])
-    common = [times for times in COLUMNS if one.reaches(times) and other.reaches(times)]
-    found = {}
+def difference_lines(found: Mapping[int, Mapping[str, Interval]]) -> str:
+    """Differences by length for people, with a star where they may be claimed (`told_apart`)."""
+    lines = [f"{'difference [95 %]':<30}" + "".join(f"{f'{times}x':>34}" for times in found)]
     for name in (*PROPERTIES, *BESIDE):
-        pairs = one.curve(name), other.curve(name)
-        at = ([values[..., POINTS.index(times)] for values in pairs] for times in common)
-        found[name] = {
-            f"{times}x": difference(*both) for times, both in zip(common, at, strict=True)
-        }
-    return found
-
-
-def difference_lines(found: Mapping[str, Mapping[str, Interval]]) -> str:
-    """The differences for people, with a star if they may be claimed (`told_apart`)."""
-    columns = next(iter(found.values()))
-    lines = [f"{'difference [95 %]':<30}" + "".join(f"{c:>34}" for c in columns)]
-    for name, row in found.items():
         cells = (
-            each.text(sign=True, digits=3) + (" *" if told_apart(name, each) else "  ")
-            for each in row.values()
+            at[name].text(sign=True, digits=3) + (" *" if told_apart(name, at[name]) else "  ")
+            for at in found.values()
         )
         lines.append(f"{name:<30}" + "".join(f"{cell:>34}" for cell in cells))
     return "\n".join([*lines, "* not by chance, and more than three times the meter's error"])
 
 
-def read_other(path: Path, settings: Mapping[str, Any]) -> list[Video]:
-    """The videos of `--against`; UserError unless they are of the same scenes and noise."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = content["settings"]
-        seconds = found["clip_seconds"], found["given_seconds"]
-        videos = [sum_up(video, number, *seconds) for number, video in enumerate(content["videos"])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--against {path} holds no figures of this command") from error
-    for name in ("given", "clip", "seed", "scene_seed", "meter"):
-        if found.get(name) != settings[name]:
-            raise UserError(
-                f"--against {path} has {name}={found.get(name)}, not {settings[name]}: no pairs"
-            )
-    return videos
+@dataclass(frozen=True)
+class Other:
+    """The figures of `--against`: of the same scenes and noise."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    videos: Sequence[Video]
+
+    @classmethod
+    def read(cls, path: Path) -> Other:
+        """UserError for another file."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            told = content["settings"]
+            seconds = told["clip_seconds"], told["given_seconds"]
+            videos = [
+                sum_up(each, number, *seconds) for number, each in enumerate(content["videos"])
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--against {path} holds no figures of this command") from error
+        return cls(path, told, videos)
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """UserError unless its videos can be paired with those of these settings."""
+        names = ("given", "clip", "seed", "scene_seed", "meter", "clip_seconds", "given_seconds")
+        for name in names:
+            if self.settings.get(name) != settings[name]:
+                raise UserError(
+                    f"--against {self.path} has {name}={self.settings.get(name)}, not "
+                    f"{settings[name]}: no pairs"
+                )
+
+    def differences(self, videos: Sequence[Video]) -> dict[int, dict[str, Interval]]:
+        """Of these videos, minus its own: by length (`Measured.minus`)."""
+        one, other = Measured([videos]), Measured([self.videos])
+        return {times: one.minus(other, times) for times in one.common(other)}
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -258,6 +262,7 @@ def main(argv: Sequence[str]) -> int:
     if min(args.scenes, args.times, args.clip, args.batch) < 1 or args.given < 0:
         raise UserError("--scenes, --times, --clip and --batch must be at least 1, --given 0")
     check_outputs(args.json)
+    other = None if args.against is None else Other.read(args.against)
     from tqdm import tqdm
 
     ranks = Ranks.from_environment()
@@ -268,7 +273,10 @@ def main(argv: Sequence[str]) -> int:
     settings = {**asdict(protocol), **describe_model(args, pipe), "meter": TRUTH.version}
     of_each = {name: value for name, value in settings.items() if name not in ("scenes", "batch")}
     log = ResultLog(args.json, fingerprint(of_each), ranks.rank) if args.json is not None else None
-    others = None if args.against is None else read_other(args.against, settings)
+    clip, given = pipe.shape.video_frames(protocol.clip), given_frames(pipe, protocol)
+    seconds = {"clip_seconds": clip / pipe.setup.fps, "given_seconds": given / pipe.setup.fps}
+    if other is not None:
+        other.check({**settings, **seconds})
     scenes = range(protocol.scenes)
     results: dict[int, Result] = {}
     if log is not None:
@@ -290,33 +298,32 @@ def main(argv: Sequence[str]) -> int:
     if not all(number in results for number in scenes):
         print("the other scenes are still being made by other ranks")
     elif ranks.is_main if log is None or not mine else log.wrote_last():
-        finish(args, pipe, protocol, settings, [results[number] for number in scenes], others)
+        finish(args, {**settings, **seconds}, [results[number] for number in scenes], other)
     return 0
 
 
 def finish(
     args: argparse.Namespace,
-    pipe: VideoPipeline,
-    protocol: Protocol,
     settings: Mapping[str, Any],
     results: Sequence[Result],
-    others: Sequence[Video] | None,
+    other: Other | None,
 ) -> None:
     """Sum up, print, and write all if that is wanted."""
-    fps = pipe.setup.fps
-    clip, given = pipe.shape.video_frames(protocol.clip) / fps, given_frames(pipe, protocol) / fps
-    videos = [sum_up(result, number, clip, given) for number, result in enumerate(results)]
+    seconds = settings["clip_seconds"], settings["given_seconds"]
+    videos = [sum_up(result, number, *seconds) for number, result in enumerate(results)]
     rows = drift_rows(videos)
     summary = summarise(results, TRUTH)
     print(table(rows))
     for name in TOLD:
         measure = summary["measures"][name]["mean"]
         print(f"{name:<30}" + (f"{'–':>8}" if measure is None else f"{measure:>8.2f}"))
-    if others is not None:
-        print(f"\nminus {args.against}", difference_lines(differences(videos, others)), sep="\n")
+    content: dict[str, Any] = {"settings": settings, "rows": rows, "summary": summary}
+    if other is not None:
+        found = other.differences(videos)
+        print(f"\nminus {other.path}", difference_lines(found), sep="\n")
+        told = {f"{times}x": row for times, row in found.items()}
+        content["against"] = {"path": str(other.path), "differences": told}
     if args.json is not None:
-        seconds = {"clip_seconds": clip, "given_seconds": given}
-        content = {"settings": {**settings, **seconds}, "rows": rows, "summary": summary}
         write_json(args.json, to_json({**content, "videos": results}))
 
 

@@ -27,7 +27,14 @@ if not __package__:  # run by its path: the tree that it lies in comes first
 from evaluation.intervals import mean_interval
 from shapes.drift import Protocol, given_frames, play
 from shapes.kept import PROPERTIES
-from shapes.plan import Plan, add_weights_flags, current_results
+from shapes.plan import (
+    MissingStart,
+    Plan,
+    add_weights_flags,
+    current_results,
+    played,
+    weights_hashes,
+)
 from shapes.stored import BESIDE, POINTS
 from shapes.table import Results
 from shapes.variants import BLOCK, BLOCK_BARE, ROLLING, ROLLING_BARE, Row
@@ -92,26 +99,36 @@ def strip(args: argparse.Namespace, row: Row) -> NDArray[np.uint8]:
 
     UserError if they are neither there nor can be made.
     """
-    from pipeline.records import model_settings
-    from pipeline.setup import Setup
     from utils.images import read_image, write_png
 
     path = args.results / f"frames-{row.key}.png"
     kept = path.with_suffix(".json")
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     asked: dict[str, Any] = {"scene": args.scene, "seconds": args.seconds}
-    weights, _ = Plan(args).find(row.key, 0)
-    if weights.is_file():
-        config = load_config(args.configs / f"{row.config}.yaml", args.overrides)
-        asked |= model_settings(Setup.of(config), weights, use_ema=False)
+    config = load_config(args.configs / f"{row.config}.yaml", args.overrides)
+    asked |= played(config)
+    weights = weights_of(args, row)
+    if weights is not None:
+        asked |= weights_hashes(config, weights)
     if not (path.is_file() and known.items() >= asked.items()):
-        if not weights.is_file():
-            raise UserError(f"{weights} is not there; python -m shapes.ablate makes it")
+        if weights is None:
+            raise UserError(
+                f"no weights of {row.title} are there; python -m shapes.ablate makes them"
+            )
         from pipeline import load_pipeline
 
         write_png(path, made(load_pipeline(config, weights), args.scene, args.seconds))
         write_json(kept, asked)
     return read_image(path).numpy()
+
+
+def weights_of(args: argparse.Namespace, row: Row) -> Path | None:
+    """Those of the first training seed, if they are there."""
+    try:
+        path, _ = Plan(args).find(row.key, 0)
+    except MissingStart:
+        return None
+    return path if path.is_file() else None
 
 
 def made(pipe: VideoPipeline, scene: int, seconds: Sequence[float]) -> NDArray[np.uint8]:

@@ -60,17 +60,25 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def current_results(args: argparse.Namespace) -> Results | None:
-    """The stored results that are of today's configs, meter and weights that ship; None if there
-    are none.
+    """The stored results that are of today's configs, trainings, meter and weights that ship; None
+    if there are none.
     """
     from pipeline.records import file_hash
 
     def of_today(path: Path, key: str, settings: Settings) -> bool:
-        row = ROWS[key]
+        row, training = ROWS[key], training_of(key)
         config = load_config(args.configs / f"{row.config}.yaml", [*row.overrides, *args.overrides])
         asked = {**played(config), "meter": TRUTH.version}
         weights = args.checkpoints / settings["weights"]
-        if not settings["trained"] and weights.is_file():
+        if settings["trained"]:
+            file, changes = args.configs / f"{training.config}.yaml", [*training.overrides]
+            if "steps" in settings:
+                changes.append(f"max_steps={settings['steps']}")
+            config = load_config(file, [*changes, *args.overrides])
+            seeds = of_seed(config, settings["training_seed"])
+            config = load_config(file, [*changes, *args.overrides, *seeds])
+            asked["training"] = training_hash(config)
+        elif weights.is_file():
             asked["checkpoint_hash"] = file_hash(weights)
         same = all(settings.get(name) == value for name, value in asked.items())
         if not same:
@@ -156,12 +164,8 @@ class Measurement(CommandTarget):
 
     @cached_property
     def of_weights(self) -> dict[str, str]:
-        """Hashes of all that the model is read from; its settings are told by `played`."""
-        from pipeline.records import model_settings
-        from pipeline.setup import Setup
-
-        found = model_settings(Setup.of(self.config), self.weights, use_ema=False)
-        return {name: value for name, value in found.items() if name != "config_hash"}
+        """See `weights_hashes`."""
+        return weights_hashes(self.config, self.weights)
 
     def is_done(self) -> bool:
         """See `CommandTarget`: figures of these settings are there, of so many scenes or more."""
@@ -194,6 +198,15 @@ class Measurement(CommandTarget):
         return load_pipeline(self.config, self.weights)
 
 
+def weights_hashes(config: Config, weights: Path) -> dict[str, str]:
+    """Hashes of all that a model is read from; its settings are told by `played`."""
+    from pipeline.records import model_settings
+    from pipeline.setup import Setup
+
+    found = model_settings(Setup.of(config), weights, use_ema=False)
+    return {name: value for name, value in found.items() if name != "config_hash"}
+
+
 def played(config: Config) -> dict[str, str]:
     """A hash of all in a config that its videos depend on, on any machine."""
     values = {k: v for k, v in to_dict(config).items() if k in VIDEO_KEYS and k != "seed"}
@@ -221,7 +234,7 @@ class Plan:
         self.args = args
         self.targets: list[Training | Measurement] = []
         self.weights: dict[str, Path] = {}
-        self.updates: dict[str, tuple[int, float]] = {}
+        self.steps: dict[str, tuple[int, float]] = {}
 
     def needed(self) -> list[CommandTarget]:
         """All but the trainings whose weights nothing needs that is still to be made."""
@@ -257,15 +270,15 @@ class Plan:
 
     def find(self, key: str, seed: int) -> tuple[Path, dict[str, Any]]:
         """The weights of a row or a start, planned if need be, and for results what they are:
-        `trained`, a hash of what decides them if they do not ship, the `updates` of a distillation
-        and its `operations`.
+        `trained`, a hash of what decides them if they do not ship, and `training`, the same without
+        where it starts; the `steps` of a distillation and its `operations`.
         """
         if key in STARTS:
             return self.start(key)
         training = training_of(key)
         config, changes = self.distillation(training, seed)
-        steps, operations = self.updates[repr(training)]
-        told = {"updates": steps, "operations": operations}
+        steps, operations = self.steps[repr(training)]
+        told = {"steps": steps, "operations": operations}
         shipped = self.shipped.get(fingerprint(decides(config)))
         if shipped is not None:
             return shipped, {"trained": "", **told}
@@ -308,7 +321,8 @@ class Plan:
                 name, path, logdir, ranks, install, inputs=inputs, changes=changes, result=result
             )
             self.targets.append(made)
-        return self.weights[identity], {"trained": identity}
+        trained = {"trained": identity, "training": training_hash(config)}
+        return self.weights[identity], trained
 
     def started(self, config: Config) -> str:
         """What a training goes on from: a hash of the file, or of the training that makes it."""
@@ -321,18 +335,18 @@ class Plan:
         return known or file_hash(find_file(config.generator_ckpt, "checkpoint"))
 
     def distillation(self, training: Weights, seed: int) -> tuple[Config, list[str]]:
-        """A distillation and its overrides: its own, those of all, and the updates it may take.
+        """A distillation and its overrides: its own, those of all, and the steps it may take.
 
-        It takes as many operations as the reference does; of every seed as many updates as of the
+        It takes as many operations as the reference does; of every seed as many steps as of the
         first.
         """
         path, changes = self.path(training.config), [*training.overrides, *self.args.overrides]
         config = load_config(path, changes)
-        if repr(training) not in self.updates:
-            self.updates[repr(training)] = affordable(config, self.budget)
-        steps, _ = self.updates[repr(training)]
+        if repr(training) not in self.steps:
+            self.steps[repr(training)] = affordable(config, self.budget)
+        steps, _ = self.steps[repr(training)]
         changes += [f"max_steps={steps}"] * (steps != config.max_steps)
-        changes += [f"seed={config.seed + seed}"] * (seed > 0)
+        changes += of_seed(config, seed)
         return load_config(path, changes), changes
 
     @cached_property
@@ -357,7 +371,8 @@ class Plan:
         """
         args, found = self.args, dict[str, Path]()
         ours = args.checkpoints.resolve() in (CHECKPOINTS.resolve(), (ROOT / CHECKPOINTS).resolve())
-        for row in () if args.retrain else ROWS.values():
+        plain = (row for row in ROWS.values() if not row.overrides and row.weights is None)
+        for row in () if args.retrain else plain:
             name = args.checkpoints / f"shapes_{row.key}.pt"
             path = next((path for path in (name, ROOT / name) if path.is_file()), None)
             if path is not None:
@@ -368,6 +383,16 @@ class Plan:
     def path(self, config: str) -> Path:
         """A file of the configs."""
         return Path(self.args.configs / f"{config}.yaml")
+
+
+def of_seed(config: Config, seed: int) -> list[str]:
+    """The override of a training seed: the first is that of the config."""
+    return [f"seed={config.seed + seed}"] if seed else []
+
+
+def training_hash(config: Config) -> str:
+    """Of all that decides the weights of a training but those that it starts from."""
+    return fingerprint({**decides(config), "generator_ckpt": None})
 
 
 def affordable(config: Config, budget: float) -> tuple[int, float]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.intervals import Interval, difference
 from evaluation.keeping import (
     FORMULAS,
     Property,
@@ -118,6 +119,18 @@ class Measured:
         known = PROPERTIES[name]
         spread = known.spread or 1.0
         return self._of_seeds(name, times, lambda now, first: variety_of(now, known) / spread)
+
+    def common(self, other: "Measured") -> list[int]:
+        """Those of `COLUMNS` that the videos of both reach."""
+        return [times for times in COLUMNS if self.reaches(times) and other.reaches(times)]
+
+    def minus(self, other: "Measured", times: int) -> dict[str, Interval]:
+        """How both differ at a length, of each of `PROPERTIES` and `BESIDE`: of the same scenes."""
+        at = POINTS.index(times)
+        return {
+            name: difference(self.curve(name)[..., at], other.curve(name)[..., at])
+            for name in (*PROPERTIES, *BESIDE)
+        }
 
     def reaches(self, times: int) -> bool:
         """Whether its videos are so long."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.intervals import UNKNOWN, Interval, difference, mean_interval
+from evaluation.intervals import UNKNOWN, Interval, mean_interval
 from evaluation.keeping import FORMULAS
 from evaluation.statistics import mean
 from shapes.kept import ERRORS, PROPERTIES, told_apart
@@ -73,7 +73,12 @@ def read_results(folder: Path, of_today: Callable[[Path, str, Settings], bool]) 
     if not measured:
         return None
     speed = read_speed(folder / SPEED)
-    return Results(measured, settings, speed["frames_per_second"], speed["device"])
+    rates = {
+        key: rounds
+        for key, rounds in speed["frames_per_second"].items()
+        if key in settings and speed["of"].get(key) == settings[key][0]["config_hash"]
+    }
+    return Results(measured, settings, rates, speed["device"])
 
 
 def read_speed(path: Path) -> dict[str, Any]:
@@ -126,17 +131,12 @@ def compare(results: Results, comparison: Comparison) -> Finding | None:
     one, other = results.primary(comparison.one), results.primary(comparison.other)
     if one is None or other is None:
         return None
-    common = [column for column in COLUMNS if one.reaches(column) and other.reaches(column)]
+    common = one.common(other)
     if not common:
         return None
-    column = POINTS.index(common[-1])
-    found = {
-        name: difference(one.curve(name)[..., column], other.curve(name)[..., column])
-        for name in (*PROPERTIES, *BESIDE)
-    }
     keys = (comparison.one, comparison.other)
     lost = [n for n in PROPERTIES if any(results.loses_early(key, n) for key in keys)]
-    return Finding(comparison, common[-1], found, lost)
+    return Finding(comparison, common[-1], one.minus(other, common[-1]), lost)
 
 
 LOST_EARLY = f"a row loses {PLATEAU} or more within the first clip"
@@ -232,7 +232,7 @@ def protocol_text(results: Results) -> str:
         "clips. In brackets are 95 % intervals by a bootstrap over training seeds and scenes "
         "(`evaluation/intervals.py`); of rows with one training seed, marked ¹, over scenes alone, "
         "which says nothing of another training.",
-        "All distillations took equally many operations, so their numbers of updates differ.",
+        "All distillations took equally many operations, so their numbers of steps differ.",
     ]
     if any(results.loses_early(key, name) for key in rows_of(results) for name in PROPERTIES):
         lines.append(
@@ -272,7 +272,7 @@ def beside_table(results: Results) -> str:
     last = COLUMNS[-1]
     heads = [f"{title}, {COMMON}x" for title in BESIDE.values()]
     heads += [f"{BESIDE[name]}, {last}x" for name in ("right", "motion")]
-    lines = head(["row", *heads, "flicker", "frames/s", "updates", "TFLOP of training"])
+    lines = head(["row", *heads, "flicker", "frames/s", "steps", "TFLOP of training"])
     for key in rows_of(results):
         seen = results.primary(key)
         cells = [shown_at(seen, name, COMMON) for name in BESIDE]
@@ -280,8 +280,8 @@ def beside_table(results: Results) -> str:
         cells.append(mean_interval(seen.flicker()).text() if seen else UNKNOWN)
         cells.append(rate(results.rates.get(key, ())))
         settings = results.settings[key][0]
-        distilled = "updates" in settings
-        cells.append(f"{settings['updates']:,}" if distilled else UNKNOWN)
+        distilled = "steps" in settings
+        cells.append(f"{settings['steps']:,}" if distilled else UNKNOWN)
         cells.append(f"{settings['operations'] / 1e12:.1f}" if distilled else UNKNOWN)
         lines.append(markdown_row([row_title(results, key), *cells]))
     device = f"\n\nFrames/s on {results.device}." if results.device else ""

@@ -66,7 +66,9 @@ def missing_weights(config: Config) -> list[str]:
 
 
 def time_lines(config: Config, split: BatchSplit, found: Footprint, tflops: float) -> list[str]:
-    """Operations and time of a step at a rate that is assumed."""
+    """Operations and time of a step at a rate that is assumed, once all players take turns; hours
+    as if they did from the first step on.
+    """
     rows = split.accumulation * -(-split.videos // (split.accumulation * split.ranks))
     seconds = found.step_flops * rows / (tflops * 1e12)
     steps = config.max_steps or 1000

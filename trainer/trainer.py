@@ -265,7 +265,7 @@ class Trainer:
                 self.means.add(self.heldout.measure())
         self.step += 1
         self.begun = []
-        active = self.step >= self.config.ema_start_step
+        active = self.step >= self.config.ema_start_step + self.task.warmup_steps
         with self.timer.phase("average"):
             for name, player in self.task.players.items():
                 player.update_ema(active=active, moved=name in due)

@@ -380,6 +380,11 @@ def check_training(config: Config) -> None:
             f"num_training_frames={config.num_training_frames} is too few: the whole blocks that "
             f"hold the {scored} scored frames of image_or_video_shape are {shortest}"
         )
+    if config.max_steps and config.critic_warmup_steps >= config.max_steps:
+        raise UserError(
+            f"critic_warmup_steps={config.critic_warmup_steps} leaves the generator no update of "
+            f"max_steps={config.max_steps}"
+        )
 
 
 def _check_bounds(group: Any, prefix: str) -> None:
@@ -484,13 +489,6 @@ def _rules(config: Config) -> list[tuple[bool, str]]:
             f"critic_updates_per_rollout={config.critic_updates_per_rollout} is more than "
             f"dfake_gen_update_ratio={config.dfake_gen_update_ratio}: a rollout of another student "
             "is of no use to the critic",
-        ),
-        (
-            config.trainer != "score_distillation"
-            or not config.max_steps
-            or config.critic_warmup_steps < config.max_steps,
-            f"critic_warmup_steps={config.critic_warmup_steps} leaves the generator no update of "
-            f"max_steps={config.max_steps}",
         ),
     ]
 

@@ -472,7 +472,7 @@ class Config:
     critic_warmup_steps: int = key(
         0,
         "distillation: steps of the critic alone before the generator's first update, so that it "
-        "knows the student's videos by then",
+        "knows the student's videos by then; `ema_start_step` counts from there",
         "weights",
         bounds=STEPS_OR_NONE,
     )

@@ -98,6 +98,9 @@ def test_all_distillations_take_as_many_operations(tmp_path):
     steps = {part.key.partition(",")[0]: part.config.max_steps for part in made}
     assert steps["rolling_levels_3"] > steps[REFERENCE] > steps["rollouts_63"]
     assert steps["critic_warmup"] > steps[REFERENCE]
+    few = ["--only", "critic_warmup", "--seeds", 1, "--", "max_steps=50"]
+    (made, *_) = targets("--folder", tmp_path, "--checkpoints", shipped, *few)
+    assert made.config.max_steps > 100, "the critic's warm-up is longer than the reference"
     text = ablate.cost_text(options("--gflops", 100, "--fps", 50, "--processes", 2), parts)
     total = sum(taken.values())
     assert f"{len(made)} of {len(made)} trainings are left: {total / 1e12:,.1f} TFLOP" in text
@@ -203,6 +206,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     for arguments, message in [
         (["--only", "rolling"], "--only rolling is no row; choose from rolling_forcing, rolling_n"),
         (["--seeds", 0], "must be at least 1"),
+        (["--seeds", 4], "--seeds must be at most 3"),
         (["--gflops", "nan"], "must be above 0"),
         (["--write", tmp_path / "none.md"], "Cannot read"),
         (["--write", page], "needs one <!-- ablations -->"),
@@ -352,6 +356,14 @@ def test_stored_results_need_no_weights_that_were_trained(bench, capsys):
     assert "0 of 0 trainings are left" in capsys.readouterr().out
     assert bench(*BOTH, "--plan", "--", "lr=1.0e-3") == 0
     assert "2 of 2 trainings are left" in capsys.readouterr().out
+    told = bench.out / "table.md"
+    assert bench("--table_only") == 0
+    assert "Rolling Forcing, no sink¹" in told.read_text()
+    with (bench.root / "rolling_no_sink.yaml").open("a") as file:
+        file.write("lr: 1.0e-3\n")  # plays the same, and was trained otherwise
+    assert bench("--table_only") == 0
+    assert "Rolling Forcing, no sink¹" not in told.read_text()
+    assert "Rolling Forcing¹" in told.read_text()
 
 
 def test_the_cost_alone(bench, capsys):

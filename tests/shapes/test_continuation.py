@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from evaluation.statistics import to_json
 from shapes import continuation
 from shapes.continuation import SECONDS, distances, main, moments, travelled
 from shapes.world import background_rows, render, sample_scene
@@ -62,24 +63,29 @@ def test_the_command_measures_each_scene(tiny_world, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("seconds")
 
 
-def test_two_models_are_compared_scene_by_scene(tiny_world, tmp_path, monkeypatch, capsys):
-    """A shape that is not seen by one of them is no pair."""
+def test_two_models_are_compared_shape_by_shape(tiny_world, tmp_path, monkeypatch, capsys):
+    """A shape that one of them does not see is no pair; else losing the worse would be a gain."""
     given = ["--config_path", tiny_world.config, "--scenes", 2, "--blocks", 2]
     out, other = tmp_path / "out.json", tmp_path / "other.json"
-    of_scenes = iter([[[1.0, 2.0, 3.0, 4.0, 5.0]], [[3.0, 2.0, 5.0, np.nan, 9.0]]])
-    monkeypatch.setattr(continuation, "distances", lambda *_: np.array(next(of_scenes)))
-    command = [str(a) for a in (*given, "--against", other, "width=32", "device=cpu")]
-    figures = {"scenes": 2, "start": 4.0, "blocks": 2}
-    other.write_text(
-        json.dumps({**figures, "scenes_off": [[1, 1, 1, 1, None], [1, 2, 3, 4, None]]})
-    )
-    assert run_main(main, [*command, "--json", str(out)]) == 0
+    scenes = (sample_scene(0, index, split="heldout") for index in range(50))
+    pair = next(scene for scene in scenes if len(scene.shapes) == 2)
+    off = np.array([[2.0, 2.0, 2.0, 2.0, 2.0], [1.0, 8.0, np.nan, 1.0, 1.0]])
+    monkeypatch.setattr(continuation, "sample_scene", lambda *_, **__: pair)
+    monkeypatch.setattr(continuation, "distances", lambda *_: off)
+    command = [str(word) for word in (*given, "--json", out, "width=32", "device=cpu")]
+    assert run_main(main, command) == 0
+    figures = json.loads(out.read_text())
+    assert figures["off"] == [to_json(off)] * 2
+    figures["off"] = [[[3, 2, 3, 1, None], [9, None, None, 3, None]]] * 2
+    other.write_text(json.dumps(figures))
+    assert run_main(main, [*command, "--against", str(other)]) == 0
     found = json.loads(out.read_text())["difference"]
-    assert [each[0] for each in found] == [1, 0.5, 2, 3, None]
-    assert "1.00 [" in capsys.readouterr().out
-    other.write_text(json.dumps({**figures, "start": 5.0, "scenes_off": [[1.0] * 5] * 2}))
-    assert run_main(main, command) == 2
-    assert "is of other --scenes, --start or --blocks" in capsys.readouterr().err
+    assert [each[0] for each in found] == [-4.5, 0, -1, -0.5, None]
+    assert "-4.50 [" in capsys.readouterr().out
+    for name, value, said in (("start", 5.0, "start=5.0, not 4.0"), ("off", [], "no figures")):
+        other.write_text(json.dumps({**figures, name: value}))
+        assert run_main(main, [*command, "--against", str(other)]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +12,9 @@ from shapes.drift import (
     SCENE_SEED,
     TEST_SEED,
     TRUTH,
+    Other,
     Protocol,
     difference_lines,
-    differences,
     drift_rows,
     main,
     table,
@@ -108,10 +109,11 @@ def test_two_models_are_compared_scene_by_scene(true_results):
     for video in others:
         video["kept"]["tint"]["drift"] = [drift + 1 for drift in video["kept"]["tint"]["drift"]]
     others[0]["curves"]["right"] = [0.0 for _ in others[0]["curves"]["right"]]
-    found = differences(videos, others)
-    assert set(found) == {*PROPERTIES, *BESIDE}
-    assert [float(x) for x in found["tint"]["5x"][:3]] == pytest.approx([-1, -1, -1])
-    assert found["right"]["5x"].mean == pytest.approx(0.25)
+    found = Other(Path(), {}, others).differences(videos)
+    assert found.keys() == {5}
+    assert found[5].keys() == {*PROPERTIES, *BESIDE}
+    assert [float(x) for x in found[5]["tint"][:3]] == pytest.approx([-1, -1, -1])
+    assert found[5]["right"].mean == pytest.approx(0.25)
     lines = {line.split()[0]: line for line in difference_lines(found).splitlines()}
     assert lines["difference"].split()[-1] == "5x"
     assert lines["tint"].endswith("-1.000 [-1.000, -1.000] *")
@@ -125,8 +127,14 @@ def test_the_other_model_is_one_of_the_same_scenes(tiny_world, tmp_path, capsys)
     assert run(tiny_world, out, "--scenes", 1, "--against", out) == 0
     assert f"minus {out}" in capsys.readouterr().out
     content = json.loads(out.read_text())
-    content["settings"]["scene_seed"] += 1
-    for text, said in ((json.dumps(content), "no pairs"), ("{}", "holds no figures")):
+    assert content["against"]["path"] == str(out)
+    assert content["against"]["differences"] == {}, "too short to reach the first length"
+    for name in ("scene_seed", "given_seconds"):
+        changed = {**content["settings"], name: content["settings"][name] + 1}
+        other.write_text(json.dumps({**content, "settings": changed}))
+        assert run(tiny_world, out, "--scenes", 1, "--against", other) == 2
+        assert f"{name}=" in capsys.readouterr().err
+    for text, said in (("{}", "holds no figures"), ("[", "holds no figures")):
         other.write_text(text)
         assert run(tiny_world, out, "--scenes", 1, "--against", other) == 2
         assert said in capsys.readouterr().err

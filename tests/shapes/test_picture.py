@@ -54,7 +54,7 @@ def test_the_picture_is_drawn_from_what_is_stored(tmp_path, monkeypatch, tiny_wo
     assert asked == [3] * 4
     assert run("--seconds", 0, 5) == 0
     assert asked == [3] * 4
-    for path in weights[1:]:
+    for path in weights:
         path.unlink()
     assert run("--seconds", 0, 5) == 0
     assert run("--seconds", 0, 6) == 2

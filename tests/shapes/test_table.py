@@ -3,10 +3,11 @@
 import pytest
 
 from shapes.stored import POINTS, Measured, read_run
-from shapes.table import UNKNOWN, compare, difference_table, make_page, read_results, verdict
+from shapes.table import SPEED, UNKNOWN, compare, difference_table, make_page, read_results, verdict
 from shapes.variants import EQUAL_SINK
 from tests.shapes.tiny_results import write_core, write_row
 from utils.errors import UserError
+from utils.files import write_json
 
 WINNING = {
     "rolling_forcing": 0.1,
@@ -85,13 +86,25 @@ def test_every_table_has_every_row_that_is_there(tmp_path):
     assert tint["10x"].startswith("0.3")
     assert tint["20x"] == tint["60x"] == tint["from noise, 10x"] == UNKNOWN
     assert tint["gain, 10x"] == "0.50"
-    assert beside["Self Forcing"]["updates"] == "300"
+    assert beside["Self Forcing"]["steps"] == "300"
     assert beside["Self Forcing"]["motion, 60x"] == "1.00 [1.00, 1.00]"
     key = "Infinite-Forcing (V-sink), against Self Forcing with a sink"
     assert differences[key]["at"] == "10x"
     assert differences[key]["seeds"] == "1"
     assert differences[key]["motion"] == "**-0.50** [-0.50, -0.50]"
     assert differences[key]["path"] == "not distinguished, +0.00 [+0.00, +0.00]"
+
+
+def test_rates_are_those_of_the_config_that_the_figures_are_of(tmp_path):
+    write_core(tmp_path, **WINNING)
+    runs = {key: read_run(tmp_path / f"{key}-0-true.json") for key in WINNING}
+    of = {key: run["settings"]["config_hash"] for key, run in runs.items()}
+    of["self_forcing"] = "another"
+    rates = {key: [20.0, 30.0, 25.0] for key in of}
+    write_json(tmp_path / SPEED, {"of": of, "device": "cpu", "frames_per_second": rates})
+    beside = rows(make_page(read(tmp_path)))[5]
+    assert beside["Rolling Forcing"]["frames/s"] == "25 [20, 30]"
+    assert beside["Self Forcing"]["frames/s"] == UNKNOWN
 
 
 def test_a_difference_below_three_times_the_meters_error_is_none(tmp_path):

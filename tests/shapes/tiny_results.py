@@ -60,7 +60,7 @@ def write_row(
             **{"row": key, "training_seed": seed, "start": start, "clip_seconds": CLIP},
             **{"config": f"configs/shapes/{row.config}.yaml", "overrides": list(row.overrides)},
             **{"weights": f"shapes_{key}.pt", "checkpoint_hash": "0123456789abcdef"},
-            **{"trained": "", "updates": 300, "operations": 30e12},
+            **{"trained": "", "steps": 300, "operations": 30e12},
             **played(config),
             "meter": TRUTH.version,
         }

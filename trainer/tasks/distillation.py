@@ -105,7 +105,7 @@ class Distillation(GeneratorTask):
         return ("critic",)
 
     def _turn(self, step: int) -> int:
-        """How many steps ago the generator was updated, or the critic's warm-up began."""
+        """Place of a step in its turn, which the generator's update begins once it takes part."""
         since = step - self.warmup_steps if step >= self.warmup_steps else step
         return since % self.config.dfake_gen_update_ratio
 
