@@ -42,7 +42,7 @@ test: venv  ## the fast tests
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long and not gpu and not browser"
 
 # in the order of the tree, in which the longest file comes early
-test-slow: venv  ## the tests of more than a few seconds
+test-slow: venv  ## the tests of a second or more
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow and not long and not gpu and not browser"
 
 test-long: venv  ## long trials, by hand before a release

@@ -95,6 +95,7 @@ def test_every_command_is_named():
     assert names == tops | files_of_ours  # an installed copy may have rooms that this one lacks
 
 
+@pytest.mark.slow
 def test_a_command_is_of_the_tree_that_it_lies_in(tmp_path):
     """`python scripts/benchmark.py` of one checkout measured the other one that was installed."""
     (tmp_path / "utils").mkdir()
@@ -155,6 +156,7 @@ def test_lists_of_packages_agree():
         assert bound.specifier == wanted[name].specifier or name == "torch"
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_required():
     """A library that only another one brought along may be gone with its next version."""
     lists = read_requirements("requirements.txt") | read_requirements("requirements-app.txt")

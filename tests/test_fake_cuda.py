@@ -83,6 +83,7 @@ def test_the_bias_of_a_convolution_is_added_in_a_kernel_of_its_own(cuda: FakeCud
         assert (counts.ops, counts.moved) == (1 + added, added * 2 * 4 * 6 * 8 * 8)
 
 
+@pytest.mark.slow
 def test_what_a_compiler_fuses_is_read_and_written_once(cuda: FakeCuda) -> None:
     """A norm, an activation and a copy behind the past in one kernel; a bias and a sum in another.
 

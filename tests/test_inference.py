@@ -48,6 +48,7 @@ def start(arguments: list[str], launcher: list[str] | None = None) -> subprocess
     )
 
 
+@pytest.mark.slow
 def test_published_command_makes_playable_videos(tiny_world: TinyWorld, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the red ball\n\nthe blue ball\n", encoding="utf-8")

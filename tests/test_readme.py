@@ -110,6 +110,7 @@ def test_memory_of_the_published_model(tmp_path):
         assert size in README, report
 
 
+@pytest.mark.slow
 def test_which_card():
     """The table of the profiles, as its command prints it."""
     from scripts.cards import table

@@ -47,6 +47,7 @@ def replay_flags(world: TinyWorld, record: Path, folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_schedule_is_what_the_same_changes_are_live(tiny_world: TinyWorld, made: Path) -> None:
     """Block for block; the shorter first blocks of scenes are made up for at the end."""
     assert probe_video(made).frames == 64
@@ -75,6 +76,7 @@ def test_replay_makes_the_same_video(
     assert torch.equal(read_video(tmp_path / made.name), read_video(made))
 
 
+@pytest.mark.slow
 def test_a_session_and_its_branch_are_replayed(
     tiny_world: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +162,7 @@ def test_other_weights_and_prefixes_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_machine_is_told(
     tiny_world: TinyWorld, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,6 +149,7 @@ def forwards(cuda: FakeCuda, dit: WanDiT) -> Iterator[list[tuple[str, Counts]]]:
             hook.remove()
 
 
+@pytest.mark.slow
 def test_a_steady_block(cuda: FakeCuda, dit: WanDiT, vae: WanVAE, past: dict[str, Tensor]) -> None:
     """From noise to uint8 frames in host memory, for which alone the host waits."""
     stream = at_steady_state(opened(dit, vae, ROLLING), past)
@@ -162,6 +163,7 @@ def test_a_steady_block(cuda: FakeCuda, dit: WanDiT, vae: WanVAE, past: dict[str
     assert block.waits == {"an event": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param("self_forcing_dmd", marks=pytest.mark.slow), "self_forcing_dmd_vsink1"],
@@ -218,6 +220,7 @@ def test_a_compiled_block_moves_less_than_was_asked_for() -> None:
     assert COUNTED["vae"]["decode, compiled"]["moved"] <= COUNTED["vae"]["decode"]["moved"] <= 95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "noise", "slots"),
     [
@@ -376,6 +379,7 @@ def test_memory_of_a_replayed_rollout_does_not_grow(meta: FakeCuda, schedule: st
     assert plain_long > plain + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["rolling", "block"])
 def test_the_host_waits_for_nothing_in_a_training_rollout(cuda: FakeCuda, schedule: str) -> None:
     """Nor where videos stop at levels of their own, of which it writes down a mask."""

@@ -63,6 +63,7 @@ def clips(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_videos_are_held_against_the_truth_of_a_package(clips, tmp_path, capsys):
     """Its own figures, curves and groups; without it the same files are any videos."""
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
@@ -103,6 +104,7 @@ def test_other_videos_are_held_against_their_beginning(tmp_path, monkeypatch):
     assert decoded == [1]
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_and_the_file_says_how(tiny_world, tmp_path, capsys):
     out, videos = tmp_path / "out.json", tmp_path / "videos"
     given = ["--prompts", 1, "--seeds", 2, "--seconds", 1.5, "--json", out, "--vbench", videos]
@@ -286,6 +288,7 @@ def test_vbench_is_called_where_it_is_installed(clips, tmp_path, monkeypatch):
     assert {f.name for f in named.glob("*.mp4")} == {f"{p}-{i}.mp4" for p, i in prompts.items()}
 
 
+@pytest.mark.slow
 def test_kept_videos_are_not_judged(tiny_world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vbench", None)
     videos, out = tmp_path / "videos", tmp_path / "out.json"

@@ -401,6 +401,7 @@ def test_replayed_gradients_are_those_of_one_graph(
         torch.testing.assert_close(gradients[1][name], plain, atol=1e-9, rtol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [5, 9])
 @pytest.mark.parametrize("schedule", ["rolling", "block"])
 def test_operations_of_a_replay_are_those_that_are_run(

@@ -1,5 +1,6 @@
 """Training a VAE from scratch: the loss, and folding the latent statistics in."""
 
+import pytest
 import torch
 
 from model.vae import Autoencoder, init_autoencoder, vae_loss
@@ -24,6 +25,7 @@ def test_folded_statistics_leave_the_video_and_normalise_the_latents() -> None:
     torch.testing.assert_close(vae.decode(latents), rebuilt, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_reconstruction_is_learned() -> None:
     torch.manual_seed(0)
     autoencoder = Autoencoder(WanVAE.random(4, dim_mult=(1, 1, 1, 1)).model.requires_grad_(True))

@@ -439,6 +439,7 @@ def frames_of(stream: Stream, blocks: int, *, at: int = -1, **change: Any) -> li
     return frames
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -490,6 +491,7 @@ def test_a_scene_has_no_ghost_of_the_one_before(pipe: VideoPipeline) -> None:
     assert torch.equal(frames, to_uint8(alone)[0])
 
 
+@pytest.mark.slow
 def test_a_branch_is_what_a_rebuilt_stream_is(pipe: VideoPipeline) -> None:
     """Cache and decoder made anew from a small state: as the same rule at the same block gives."""
     with (
@@ -536,6 +538,7 @@ def test_frames_that_do_not_reach_the_host_are_decoded_again(
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", ["true", "false"])
 def test_an_error_within_a_step_leaves_the_stream_before_it(
     tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch, merged: str

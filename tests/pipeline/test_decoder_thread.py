@@ -115,6 +115,7 @@ def test_a_state_between_is_exact(streams: list[Stream], near: VideoPipeline) ->
         assert torch.equal(torch.cat([*frames, blocks(other, 2)]), expected)
 
 
+@pytest.mark.slow
 def test_sessions_and_their_branches_are_the_same(
     near: VideoPipeline, apart: VideoPipeline
 ) -> None:

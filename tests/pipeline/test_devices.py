@@ -43,6 +43,7 @@ def config_of(world: TinyWorld, method: str) -> Config:
     return load_config(world.config, [f"method={method}", shape, "num_training_frames=9"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_rollouts_stay_on_their_device(tiny_world: TinyWorld, method: str, dit: WanDiT) -> None:
     setup = Setup.of(config_of(tiny_world, method), sizes=dit.config)

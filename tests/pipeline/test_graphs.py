@@ -105,6 +105,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
     torch.testing.assert_close(torch.cat(found, dim=1), torch.cat(expected, dim=1), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "merged"),
     [
@@ -133,6 +134,7 @@ def test_a_stream_equals_eager_and_a_second_one_compiles_nothing(
             assert_close([found[b] for b in range(kept)], [expected[b] for b in range(kept)])
 
 
+@pytest.mark.slow
 def test_eight_bits_equal_eager_in_one_graph() -> None:
     """Bytes that are read as values, and weights that are no parameters, break no graph."""
     both = Compiled(in_float8=True)
@@ -221,6 +223,7 @@ def contexts(dit: WanDiT) -> dict[str, tuple[AttentionContext, int]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "backend", "checkpointing", "selective"),
     [
@@ -332,6 +335,7 @@ def loaded(world: TinyWorld, *overrides: str) -> VideoPipeline:
     return load_pipeline(world.config, world.checkpoint, device="cpu", overrides=overrides)
 
 
+@pytest.mark.slow
 def test_a_pipeline_compiles_when_it_is_loaded(
     tiny_world: TinyWorld, short: CompileCounterWithBackend
 ) -> None:

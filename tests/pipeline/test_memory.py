@@ -58,6 +58,7 @@ def test_a_profile_leaves_what_the_file_has_set(tiny_world: TinyWorld) -> None:
     assert (config.height, config.width, config.linear_dtype) == (32, 48, "float8")
 
 
+@pytest.mark.slow
 def test_profiles_fit_their_cards(tmp_path: Path) -> None:
     """Of a card with so many GB about 97 % are there for programs."""
     sizes = {}
@@ -81,6 +82,7 @@ def card(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int(size * GIB),) * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "words"),
     [

@@ -50,6 +50,7 @@ def test_what_eight_bits_lose(tiny_world: TinyWorld) -> None:
     assert not linear.faults()
 
 
+@pytest.mark.slow
 def test_a_wrong_scale_does_not_pass(
     tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

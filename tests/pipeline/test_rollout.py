@@ -662,6 +662,7 @@ class FixedNoise:
         return torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(level))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rolling", "infinite", "averaged"])
 def test_late_windows_are_the_same_computation_as_early_ones(name: str) -> None:
     """Beyond latent frame 1,100: given what an early window had, a late one does the same.

@@ -92,6 +92,7 @@ def test_a_saved_session_goes_on_bit_for_bit(
     assert not same(steps(other, 3)[2:], steps(loaded, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["unipc", "euler"])
 def test_a_model_that_is_not_distilled_is_directed_alike(
     tiny_world: TinyWorld, sampler: str, tmp_path: Path
@@ -109,6 +110,7 @@ def test_a_model_that_is_not_distilled_is_directed_alike(
     assert same(*(steps(branch, 2) for branch in branches))
 
 
+@pytest.mark.slow
 def test_the_same_networks_run_under_other_settings(
     pipe: VideoPipeline, tiny_world: TinyWorld
 ) -> None:
@@ -152,6 +154,7 @@ def test_damaged_copies_are_refused(
         Session.load(pipe, tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_a_copy_of_another_model_or_without_room_is_refused(
     pipe: VideoPipeline,
     tiny_world: TinyWorld,
@@ -176,6 +179,7 @@ def test_a_copy_of_another_model_or_without_room_is_refused(
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.slow
 def test_branches_hold_their_parents_changes(pipe: VideoPipeline) -> None:
     """From the same point the same branch, twice; the parent goes on as if there were none."""
     session, alone = (Session.start(pipe, "a red ball", seed=3) for _ in range(2))

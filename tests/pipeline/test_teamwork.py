@@ -90,6 +90,7 @@ def same_latents(vae: WanVAE, team: Teamwork, overrides: list[str]) -> bool:
     return torch.equal(*made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -137,6 +138,7 @@ def directed(pipe: VideoPipeline) -> Session:
     return session
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -261,6 +261,7 @@ def test_stored_embeddings_replace_the_text_encoder(
         stored.stream("another")
 
 
+@pytest.mark.slow
 def test_models_that_are_not_distilled_are_sampled(tiny_world: TinyWorld) -> None:
     """Bidirectional at once, and causal block by block through the same engine."""
     for schedule, rule in (("full", "ode"), ("block", "ode"), ("block", "renoise")):
@@ -345,6 +346,7 @@ def test_average_that_is_not_there_is_refused(tiny_world: TinyWorld) -> None:
         load_pipeline(tiny_world.config, device="cpu", use_ema=True)
 
 
+@pytest.mark.slow
 def test_inputs_of_other_libraries_are_taken(pipe: VideoPipeline) -> None:
     frame = moving_clip(1)[0]
     expected = pipe.generate(["a ball"], 4, seed=3, image=frame)

@@ -75,6 +75,7 @@ def test_block_by_block_methods_have_no_window_around_them(tiny_world):
     assert list(later.groups) == ["sink", "recent", 0]
 
 
+@pytest.mark.slow
 def test_script_draws_and_writes_the_numbers(tiny_world, tmp_path, capsys):
     out, numbers = tmp_path / "maps.png", tmp_path / "maps.json"
     given = ["--blocks", "2,1", "--layers", "1", "--levels", "0,4", "--out", out, "--json", numbers]

@@ -49,6 +49,7 @@ def files(tmp_path):
     return ["--config_path", config, "--random_weights", "--model", preset, "--device", "cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "alone"])
 @pytest.mark.parametrize("method", ["rolling_forcing", "self_forcing"])
 def test_figures_agree_with_each_other(tmp_path, files, capsys, method, merged):
@@ -269,6 +270,7 @@ def test_the_checksum_is_that_of_the_frames(tmp_path):
     assert sums[0] == sums[1] != sums[2]
 
 
+@pytest.mark.slow
 def test_ceilings_count_all_that_a_block_multiplies(pipe):
     """At one TFLOP/s a block takes as many seconds as it has TFLOP, edges of the network aside."""
     steady = SteadyState.of(pipe.setup.plan(pipe.setup.schedule(None)))

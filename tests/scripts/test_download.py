@@ -136,6 +136,7 @@ def fails(result, message):
     return result.returncode == 2 and message in lines[-1] and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_model_goes_to_its_folder_and_is_not_fetched_twice(hub, download, tmp_path):
     wanted = {
         "config.json": b"{}",
@@ -165,6 +166,7 @@ def test_model_goes_to_its_folder_and_is_not_fetched_twice(hub, download, tmp_pa
     assert (folder / "Wan2.1_VAE.pth").read_bytes() == b"vae"
 
 
+@pytest.mark.slow
 def test_dropped_connection_is_taken_up_where_it_broke(hub, download, tmp_path):
     name, chunk = "checkpoints/rolling_forcing_dmd.pt", 10 * 1024 * 1024  # the library's chunk
     content = random.Random(0).randbytes(chunk + 200_000)
@@ -176,6 +178,7 @@ def test_dropped_connection_is_taken_up_where_it_broke(hub, download, tmp_path):
     assert hub.downloads() == [(name, 0), (name, chunk)]
 
 
+@pytest.mark.slow
 def test_second_run_fetches_only_what_the_first_did_not_get(hub, download, tmp_path):
     files = {f"prompts/MovieGenVideoBench{end}.txt": b"a cat\n" for end in ("", "_extended")}
     first, second = files
@@ -215,6 +218,7 @@ def test_file_gone_from_the_repository(hub, download, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_is_one_sentence(hub, download):
     assert fails(download("ode-init"), "gdhe17/Self-Forcing is not on the hub")
     assert fails(download("ode-init", endpoint="http://127.0.0.1:9"), "check the network")

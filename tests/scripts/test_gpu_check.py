@@ -28,6 +28,7 @@ def tiny(tmp_path: Path) -> list[str]:
     return ["--config_path", str(config), "--model", str(preset), "--device", "cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", gpu_stages.STAGES)
 def test_a_stage_gives_figures(tmp_path: Path, tiny: list[str], stage: str) -> None:
     file = tmp_path / "out.json"
@@ -105,6 +106,7 @@ HANGS = f"import json, sys, time; json.dump({SUMMARY}, open(sys.argv[-1], 'w'));
 WRITES = f"import json, sys; json.dump({FIGURES}, open(sys.argv[-1], 'w'))"
 
 
+@pytest.mark.slow
 def test_a_stage_takes_no_time_of_the_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

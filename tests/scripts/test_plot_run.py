@@ -43,6 +43,7 @@ def test_one_png_of_several_runs(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["run.png"]
 
 
+@pytest.mark.slow
 def test_panels_without_numbers_are_left_out(tmp_path):
     pytest.importorskip("matplotlib")
     few = write_run(tmp_path / "few")

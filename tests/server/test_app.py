@@ -509,6 +509,7 @@ def test_out_of_memory_leaves_the_others(tmp_path):
         start(two, prompt="bad").frames(16)
 
 
+@pytest.mark.slow
 def test_video_is_sent_as_it_is_played(tmp_path):
     """Whoever came back to the beginning of a long video got all of it at once."""
     app = fake_app(tmp_path, lead=100.0)

@@ -40,6 +40,7 @@ def served(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_random_weights(served, capsys):
     """Nothing depends on one model: every policy, a branch, and the whole video at another size."""
 

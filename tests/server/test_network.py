@@ -51,6 +51,7 @@ def lasts(condition, seconds: float = 5.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_health_answers_during_a_slow_step(tmp_path):
     """A step in the event loop kept everybody waiting."""
     engine = FakeEngine(step_seconds=0.6)
@@ -67,6 +68,7 @@ def test_health_answers_during_a_slow_step(tmp_path):
         say(socket, "session.stop")
 
 
+@pytest.mark.slow
 def test_slow_reader(tmp_path):
     """It asks for a video, says that it plays it, and reads nothing: what is made stays bounded."""
     engine = FakeEngine(size=BIG, noise=True)

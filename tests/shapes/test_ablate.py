@@ -64,6 +64,7 @@ def touch(folder, *keys):
 # --- the plan ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_training_comes_once_and_before_what_needs_it(tmp_path):
     """Without a sink that matters in training, both sinks share theirs."""
     shipped = touch(tmp_path / "shipped", *STARTS)
@@ -143,6 +144,7 @@ def test_longer_rollouts_are_trained_for_each_sink(tmp_path):
     assert len(trainings(*given, "num_training_frames=27", "max_attention_frames=27")) == 2
 
 
+@pytest.mark.slow
 def test_starts_that_do_not_ship_are_trained_from_one_another(tmp_path, caplog):
     shipped = touch(tmp_path / "shipped", "ode_init", START)
     given = ["--checkpoints", shipped, "--folder", tmp_path]
@@ -287,6 +289,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.slow
 def test_two_rows_are_measured_once_and_told_from_what_is_stored(bench, capsys):
     assert bench(*BOTH) == 0
     assert bench.ran == PARTS

@@ -123,6 +123,7 @@ def rehearse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rehearsal]:
     return start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_stage_is_a_command_that_its_script_accepts(
     rehearse: Callable[..., Rehearsal],
@@ -289,6 +290,7 @@ def test_a_changed_config_is_another_stage(
     assert list(json.loads((tmp_path / "chain.json").read_text())["stages"])[-1] == "vae_short"
 
 
+@pytest.mark.slow
 def test_from_the_models_that_ship(
     rehearse: Callable[..., Rehearsal], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +319,7 @@ def test_a_quick_chain_starts_from_what_ships() -> None:
     assert quick.start("causal_init").name == "shapes_causal_init.pt"
 
 
+@pytest.mark.slow
 def test_a_chain_of_another_world_is_refused(
     rehearse: Callable[..., Rehearsal],
     tmp_path: Path,

@@ -33,6 +33,7 @@ def test_the_true_clip_is_where_it_should_be(scene):
     assert found.max() < 0.5
 
 
+@pytest.mark.slow
 def test_a_picture_that_stops_is_as_far_off_as_the_shapes_go(scene):
     video = render(scene, FRAMES, start=START)
     video[GIVEN:] = video[GIVEN - 1]
@@ -63,6 +64,7 @@ def test_the_command_measures_each_scene(tiny_world, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("seconds")
 
 
+@pytest.mark.slow
 def test_two_models_are_compared_shape_by_shape(tiny_world, tmp_path, monkeypatch, capsys):
     """A shape that one of them does not see is no pair; else losing the worse would be a gain."""
     given = ["--config_path", tiny_world.config, "--scenes", 2, "--blocks", 2]

@@ -120,6 +120,7 @@ def test_a_flag_replaces_its_own_default_only(flags: list[str], changed: dict[st
     assert {key: vars(args)[key] for key in defaults} == defaults | changed
 
 
+@pytest.mark.slow
 def test_it_makes_the_videos_and_their_contact_sheet(
     tiny_demo: Demo, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +151,7 @@ def test_it_makes_the_videos_and_their_contact_sheet(
     assert f"{4 * FRAMES / total:.1f} FPS, {4 * SECONDS / total:.2f}x real time" in said
 
 
+@pytest.mark.slow
 def test_the_next_commands_are_right(
     tiny_demo: Demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +210,7 @@ def test_repeated_it_says_where_everything_is_and_overwrites_if_told(
     assert all(p.stat().st_mtime_ns > t for p, t in zip(tiny_demo.videos, times, strict=True))
 
 
+@pytest.mark.slow
 def test_of_several_ranks_the_last_to_end_shows_the_videos(
     tiny_demo: Demo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def test_shares_count_what_follows_in_time() -> None:
     assert follows([None], 9.0) == (0.0, None)
 
 
+@pytest.mark.slow
 def test_the_command_tells_each_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def true_results():
     return results
 
 
+@pytest.mark.slow
 def test_true_clips_keep_everything(true_results):
     """Lengths below a second tell nothing of the first one, which is the reference."""
     numbered = enumerate(true_results)
@@ -78,6 +79,7 @@ def run(tiny_world, out, *more):
     return run_main(main, [str(word) for word in words])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [1, 0], ids=["from true frames", "from noise"])
 def test_the_command_measures_each_scene_once(tiny_world, tmp_path, monkeypatch, capsys, given):
     """In batches or alone, and on from where it was stopped, each gives the same figures."""
@@ -121,6 +123,7 @@ def test_two_models_are_compared_scene_by_scene(true_results):
     assert not lines["right"].endswith("*")
 
 
+@pytest.mark.slow
 def test_the_other_model_is_one_of_the_same_scenes(tiny_world, tmp_path, capsys):
     out, other = tmp_path / "out.json", tmp_path / "other.json"
     assert run(tiny_world, out, "--scenes", 1) == 0
@@ -140,6 +143,7 @@ def test_the_other_model_is_one_of_the_same_scenes(tiny_world, tmp_path, capsys)
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_rank_that_begins_later_makes_its_share(tiny_world, tmp_path, monkeypatch, capsys):
     """It took every second scene of those that the first one had left, and so none."""
     out = tmp_path / "out.json"
@@ -151,6 +155,7 @@ def test_a_rank_that_begins_later_makes_its_share(tiny_world, tmp_path, monkeypa
     assert len(json.loads(out.read_text())["videos"]) == 2
 
 
+@pytest.mark.slow
 def test_a_batch_changes_no_video(tiny_world, tmp_path):
     """Each goes on from its own frames with its own noise."""
     reports = []

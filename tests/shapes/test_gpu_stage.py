@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from scripts import _gpu_stages as gpu_stages
 from utils.cli import run_main
 
 
+@pytest.mark.slow
 def test_sharded_training_gives_figures(tmp_path: Path) -> None:
     """On the CPU both trainings are run as they are on a GPU."""
     file = tmp_path / "out.json"

@@ -30,6 +30,7 @@ def clips(count=24, frames=25):
     ]
 
 
+@pytest.mark.slow
 def test_the_meter_reads_what_captions_leave_open():
     errors = {name: [] for name in ("edges", "height", "direction", "phase", "shade", "scale")}
     for scene, measures in clips():
@@ -91,6 +92,7 @@ def test_a_difference_is_claimed_if_it_is_sure_and_above_the_meters_error():
         assert kept.told_apart("tint", found) is told
 
 
+@pytest.mark.slow
 def test_spreads_are_those_of_the_world():
     """Another clip's value is a drift of 1, as its definition says."""
     scenes = [sample_scene(8, index, unsaid=True) for index in range(1500)]

@@ -198,6 +198,7 @@ CORRUPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "corrupt",
     [
@@ -263,6 +264,7 @@ def check_against_truth(scenes, num_frames):
     assert np.mean(np.concatenate([s.artefacts for s in seen])) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_meter_reads_true_clips():
     check_against_truth([sample_scene(5, index) for index in range(32)], 25)
 
@@ -272,6 +274,7 @@ def test_the_meter_reads_true_clips_for_a_minute():
     check_against_truth([sample_scene(6, index, split="heldout") for index in range(8)], 961)
 
 
+@pytest.mark.slow
 def test_the_meter_reads_blurred_and_noisy_clips():
     """About what a small VAE leaves: still the right kind, colour, size and place."""
     rng = np.random.default_rng(1)
@@ -353,6 +356,7 @@ def hide_for(seconds):
     return measure(frames, scene.attributes)
 
 
+@pytest.mark.slow
 def test_what_is_hidden_is_not_wrong_for_as_long_as_the_world_hides_it():
     covered = hide_for(1.4)
     assert np.isnan(covered.right[40:60]).all()
@@ -453,6 +457,7 @@ def test_what_is_no_square_video_is_refused():
         measure(np.zeros((4, 64, 64, 3), np.uint8), "a dog")
 
 
+@pytest.mark.slow
 def test_a_video_in_pieces_measures_as_the_whole():
     scene = SCENES[2]
     frames = render(scene, NUM_FRAMES)

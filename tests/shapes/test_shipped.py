@@ -100,6 +100,7 @@ def test_words_about_one_shape_are_unlike_those_about_the_other(encoder: WanText
     assert within > across / 2
 
 
+@pytest.mark.slow
 def test_the_vae_keeps_what_a_clip_shows() -> None:
     vae = WanVAE.from_official(MODEL / VAE_FILE)
     right = []
@@ -114,6 +115,7 @@ def test_the_vae_keeps_what_a_clip_shows() -> None:
     assert torch.tensor(right).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_decoding_in_bfloat16_is_50_db_from_float32() -> None:
     """And encoding does not change with it."""
     exact, half = (WanVAE.from_official(MODEL / VAE_FILE) for _ in range(2))

@@ -51,6 +51,7 @@ def clips(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_true_clips_are_right(clips, tmp_path, capsys):
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     assert evaluate("--videos", clips, "--json", out, "--plot", plot) == 0

@@ -368,6 +368,7 @@ def gap(one, other):
     return (corners @ nearest).min() / np.linalg.norm(nearest)
 
 
+@pytest.mark.slow
 def test_colours_stay_apart_under_all_shades_and_tints():
     shades = {name: np.array(ends, float) for name, ends in SHADES.items()}
     assert list(shades) == list(COLOURS)

@@ -201,6 +201,7 @@ def test_a_saved_state_does_not_follow_the_training(tmp_path: Path) -> None:
         assert torch.equal(stored[name], value), name
 
 
+@pytest.mark.slow
 def test_states_in_the_making_do_not_follow_a_real_training(
     training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

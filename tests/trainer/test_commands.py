@@ -36,6 +36,7 @@ def flags(config: Path, logdir: Path) -> list[str]:
 # --- without training ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dry_run_says_what_a_rank_will_hold_and_writes_nothing(
     training_world: TrainingWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_dry_run_needs_no_data_yet(
     assert "not here yet: none.pt" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [True, None])
 @pytest.mark.parametrize("kind", ["ode", "flow", "vae"])
 def test_every_objective_trains_in_the_default_precision(

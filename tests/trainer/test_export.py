@@ -58,6 +58,7 @@ def test_what_is_copied_does_not_follow_the_training() -> None:
     assert gathered({"w": weights}, is_main=False) == {}
 
 
+@pytest.mark.slow
 def test_weights_are_as_published_and_safetensors_on_request(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_full_disk_at_an_export_does_not_end_the_training(
     assert exported(tmp_path / "run")[-1].name == "checkpoint_model_000003"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [0.01, 2.0])
 def test_free_space_is_looked_at_before_the_first_step(
     free: float,

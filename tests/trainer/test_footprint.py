@@ -19,6 +19,7 @@ from wan.checkpoints import empty_dit
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_what_a_rank_holds(training_world: TrainingWorld, tmp_path: Path) -> None:
     """Weights, two moments and average, each of two ranks its share of them."""
     config = training_world.config(tmp_path, sharding_strategy="full", ema_start_step=0)
@@ -65,6 +66,7 @@ def test_what_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> N
     assert line.startswith("fits")
 
 
+@pytest.mark.slow
 def test_what_a_step_takes_behind_a_long_warm_up(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:

@@ -143,6 +143,7 @@ def test_every_item_has_a_rollout_of_its_own(
     assert {len(set(timesteps)) for timesteps in used} == {1, 3}, "block by block, and rolling"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_training_is_the_same_with_and_without(
     task: str, training_world: TrainingWorld, tmp_path: Path
@@ -173,6 +174,7 @@ def test_it_falls_when_the_training_reads_the_same_data(
         assert f"held-out loss {loss:.4g} (step {step})" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_the_same(training_world: TrainingWorld, tmp_path: Path) -> None:
     values = task_values(training_world, "ode") | {"max_steps": 5}
     train(training_world.config(tmp_path, **values), tmp_path / "once")

@@ -79,6 +79,7 @@ def watch_a_loading(
     return read, max(held) - start, same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "shards", "dtype"), [("full", 4, torch.bfloat16), ("hybrid", 2, torch.float32)]
 )

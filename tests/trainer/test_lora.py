@@ -53,6 +53,7 @@ def test_training_moves_adapters_alone_and_goes_on_bit_for_bit(
     assert_same_state(final_state(tmp_path / "twice"), last)
 
 
+@pytest.mark.slow
 def test_export_is_base_plus_scaled_product(training_world: TrainingWorld, tmp_path: Path) -> None:
     train(training_world.config(tmp_path, max_steps=3, **LORA), tmp_path / "run")
     state = final_state(tmp_path / "run")

@@ -75,6 +75,7 @@ LONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "time"),
     [

@@ -869,6 +869,7 @@ class CountingTimer(Timer):
 TEXTS_OF = {"scores": 3, "teacher": 3}  # encodings in a phase of the generator's; elsewhere one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["options", "consistency", "ode", "flow"])
 def test_operations_of_phases_are_those_that_run_in_them(
     name: str, training_world: TrainingWorld, tmp_path: Path

@@ -125,6 +125,7 @@ def later(call: Callable[..., Any], seconds: float, room: int = 0) -> Callable[.
     return called
 
 
+@pytest.mark.slow
 def test_what_is_slow_or_large_is_in_its_own_phase(
     training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def tasks(world: TrainingWorld) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task",
     [
@@ -149,6 +150,7 @@ def test_average_starts_at_its_step_and_follows_the_generator_updates(
         torch.testing.assert_close(average, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_what_is_not_finite_stops_before_the_optimiser(
     broken: str, training_world: TrainingWorld, tmp_path: Path
@@ -235,6 +237,7 @@ def test_a_second_ctrl_c_is_not_waited_for(
     assert not states(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_error_leaves_the_state_its_name_and_the_log_closed(
     training_world: TrainingWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -293,6 +296,7 @@ def test_another_config_is_refused_by_the_names_of_its_keys(
     train(training_world.config(tmp_path, **changed), tmp_path / "run", save=False)
 
 
+@pytest.mark.slow
 def test_another_run_is_refused_before_a_network_is_built(
     training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def trained(
     return trainer, tries
 
 
+@pytest.mark.slow
 def test_a_broken_update_is_drawn_anew_and_the_state_remembers_it(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:

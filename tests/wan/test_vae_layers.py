@@ -63,6 +63,7 @@ def stock_moments(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tenso
     return mean, spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [
