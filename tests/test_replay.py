@@ -17,7 +17,7 @@ from tests.conftest import TinyWorld
 from utils.errors import UserError
 from utils.video import probe_video, read_video
 
-# x264 does not give the same bytes each time for small pictures: often below 64 pixels, rarely at 64.
+# x264 does not give the same bytes each time for small pictures: below 64 often, at 64 rarely.
 SIZE = ["height=128", "width=128"]
 SCHEDULE = "0s: a red ball\n1s: [recache] a blue ball\n2s: [cut] a green ball\n3s: red [blend 2]\n"
 
