@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,13 +71,11 @@ def current_results(args: argparse.Namespace) -> Results | None:
         asked = {**played(config), "meter": TRUTH.version}
         weights = args.checkpoints / settings["weights"]
         if settings["trained"]:
-            file, changes = args.configs / f"{training.config}.yaml", [*training.overrides]
-            if "steps" in settings:
-                changes.append(f"max_steps={settings['steps']}")
-            config = load_config(file, [*changes, *args.overrides])
-            seeds = of_seed(config, settings["training_seed"])
-            config = load_config(file, [*changes, *args.overrides, *seeds])
-            asked["training"] = training_hash(config)
+            steps = [f"max_steps={settings['steps']}"] if "steps" in settings else []
+            changes = [*training.overrides, *args.overrides, *steps]
+            first = load_config(args.configs / f"{training.config}.yaml", changes)
+            own = replace(first, seed=first.seed + settings["training_seed"])
+            asked["training"] = training_hash(own)
         elif weights.is_file():
             asked["checkpoint_hash"] = file_hash(weights)
         same = all(settings.get(name) == value for name, value in asked.items())
@@ -346,7 +344,7 @@ class Plan:
             self.steps[repr(training)] = affordable(config, self.budget)
         steps, _ = self.steps[repr(training)]
         changes += [f"max_steps={steps}"] * (steps != config.max_steps)
-        changes += of_seed(config, seed)
+        changes += [f"seed={config.seed + seed}"] * (seed > 0)
         return load_config(path, changes), changes
 
     @cached_property
@@ -383,11 +381,6 @@ class Plan:
     def path(self, config: str) -> Path:
         """A file of the configs."""
         return Path(self.args.configs / f"{config}.yaml")
-
-
-def of_seed(config: Config, seed: int) -> list[str]:
-    """The override of a training seed: the first is that of the config."""
-    return [f"seed={config.seed + seed}"] if seed else []
 
 
 def training_hash(config: Config) -> str:
