@@ -1,5 +1,6 @@
 """Teams of ranks for tests: this process leads, copies of it follow."""
 
+import json
 import os
 import signal
 import time
@@ -25,14 +26,14 @@ def team_of(size: int, load: Callable[[], WanDiT]) -> Iterator[Teamwork]:
 
     Whether they ended normally is in `ends`, an attribute of what is given.
     """
-    followers: list[int] = []
+    # Copied before the store opens: a lock that its new thread holds would stay held in the copy.
+    followers = dict(_start(rank, size, load) for rank in range(1, size))
     with pytest.MonkeyPatch.context() as patch, store_of_ranks() as address:
         for name, value in address.items():
             patch.setenv(name, value)
-        for rank in range(1, size):
-            followers.append(os.fork())
-            if followers[-1] == 0:
-                _follow(rank, size, load)
+        for told in followers.values():
+            with os.fdopen(told, "w") as file:
+                print(json.dumps(address), file=file)
         try:
             with open_team(Ranks(0, size, 0), size, torch.device("cpu")) as team:
                 assert team is not None
@@ -45,11 +46,24 @@ def team_of(size: int, load: Callable[[], WanDiT]) -> Iterator[Teamwork]:
                 ended(pid)
 
 
-def _follow(rank: int, size: int, load: Callable[[], WanDiT]) -> None:
+def _start(rank: int, size: int, load: Callable[[], WanDiT]) -> tuple[int, int]:
+    """A follower, and where it has to be told the address of the store."""
+    told, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(tell)
+        _follow(rank, size, load, told)
+    os.close(told)
+    return pid, tell
+
+
+def _follow(rank: int, size: int, load: Callable[[], WanDiT], told: int) -> None:
     """In a copy of this process, which does not come back."""
     code = 1
     try:
         signal.alarm(SECONDS)
+        with os.fdopen(told) as file:
+            os.environ.update(json.loads(file.readline()))  # later copies hold its other end
         in_team(
             Ranks(rank, size, rank),
             size,
