@@ -261,15 +261,40 @@ EQUAL_SINK = (
 )
 
 
+WITHOUT_TRAINING = (
+    Comparison(
+        "the rolling window, with a sink, both with Self Forcing's weights",
+        "rolling_on_block",
+        BLOCK.key,
+    ),
+    Comparison(
+        "the rolling window, with a sink, both with Rolling Forcing's weights",
+        ROLLING.key,
+        "block_on_rolling",
+    ),
+    Comparison(
+        "the rolling window with a sink, against block by block with a deep sink",
+        ROLLING.key,
+        "sink_deep",
+    ),
+)
+"""What the way in which a video is played does, apart from what was trained."""
+
+
+def against(one: str, other: str) -> Comparison:
+    """A row with what it varies."""
+    return Comparison(f"{ROWS[one].title}, against {ROWS[other].title}", one, other)
+
+
 def comparisons() -> Iterator[Comparison]:
-    """All that are made: the window and the sink, then each further row with what it varies."""
+    """All that are made: the window, the sink, both without training, then each further row."""
     yield from EQUAL_SINK
     yield Comparison("the sink, block by block", BLOCK.key, BLOCK_BARE.key)
     yield Comparison("the sink, with the rolling window", ROLLING.key, ROLLING_BARE.key)
+    yield from WITHOUT_TRAINING
     for row in FURTHER:
         if row.against is not None:
-            title = f"{row.title}, against {ROWS[row.against].title}"
-            yield Comparison(title, row.key, row.against)
+            yield against(row.key, row.against)
 
 
 def training_of(key: str) -> Weights:

@@ -390,7 +390,7 @@ def test_the_host_waits_for_nothing_in_a_training_rollout(cuda: FakeCuda, schedu
     assert not counts.waits
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_critic_step(meta: FakeCuda) -> None:
     """The same rollout without gradient, and a step of the critic on it."""
     generator, critic = trained("1.3B"), trained("1.3B")

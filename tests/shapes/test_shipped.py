@@ -147,7 +147,7 @@ def test_the_student_still_does_what_the_documentation_says(tmp_path: Path) -> N
     assert found["path"] > 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_student_still_does_so_after_a_quarter_of_a_minute(tmp_path: Path) -> None:
     """Half of the four prompts ask for two shapes."""
     found = measured(tmp_path / "out.json", "--prompts", "4", "--seconds", "15")
@@ -171,10 +171,13 @@ def test_shipped_tokenizer_is_the_same_for_the_published_code() -> None:
 
 
 STORED = [ROOT / RESULTS / f"{row.key}-0-true.json" for row in CORE]
+CASES = [
+    pytest.param(path, marks=pytest.mark.long if number else pytest.mark.slow, id=path.stem)
+    for number, path in enumerate(path for path in STORED if path.is_file())
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in STORED if path.is_file()], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CASES)
 def test_a_row_of_the_table_is_that_of_the_weights_that_ship(path):
     """Its first two scenes, made again for two training lengths and a third.
 

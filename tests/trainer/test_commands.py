@@ -134,7 +134,7 @@ def test_a_folder_takes_one_run_at_a_time(
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_nodes(training_world: TrainingWorld, tmp_path: Path) -> None:
     """Two torchrun agents that meet at one address; hybrid means one copy per node then."""
     config = training_world.write(tmp_path / "c.yaml", max_steps=3)
