@@ -68,6 +68,7 @@ def test_a_schedule_is_what_the_same_changes_are_live(tiny_world: TinyWorld, mad
     assert chained_hash("", torch.cat(frames)[:64]) == record["frames_hash"]
 
 
+@pytest.mark.slow
 def test_replay_makes_the_same_video(
     tiny_world: TinyWorld, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

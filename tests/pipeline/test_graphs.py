@@ -171,6 +171,7 @@ def test_changes_of_prompt_equal_eager_and_compile_nothing(
         assert_close(list(directed(compiled.dit, name, merged)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latents_only", [False, True])
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_stream_goes_on_from_a_state(

@@ -172,6 +172,7 @@ def test_latents_of_videos_are_what_the_vae_encodes(tiny_world: TinyWorld, tmp_p
         assert torch.equal(stored[index]["latents"], expected)
 
 
+@pytest.mark.slow
 def test_latents_of_a_package_on_two_ranks(
     tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +311,7 @@ def test_ode_pairs_depend_on_neither_ranks_nor_batches(
     assert_same(tmp_path / "one", tmp_path / "batch", tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_stored_text_and_another_checkpoint_are_used(
     tiny_world: TinyWorld, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

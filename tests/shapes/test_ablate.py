@@ -369,6 +369,7 @@ def test_stored_results_need_no_weights_that_were_trained(bench, capsys):
     assert "Rolling Forcing¹" in told.read_text()
 
 
+@pytest.mark.slow
 def test_the_cost_alone(bench, capsys):
     assert bench(*BOTH, "--plan") == 0
     assert bench.ran == []

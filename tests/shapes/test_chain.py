@@ -366,6 +366,7 @@ def test_a_quick_chain_needs_what_ships(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "chain.json"
     for content in ("", "[]", '{"stages"'):

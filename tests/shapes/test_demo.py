@@ -224,6 +224,7 @@ def test_of_several_ranks_the_last_to_end_shows_the_videos(
     assert [path.name for path in tiny_demo.folder.glob("*.png")] == [tiny_demo.sheet.name]
 
 
+@pytest.mark.slow
 def test_of_prompts_that_its_model_does_not_know_it_says_so(
     tiny_demo: Demo, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

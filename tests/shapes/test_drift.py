@@ -104,6 +104,7 @@ def test_the_command_measures_each_scene_once(tiny_world, tmp_path, monkeypatch,
     assert video["prompt"] == together["videos"][0]["prompt"]
 
 
+@pytest.mark.slow
 def test_two_models_are_compared_scene_by_scene(true_results):
     """A tint that drifts by one more in every scene, and more right in one by chance."""
     videos = [sum_up(result, n, 0.8, 9 / 16) for n, result in enumerate(true_results)]

@@ -55,6 +55,7 @@ def test_the_meter_reads_what_captions_leave_open():
         assert np.nanquantile(off, 0.98) < bar, name
 
 
+@pytest.mark.slow
 def test_what_captions_allow_is_right_and_no_error():
     paths = []
     for scene, measures in clips():

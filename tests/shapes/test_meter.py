@@ -305,6 +305,7 @@ def test_a_video_is_read_without_its_prompt():
     assert (seen.count == 2).all()
 
 
+@pytest.mark.slow
 def test_another_prompt_is_told_in_what_it_differs():
     frames = render(SCENES[0], 33)
     (true,) = SCENES[0].attributes.shapes
@@ -388,6 +389,7 @@ def test_a_pair_that_is_one_shape_is_wrong_from_the_start():
     assert report(measures).survived_seconds == 0
 
 
+@pytest.mark.slow
 def test_an_unclear_shape_hides_no_wrong_one():
     front = shape("large red square", "slow right", 24.0, 32.0)
     back = shape("large blue star", "slow right", 28.0, 32.0)

@@ -32,6 +32,7 @@ def rows(text):
     return found
 
 
+@pytest.mark.slow
 def test_what_is_claimed_of_the_window_follows_from_the_results(tmp_path):
     """It is said in the first paragraph if the window does not help, as the rows then are."""
     write_core(tmp_path, **WINNING)

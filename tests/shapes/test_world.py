@@ -79,6 +79,7 @@ def test_the_data_set_iterates_in_the_order_of_its_index():
         assert np.array_equal(clip.frames, dataset[index].frames)
 
 
+@pytest.mark.slow
 def test_held_out_looks_never_occur_in_training():
     def looks(split):
         drawn = scenes(1500, split)
@@ -102,6 +103,7 @@ def test_every_pair_of_values_is_seen_in_training():
         assert {(look[first], look[second]) for look in train} == set(itertools.product(*tables))
 
 
+@pytest.mark.slow
 def test_scenes_cover_every_attribute_and_keep_the_rules():
     drawn = scenes(600)
     shapes = [shape for scene in drawn for shape in scene.shapes]

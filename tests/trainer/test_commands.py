@@ -121,6 +121,7 @@ def test_the_published_command_line(training_world: TrainingWorld, tmp_path: Pat
     assert len(states(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_a_folder_takes_one_run_at_a_time(
     training_world: TrainingWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,6 +104,7 @@ def load_one_of(world: World, paths: tuple[Path, Path]) -> None:
     load_layers(world, paths[world.ranks.rank // 2], torch.float32, "full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "sentence"),
     [

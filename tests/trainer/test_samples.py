@@ -58,6 +58,7 @@ def test_a_failed_write_keeps_all_passes_and_the_training(
     assert [prompt for prompt, _ in there] == ["a cat"] * len(names)
 
 
+@pytest.mark.slow
 def test_the_average_is_what_every_layer_computes_with(
     training_world: TrainingWorld, tmp_path: Path
 ) -> None:
