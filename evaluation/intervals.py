@@ -44,6 +44,11 @@ class Interval(NamedTuple):
         ends = zip(self.mean, self.low, self.high, strict=True)
         return [Interval(*values, self.seeds) for values in ends]
 
+    def within(self, least: float = -math.inf, most: float = math.inf) -> "Interval":
+        """With ends no further out than the values can be."""
+        low, high = (np.clip(end, least, most) for end in (self.low, self.high))
+        return Interval(self.mean, low, high, self.seeds)
+
     def text(self, *, sign: bool = False, digits: int = 2) -> str:
         """Of numbers: `mean [low, high]`, without ends that are not known; a dash for no mean."""
         if np.isnan(self.mean):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluation.intervals import mean_interval
 from evaluation.statistics import Array, ends, mean, per_second
 
 END_SHARE = 0.15
@@ -40,8 +41,9 @@ class Property(NamedTuple):
 
 
 Trace = dict[str, Any]
-"""One property of one thing in one video, as plain data: `first` [n], `seconds` [S, n] and, by the
-name of each published formula, how far the ends of the video are apart."""
+"""One property of one thing in one video, as plain data: `first` [n], `seconds` [S, n], of which
+`whole` are whole ones, and, by the name of each published formula, how far the ends of the video
+are apart."""
 
 
 def trace(values: Array, known: Property, *, fps: float, given: int = 0) -> Trace:
@@ -56,7 +58,9 @@ def trace(values: Array, known: Property, *, fps: float, given: int = 0) -> Trac
     span = max(1, round(END_SHARE * len(values)))
     pairs["first_last_15_percent"] = mean_of(values[:span], known), mean_of(values[-span:], known)
     apart = {name: float(known.distance(*pair)) for name, pair in pairs.items()}
-    return {"first": mean_of(reference, known).tolist(), "seconds": seconds.tolist(), **apart}
+    whole = {"whole": math.floor(len(values) / fps + 1e-6)}
+    first = {"first": mean_of(reference, known).tolist()}
+    return {**first, "seconds": seconds.tolist(), **whole, **apart}
 
 
 FORMULAS = {
@@ -84,9 +88,14 @@ def spread_of(videos: Sequence[Sequence[Trace]], known: Property) -> float:
 
 
 class Keeping(NamedTuple):
-    """What many videos kept of a property, second by second [S], up to the shortest of them."""
+    """What many videos kept of a property, in each whole second [S] that all of them have.
+
+    low, high: the ends of the 95 % interval of the drift over the videos.
+    """
 
     drift: Array
+    low: Array
+    high: Array
     gain: Array
     variety: Array
 
@@ -100,16 +109,24 @@ def keeping(
     which cannot grow, the mean cosine of the difference. Things without a value do not count.
     """
     spread = spread_of(videos, known) if spread is None else spread
-    shortest = min(len(t["seconds"]) for traces in videos for t in traces)
+    shortest = min(whole_seconds(t) for traces in videos for t in traces)
     things = [t for traces in videos for t in traces]
     first = np.stack([values_of(t["first"]) for t in things])  # [things, n]
     later = np.stack([values_of(t["seconds"])[:shortest] for t in things], 1)  # [S, things, n]
     drifts = [drift_curve(traces, known, spread)[:shortest] for traces in videos]
+    found = mean_interval(np.array(drifts)[None]).within(0)
     return Keeping(
-        drift=mean(np.array(drifts)),
+        drift=found.mean,
+        low=found.low,
+        high=found.high,
         gain=np.array([gain_of(now, first, known) for now in later]),
         variety=np.array([variety_of(now, known) / spread for now in later]),
     )
+
+
+def whole_seconds(seen: Trace) -> int:
+    """What is behind them is too short a time for a mean over a second."""
+    return seen.get("whole", len(seen["seconds"]))
 
 
 def gain_of(now: Array, first: Array, known: Property) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.keeping import FORMULAS, keeping, spread_of
+from evaluation.intervals import UNKNOWN, Interval
+from evaluation.keeping import FORMULAS, keeping, spread_of, whole_seconds
 from evaluation.meters import Meter, Result
 from evaluation.statistics import mean, to_json
 from utils.files import make_folder, told, whole_files
@@ -21,11 +22,12 @@ def summarise(results: Sequence[Result], meter: Meter) -> dict[str, Any]:
     """Figures of results of one kind, that of this meter.
 
     `measures`: see `means`. `per_second`: of every curve, second by second, `mean` over all videos
-    and `spread`. Values that a video does not have do not count. `kept`: see `kept_by`. What the
-    meter adds: its `extra_curves` by name, and under `groups` the `videos` and `measures` of each
-    of its groups.
+    and `spread`. Values that a video does not have do not count. `kept`: see `kept_by`, of all but
+    `short_videos`, which have no whole second behind their first. What the meter adds: its
+    `extra_curves` by name, and under `groups` the `videos` and `measures` of each of its groups.
     """
     seeds = [result["seed"] for result in results]
+    judged = [result for result in results if not is_short(result)]
     curves = {}
     for name in results[0]["report"]["per_second"]:
         values = _padded([result["report"]["per_second"][name] for result in results])
@@ -37,7 +39,8 @@ def summarise(results: Sequence[Result], meter: Meter) -> dict[str, Any]:
         "seeds": len(set(seeds)),
         "measures": means(results, meter),
         "per_second": curves,
-        "kept": kept_by(results, meter),
+        "kept": kept_by(judged, meter),
+        "short_videos": len(results) - len(judged),
         **meter.extra_curves(results),
     }
     groups = meter.groups(results)
@@ -65,12 +68,14 @@ def means(results: Sequence[Result], meter: Meter) -> dict[str, dict[str, float]
 
 def kept_by(results: Sequence[Result], meter: Meter) -> dict[str, dict[str, Any]]:
     """Of every property of the meter that all results have: the `spread` that its distances are
-    over, `drift`, `gain` and `variety` second by second (`keeping.Keeping`), and by the name of
-    each published formula the mean distance of the ends of a video.
+    over, `drift` with the ends `low` and `high` of its interval, `gain` and `variety` second by
+    second (`keeping.Keeping`), and by the name of each published formula the mean distance of the
+    ends of a video.
     """
     kept = {}
     reports = [result["report"].get("kept", {}) for result in results]
-    for name in (n for n in meter.properties if all(n in report for report in reports)):
+    there = [n for n in meter.properties if reports and all(n in report for report in reports)]
+    for name in there:
         known, videos = meter.properties[name], [report[name] for report in reports]
         spread = spread_of(videos, known)
         ends = {}
@@ -79,6 +84,12 @@ def kept_by(results: Sequence[Result], meter: Meter) -> dict[str, dict[str, Any]
             ends[formula] = float(mean(apart)) / spread
         kept[name] = {"spread": spread, **keeping(videos, known, spread)._asdict(), **ends}
     return kept
+
+
+def is_short(result: Result) -> bool:
+    """Whether a video has no whole second behind its first, to be held against it."""
+    kept = result["report"].get("kept", {}).values()
+    return any(whole_seconds(seen) < 2 for traces in kept for seen in traces)
 
 
 def measures_of(result: Result, meter: Meter) -> dict[str, float]:
@@ -184,7 +195,9 @@ class ResultLog:
 # For people
 
 
-KEPT = ("drift", "gain", "variety")
+KEPT = {"gain": "gain", "variety": "variety", "first_last_5s": "5 s apart"}
+KEPT |= {"first_last_15_percent": "15 % apart"}
+"""What is told beside the drift; the last two by the published formulas, over the whole video."""
 
 
 def summary_text(summary: Mapping[str, Any], meter: Meter) -> str:
@@ -208,14 +221,26 @@ def summary_text(summary: Mapping[str, Any], meter: Meter) -> str:
             shown = "".join(f"{_shown(column.get(name)):>18}" for column in columns)
             label = name.split(".")[-1] if title not in ("flicker",) else name.split(".")[0]
             lines.append(f"  {label.replace('_', ' '):<22}{shown}")
-    if summary.get("kept"):
-        titles = "".join(f"{head:>18}" for head in KEPT)
-        lines.append(f"{'kept, in the last second':<24}{titles}")
-    for title, kept in summary.get("kept", {}).items():
-        last = [kept[head][-1] for head in KEPT]
-        cells = "".join(f"{'-' if value is None else f'{value:.3f}':>18}" for value in last)
-        lines.append(f"  {title:<22}{cells}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_kept_lines(summary)])
+
+
+def _kept_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    kept, short = summary["kept"], summary["short_videos"]
+    if short:
+        yield f"what is kept is not told of {short}, which have no whole second after their first"
+    if not kept:
+        return
+    second = len(next(iter(kept.values()))["drift"])
+    titles = "".join(f"{head:>12}" for head in KEPT.values())
+    yield f"{f'kept, in second {second}':<24}{'drift [95 %]':>24}{titles}"
+    for title, found in kept.items():
+        mean, low, high = (np.array(found[name][-1], float) for name in ("drift", "low", "high"))
+        drift = Interval(mean, low, high, 1).text(digits=3)
+        last = [found[head] if "last" in head else found[head][-1] for head in KEPT]
+        cells = "".join(f"{UNKNOWN if value is None else f'{value:.3f}':>12}" for value in last)
+        yield f"  {title:<22}{drift:>24}{cells}"
+    if any(found["spread"] is None for found in kept.values()):
+        yield "  (distances are over those of two videos, and here are no two that differ)"
 
 
 def _shown(measure: Mapping[str, float | None] | None) -> str:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.intervals import Interval, mean_interval
+from evaluation.intervals import Interval
 from evaluation.meters import Judge, Result
 from evaluation.results import ResultLog, summarise
 from evaluation.statistics import to_json
@@ -125,10 +125,10 @@ def play(pipe: VideoPipeline, protocol: Protocol, numbers: Sequence[int]) -> Ite
     from pipeline.prefix import Prefix
 
     scenes = [protocol.scene(number) for number in numbers]
-    given, prefix = given_frames(pipe, protocol), None
+    given, fps, prefix = given_frames(pipe, protocol), pipe.setup.fps, None
     if given:
-        clips = [torch.from_numpy(render(s, given, size=pipe.shape.height)) for s in scenes]
-        parts = [pipe.encode_prefix(video=clip) for clip in clips]
+        clips = (render(scene, given, size=pipe.shape.height, fps=fps) for scene in scenes)
+        parts = [pipe.encode_prefix(video=torch.from_numpy(clip)) for clip in clips]
         prefix = Prefix(torch.cat([part.latents for part in parts if part is not None]))
     with pipe.open_stream(
         pipe.encode_prompts([scene.caption for scene in scenes]),
@@ -158,7 +158,7 @@ def drift_rows(videos: Sequence[Video]) -> dict[str, dict[str, Any]]:
     measured = Measured([videos])
     rows: dict[str, dict[str, Any]] = {}
     for name in PROPERTIES:
-        found = mean_interval(measured.curve(name))
+        found = measured.interval(name)
         row: dict[str, Any] = {"error": ERRORS[name]}
         for times in filter(measured.reaches, COLUMNS):
             at = POINTS.index(times)

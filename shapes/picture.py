@@ -24,7 +24,6 @@ import numpy as np
 if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.intervals import mean_interval
 from shapes.drift import Protocol, given_frames, play
 from shapes.kept import PROPERTIES
 from shapes.plan import (
@@ -103,7 +102,7 @@ def strip(args: argparse.Namespace, row: Row) -> NDArray[np.uint8]:
 
     path = args.results / f"frames-{row.key}.png"
     kept = path.with_suffix(".json")
-    known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    known = frames_settings(kept)
     asked: dict[str, Any] = {"scene": args.scene, "seconds": args.seconds}
     config = load_config(args.configs / f"{row.config}.yaml", args.overrides)
     asked |= played(config)
@@ -120,6 +119,15 @@ def strip(args: argparse.Namespace, row: Row) -> NDArray[np.uint8]:
         write_png(path, made(load_pipeline(config, weights), args.scene, args.seconds))
         write_json(kept, asked)
     return read_image(path).numpy()
+
+
+def frames_settings(path: Path) -> dict[str, Any]:
+    """What kept frames are of; nothing where that is not told, so that they are made anew."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def weights_of(args: argparse.Namespace, row: Row) -> Path | None:
@@ -212,7 +220,7 @@ def draw_curves_of(axis: Any, results: Results, name: str) -> None:
         seen = results.primary(row.key)
         if seen is None:
             continue
-        found = mean_interval(seen.curve(name))
+        found = seen.interval(name)
         seconds = (np.array(POINTS) - 0.5) * results.settings[row.key][0]["clip_seconds"]
         colour, dashes = LOOKS[row.key]
         label = LABELS[row.key].replace("\n", " ")

@@ -7,6 +7,7 @@ they depend on.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.intervals import Interval, difference
+from evaluation.intervals import Interval, difference, mean_interval
 from evaluation.keeping import (
     FORMULAS,
     Property,
@@ -40,6 +41,8 @@ BESIDE = {
     "path": "path",
 }
 """What is told beside what is kept: of the prompt, of motion, of the world's law."""
+LIMITS = {"right": (0.0, 1.0), "background_right": (0.0, 1.0), "path": (-math.inf, 1.0)}
+"""Where the values of these can be; all others, and every drift, are at least 0."""
 
 Video = dict[str, Any]
 """One video summed up: `scene`, `kept` by property, `curves` by name of `BESIDE`, `flicker`."""
@@ -100,6 +103,10 @@ class Measured:
         if name in BESIDE:
             return self._values(lambda video: video["curves"][name])
         return self._values(lambda video: video["kept"][name]["drift"])
+
+    def interval(self, name: str) -> Interval:
+        """The mean of that curve over seeds and scenes at each of `POINTS`."""
+        return mean_interval(self.curve(name)).within(*LIMITS.get(name, (0.0,)))
 
     def formula(self, name: str, formula: str) -> Array:
         """A property by a published formula `[seeds, scenes]`, over the whole video."""
@@ -173,6 +180,7 @@ def read_run(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         known = content.keys() >= {"settings", "videos"} and bool(content["videos"])
+        known = known and content["settings"].keys() >= {"weights", "trained"}
     except (OSError, ValueError, AttributeError):
         known = False
     if not known:

@@ -85,12 +85,19 @@ def read_speed(path: Path) -> dict[str, Any]:
     """Frames per second of rows; none if they were not measured."""
     if not path.is_file():
         return {"of": {}, "device": "", "frames_per_second": {}}
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        speed = json.loads(path.read_text(encoding="utf-8"))
+        known = speed.keys() >= {"of", "device", "frames_per_second"}
+    except (ValueError, AttributeError):
+        known = False
+    if not known:
+        raise UserError(f"{path} holds no frames per second; delete it, and they are measured anew")
+    return speed
 
 
 def at(seen: Measured, name: str, times: int) -> Interval:
     """Interval of a property's drift, or of what stands beside it, at one of the points."""
-    return mean_interval(seen.curve(name)[..., POINTS.index(times)])
+    return seen.interval(name).each()[POINTS.index(times)]
 
 
 # --- what is claimed -----------------------------------------------------------------------------
@@ -143,8 +150,10 @@ LOST_EARLY = f"a row loses {PLATEAU} or more within the first clip"
 
 
 def verdict(results: Results) -> str:
-    """Whether the rolling window keeps more than block by block, at equal sink."""
-    sentences = []
+    """Whether the rolling window keeps more than block by block, at equal sink, and of what this
+    is not asked.
+    """
+    sentences, lost = [], dict[str, None]()
     for comparison in EQUAL_SINK:
         where = comparison.title.rpartition(", ")[2]
         found = compare(results, comparison)
@@ -154,34 +163,40 @@ def verdict(results: Results) -> str:
             sentences.append(f"{where.capitalize()}, nothing is compared: {LOST_EARLY}.")
         else:
             sentences.append(window_sentence(where, found))
+            lost |= dict.fromkeys(found.lost_early)
+    if lost:
+        sentences.append(f"Nothing is claimed of {listed_words(list(lost))}: {LOST_EARLY}.")
     return " ".join(sentences)
 
 
 def window_sentence(where: str, found: Finding) -> str:
     """What the rolling window adds, without or with a sink."""
-    names = list(PROPERTIES)
+    names = [name for name in PROPERTIES if name not in found.lost_early]
     less, more = found.less(names), found.more(names)
+    rest = [name for name in names if name not in (*less, *more)]
     if less and not more:
-        start = f"**{where.capitalize()}, rolling beats block by block**"
+        start = f"rolling drifts less than block by block in {listed_words(less)}"
     else:
-        start = f"**{where.capitalize()}, rolling does not beat block by block here**"
+        start = "rolling does not beat block by block here"
     parts = [
-        f"{word} {listed(found, chosen)}"
-        for word, chosen in (("it drifts less in", less), ("it drifts more in", more))
+        f"{word}: {listed(found, chosen)}"
+        for word, chosen in (("less", less), ("more", more), ("not distinguished", rest))
         if chosen
     ]
-    rest = [name for name in names if name not in (*less, *more, *found.lost_early)]
-    if rest:
-        parts.append(f"not distinguished are {listed(found, rest)}")
-    if found.lost_early:
-        parts.append(f"not compared are {listed(found, found.lost_early)}, of which {LOST_EARLY}")
     seeds = counted(found.seeds, "training seed")
-    return f"{start}: at {found.times}x, {', '.join(parts)} ({seeds})."
+    told = f"at {found.times}x; {'; '.join(parts)}; {seeds}"
+    return f"**{where.capitalize()}, {start}** ({told})."
+
+
+def listed_words(words: Sequence[str]) -> str:
+    """Words with commas, and an `and` before the last."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def listed(found: Finding, names: Sequence[str]) -> str:
     """Names with what they differ by."""
-    return ", ".join(f"{name} ({found.differences[name].text(sign=True)})" for name in names)
+    return ", ".join(f"{name} {found.differences[name].text(sign=True)}" for name in names)
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -277,7 +292,7 @@ def beside_table(results: Results) -> str:
         seen = results.primary(key)
         cells = [shown_at(seen, name, COMMON) for name in BESIDE]
         cells += [shown_at(seen, name, last) for name in ("right", "motion")]
-        cells.append(mean_interval(seen.flicker()).text() if seen else UNKNOWN)
+        cells.append(mean_interval(seen.flicker()).within(0).text() if seen else UNKNOWN)
         cells.append(rate(results.rates.get(key, ())))
         settings = results.settings[key][0]
         distilled = "steps" in settings
@@ -294,7 +309,7 @@ def formula_table(results: Results) -> str:
     for key in rows_of(results):
         seen = results.measured.get((key, "noise"))
         cells = [
-            mean_interval(seen.formula(name, formula)).text() if seen else UNKNOWN
+            mean_interval(seen.formula(name, formula)).within(0).text() if seen else UNKNOWN
             for name in PROPERTIES
             for formula in FORMULAS
         ]

@@ -95,9 +95,16 @@ ROLLING, ROLLING_BARE, BLOCK, BLOCK_BARE = CORE = (
 )
 
 
-def variation(key: str, title: str, why: str, *overrides: str, config: str = REFERENCE) -> Row:
-    """A row that is Rolling Forcing but for one thing."""
-    return Row(key, title, why, config, overrides, against=REFERENCE)
+def variation(
+    key: str,
+    title: str,
+    why: str,
+    *overrides: str,
+    config: str = REFERENCE,
+    against: str = REFERENCE,
+) -> Row:
+    """A row that is Rolling Forcing, or another row, but for one thing."""
+    return Row(key, title, why, config, overrides, against=against)
 
 
 def of_start(start: str, title: str, against: str = BLOCK.key) -> Row:
@@ -148,7 +155,7 @@ FURTHER = (
     variation(
         "critic_reuse_5",
         "Rolling Forcing, rollouts used five times",
-        "all five updates of the critic between two of the student on one rollout",
+        "the critic's updates between two of the student on one rollout, and five instead of four",
         "critic_updates_per_rollout=5",
         "dfake_gen_update_ratio=5",
     ),
@@ -175,11 +182,12 @@ FURTHER = (
     ),
     variation(
         "scored_anywhere",
-        "Rolling Forcing, clips scored anywhere",
-        "rollouts of 63 frames, of which any clip may be scored",
+        "Rolling Forcing, clips scored anywhere in 63 frames",
+        "rollouts of up to 63 frames, of which any clip may be scored, not the last alone",
         "num_training_frames=63",
         "replayed_backward=true",
         "scored_clip=anywhere",
+        against="rollouts_63",
     ),
     variation(
         "step_per_video",

@@ -131,7 +131,42 @@ def test_real_videos_are_held_against_their_first_second():
     assert lost["texture"]["drift"][-1] < 0.25
     summary = summarise(turned, FRAMES)
     json.dumps(summary, allow_nan=False)
-    assert "kept, in the last second" in summary_text(summary, FRAMES)
+    assert "kept, in second 4" in summary_text(summary, FRAMES)
+
+
+def test_a_second_that_has_begun_is_none():
+    """Its one frame is no mean over a second; and a video of a second has nothing to keep."""
+    ends = [result_of(picture(seed, frames=5 * FPS + 1), seed) for seed in range(3)]
+    for seed in range(3):
+        first = ends[seed]["report"]["kept"]["colour"][0]
+        assert (len(first["seconds"]), first["whole"]) == (6, 5)
+    short = [result_of(picture(seed, frames=2 * FPS - 1), seed) for seed in range(3, 5)]
+    both = summarise([*ends, *short], FRAMES)
+    assert both["kept"] == summarise(ends, FRAMES)["kept"]
+    assert [len(kept["drift"]) for kept in both["kept"].values()] == [5] * 4
+    told = summary_text(both, FRAMES)
+    assert "what is kept is not told of 2, which have no whole second after their first" in told
+    assert "kept, in second 5" in told
+    alone = summarise(short, FRAMES)
+    assert alone["kept"] == {}
+    assert "kept, in" not in summary_text(alone, FRAMES)
+
+
+def test_the_interval_is_over_the_videos():
+    """Half keep it, half go three spreads away."""
+    videos = videos_of(lambda x, rng: x, count=20) + videos_of(lambda x, rng: x + 1.2 * STEP)[:20]
+    kept = keeping(videos, LINE)
+    assert kept.drift[-1] == pytest.approx(1.5)
+    assert 0.7 < kept.low[-1] < 1.1
+    assert 1.9 < kept.high[-1] < 2.3
+    assert kept.low[0] == kept.high[0] == pytest.approx(0)
+
+
+def test_of_videos_that_are_alike_it_says_why_nothing_is_known():
+    summary = summarise([result_of(picture(0), 0)], FRAMES)
+    told = summary_text(summary, FRAMES)
+    assert "(distances are over those of two videos, and here are no two that differ)" in told
+    assert "colour" in told
 
 
 def test_texture_is_told_by_its_scale():

@@ -69,11 +69,13 @@ def test_what_captions_allow_is_right_and_no_error():
     assert np.mean(paths) > 0.97, "reflected where shapes of their own sizes are"
 
 
-def test_true_clips_drift_by_less_than_the_meters_error():
-    videos = [kept.traces(measures) for _, measures in clips()]
+def test_true_clips_drift_by_a_part_of_the_meters_error():
+    """The rest is the VAE's: tests/shapes/test_shipped.py."""
+    videos = [kept.traces(measures) for _, measures in clips(frames=2 * FPS)]
     for name, known in kept.PROPERTIES.items():
         seen = keeping([video[name] for video in videos], known)
-        assert seen.drift[-1] < kept.ERRORS[name], name
+        assert len(seen.drift) == 2
+        assert seen.drift[-1] < kept.ERRORS[name] / 3, name
         assert seen.gain[-1] == pytest.approx(1, abs=0.01), name
         assert seen.variety[-1] == pytest.approx(1, abs=0.3), name
 
