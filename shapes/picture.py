@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
 ORDER = (BLOCK_BARE, ROLLING_BARE, BLOCK, ROLLING)
 LABELS = {
-    BLOCK_BARE.key: "block by block,\nno sink",
-    ROLLING_BARE.key: "rolling window,\nno sink",
-    BLOCK.key: "block by block,\nsink",
-    ROLLING.key: "rolling window,\nsink",
+    BLOCK_BARE.key: "Self Forcing,\nno sink",
+    ROLLING_BARE.key: "Rolling Forcing,\nno sink",
+    BLOCK.key: "Self Forcing,\nsink",
+    ROLLING.key: "Rolling Forcing,\nsink",
 }
 LOOKS = {
     BLOCK_BARE.key: ("#d2691e", "--"),

@@ -99,6 +99,13 @@ def test_every_table_has_every_row_that_is_there(tmp_path):
     assert differences[key]["path"] == "not distinguished, +0.00 [+0.00, +0.00]"
 
 
+def test_a_fifth_of_the_drift_is_asked_of_the_intervals(tmp_path):
+    write_core(tmp_path, **WINNING)
+    said = make_page(read(tmp_path)).partition("### A fifth of the drift")[2]
+    assert "minus a fifth of that of Self Forcing, at 60x: tint -0.14 [" in said
+    assert "its motion is 1.00 [1.00, 1.00]." in said
+
+
 def test_rates_are_those_of_the_config_that_the_figures_are_of(tmp_path):
     write_core(tmp_path, **WINNING)
     runs = {key: read_run(tmp_path / f"{key}-0-true.json") for key in WINNING}
