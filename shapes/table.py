@@ -353,21 +353,22 @@ def fifth_text(results: Results) -> str:
     becomes of the prompt and of motion.
     """
     one, other = (results.primary(row.key) for row in (ROLLING, BLOCK_BARE))
-    if one is None or other is None:
+    common = one.common(other) if one and other else []
+    if not (one and other and common):
         return "A row is missing."
-    times = one.common(other)[-1]
-    at = POINTS.index(times)
-    over = {n: difference(one.curve(n)[..., at], other.curve(n)[..., at] / 5) for n in PROPERTIES}
+    times = common[-1]
+    point = POINTS.index(times)
+    over = {n: difference(one.curve(n), other.curve(n) / 5).each()[point] for n in PROPERTIES}
     cells = [
         f"{name} {found.text(sign=True)}{' ²' * results.loses_early(ROLLING.key, name)}"
         for name, found in over.items()
     ]
-    right, motion = one.minus(other, times)["right"], one.interval("motion").each()[at]
+    right, motion = one.minus(other, times)["right"], at(one, "motion", times)
     return (
         f"Drift of {ROLLING.title} minus a fifth of that of {BLOCK_BARE.title}, at {times}x: "
         f"{', '.join(cells)}. Where the whole interval is below 0 it drifts less than a fifth as "
-        f"far. Colours and kinds are right more often by {right.text()}, and its motion is "
-        f"{motion.text()}."
+        f"far. Colours and kinds right: {right.text(sign=True)} against it. "
+        f"Motion: {motion.text()}."
     )
 
 

@@ -289,11 +289,6 @@ WITHOUT_TRAINING = (
 """What the way in which a video is played does, apart from what was trained."""
 
 
-def against(one: str, other: str) -> Comparison:
-    """A row with what it varies."""
-    return Comparison(f"{ROWS[one].title}, against {ROWS[other].title}", one, other)
-
-
 def comparisons() -> Iterator[Comparison]:
     """All that are made: the window, the sink, both without training, then each further row."""
     yield from EQUAL_SINK
@@ -302,7 +297,8 @@ def comparisons() -> Iterator[Comparison]:
     yield from WITHOUT_TRAINING
     for row in FURTHER:
         if row.against is not None:
-            yield against(row.key, row.against)
+            title = f"{row.title}, against {ROWS[row.against].title}"
+            yield Comparison(title, row.key, row.against)
 
 
 def training_of(key: str) -> Weights:

@@ -5,8 +5,10 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaluation.meters import Judge
+from pipeline import VideoPipeline, load_pipeline
 from shapes import drift
 from shapes.drift import (
     SCENE_SEED,
@@ -17,12 +19,14 @@ from shapes.drift import (
     difference_lines,
     drift_rows,
     main,
+    play,
     table,
 )
 from shapes.kept import ERRORS, PROPERTIES
 from shapes.stored import BESIDE, POINTS, spans, sum_up
 from shapes.world import render, sample_scene
 from utils.cli import run_main
+from utils.config import load_config
 
 
 def test_a_length_is_told_over_the_seconds_of_that_clip():
@@ -71,6 +75,23 @@ def test_scenes_are_none_that_training_draws():
     assert len(ours) == 32
     others = {sample_scene(0, n, split="heldout", unsaid=True).shapes for n in range(200)}
     assert not ours & others
+
+
+def test_given_frames_are_those_of_the_videos_rate(tiny_world, monkeypatch):
+    """Of a scene that moves on, so that at half the rate a frame shows twice as late a time."""
+    given, real = [], VideoPipeline.encode_prefix
+
+    def encoded(pipe, video):
+        given.append(video)
+        return real(pipe, video=video)
+
+    monkeypatch.setattr(VideoPipeline, "encode_prefix", encoded)
+    for fps in (16, 8):
+        changes = ["width=32", "device=cpu", f"fps={fps}"]
+        pipe = load_pipeline(load_config(tiny_world.config, changes))
+        next(play(pipe, Protocol(times=1, clip=6), [0]))
+    assert torch.equal(given[0][::2], given[1][: len(given[0][::2])])
+    assert not torch.equal(given[0], given[1])
 
 
 def run(tiny_world, out, *more):

@@ -103,7 +103,7 @@ def test_a_fifth_of_the_drift_is_asked_of_the_intervals(tmp_path):
     write_core(tmp_path, **WINNING)
     said = make_page(read(tmp_path)).partition("### A fifth of the drift")[2]
     assert "minus a fifth of that of Self Forcing, at 60x: tint -0.14 [" in said
-    assert "its motion is 1.00 [1.00, 1.00]." in said
+    assert "Motion: 1.00 [1.00, 1.00]." in said
 
 
 def test_rates_are_those_of_the_config_that_the_figures_are_of(tmp_path):
@@ -134,9 +134,13 @@ def test_training_seeds_count_from_the_first_without_a_gap(tmp_path):
     assert "Self Forcing¹" in make_page(results)
     assert "Without a sink, nothing is known yet: a row is missing." in verdict(results)
     assert read_results(tmp_path, lambda path, key, settings: False) is None
-    (tmp_path / "self_forcing-0-true.json").write_text("{}")
-    with pytest.raises(UserError, match=r"self_forcing-0-true.json holds no results"):
+    (tmp_path / SPEED).write_text("{")
+    with pytest.raises(UserError, match=r"speed.json holds no frames per second"):
         read(tmp_path)
+    for content in ("{}", '{"settings": {}, "videos": [{}]}'):
+        (tmp_path / "self_forcing-0-true.json").write_text(content)
+        with pytest.raises(UserError, match=r"self_forcing-0-true.json holds no results"):
+            read(tmp_path)
 
 
 def test_values_lie_where_their_scene_and_point_are(tmp_path):
