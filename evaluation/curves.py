@@ -17,7 +17,8 @@ def draw_curves(
     out: Path,
     curves: Mapping[str, Curve],
 ) -> None:
-    """Write a PNG of the curves, one line for each named summary, spread as a band.
+    """Write a PNG of the curves, one line for each named summary, spread as a band; behind them the
+    drift of every property that they tell, with its 95 % interval.
 
     `curves` by their names in the summaries.
     """
@@ -25,6 +26,8 @@ def draw_curves(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    kept = dict.fromkeys(name for summary in summaries.values() for name in summary["kept"])
+    curves = {**curves, **{f"drift of {name}": Curve(f"drift of {name}") for name in kept}}
     columns = min(5, -(-len(curves) // 2))
     rows = -(-len(curves) // columns)
     with mpl.rc_context({"font.size": 9, "axes.grid": True, "grid.color": "#e6e8eb"}):
@@ -33,8 +36,7 @@ def draw_curves(
         for axis, (name, curve) in zip(axes, curves.items(), strict=False):
             axis.set_title(curve.title, loc="left", fontsize=9)
             for label, summary in summaries.items():
-                values = summary["per_second"].get(name) or {"mean": summary[name]}
-                _draw_curve(axis, label, values)
+                _draw_curve(axis, label, _values(summary, name))
             axis.spines[["top", "right"]].set_visible(False)
             axis.margins(x=0.01)
             axis.set_xlabel("second")
@@ -46,11 +48,20 @@ def draw_curves(
         write_figure(out, figure)
 
 
+def _values(summary: Mapping[str, Any], name: str) -> Mapping[str, Sequence[float | None]]:
+    """`mean`, with a `spread`, or with the ends `low` and `high`."""
+    drifts = {f"drift of {n}": {**k, "mean": k["drift"]} for n, k in summary["kept"].items()}
+    return drifts.get(name) or summary["per_second"].get(name) or {"mean": summary.get(name, [])}
+
+
 def _draw_curve(axis: Any, label: str, curve: Mapping[str, Sequence[float | None]]) -> None:
     mean = np.array(curve["mean"], float)
     seconds = np.arange(1, len(mean) + 1)
     (line,) = axis.plot(seconds, mean, label=label, lw=1.4, marker="." if len(mean) < 3 else None)
-    if "spread" in curve:
+    if "low" in curve:
+        low, high = (np.array(curve[end], float) for end in ("low", "high"))
+        axis.fill_between(seconds, low, high, color=line.get_color(), alpha=0.2)
+    elif "spread" in curve:
         spread = np.nan_to_num(np.array(curve["spread"], float))
         axis.fill_between(seconds, mean - spread, mean + spread, color=line.get_color(), alpha=0.2)
 
