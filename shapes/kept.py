@@ -14,7 +14,9 @@ from shapes.world import BACKGROUNDS, COLOURS, SCALES, WAVE_HEIGHT, ShapeAttribu
 PROPERTIES = {
     "tint": Property("colour of the background's top and bottom", 1.0),
     "phase": Property("phase of the grating", math.pi / 2, circular=True),
-    "direction": Property("twice the direction of the grating", math.pi / 2, circular=True),
+    "direction": Property(
+        "direction of the grating (half a turn is none)", math.pi / 2, circular=True
+    ),
     "shade": Property("shade of a shape, darkest 0, lightest 1", 1 / 3),
     "size": Property("radius over that of the caption's size", (SCALES[1] - SCALES[0]) / 3),
 }

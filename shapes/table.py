@@ -235,8 +235,8 @@ BESIDE_NOTE = (
 DIFFERENCE_NOTE = (
     "The first row minus the second, paired by scene, noise and number of the training seed, at "
     "the greatest length that both reach. In bold what is claimed: the interval leaves out 0, and "
-    "the difference is above three times the meter's error. Of what is marked ² a row loses too "
-    "much within the first clip to be compared. Everything else is not distinguished."
+    "the difference is above three times the meter's error. What is marked ² is not compared, for "
+    "a row loses too much of it within the first clip. Everything else is not distinguished."
 )
 
 
