@@ -51,7 +51,7 @@ def draw_curves(
 def _values(summary: Mapping[str, Any], name: str) -> Mapping[str, Sequence[float | None]]:
     """`mean`, with a `spread`, or with the ends `low` and `high`."""
     drifts = {f"drift of {n}": {**k, "mean": k["drift"]} for n, k in summary["kept"].items()}
-    return drifts.get(name) or summary["per_second"].get(name) or {"mean": summary.get(name, [])}
+    return drifts.get(name) or summary["per_second"].get(name) or {"mean": summary[name]}
 
 
 def _draw_curve(axis: Any, label: str, curve: Mapping[str, Sequence[float | None]]) -> None:

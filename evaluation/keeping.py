@@ -67,6 +67,7 @@ FORMULAS = {
     "first_last_5s": "first 5 s against last 5 s (Rolling Forcing, arXiv 2509.25161)",
     "first_last_15_percent": "first 15 % against last 15 % (Helios, arXiv 2603.04379)",
 }
+FORMULA_LABELS = {"first_last_5s": "5 s", "first_last_15_percent": "15 %"}
 
 
 def drift_curve(traces: Sequence[Trace], known: Property, spread: float) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.intervals import UNKNOWN, Interval
-from evaluation.keeping import FORMULAS, keeping, spread_of, whole_seconds
+from evaluation.keeping import FORMULA_LABELS, FORMULAS, keeping, spread_of, whole_seconds
 from evaluation.meters import Meter, Result
 from evaluation.statistics import mean, to_json
 from utils.files import make_folder, told, whole_files
@@ -39,7 +39,7 @@ def summarise(results: Sequence[Result], meter: Meter) -> dict[str, Any]:
         "seeds": len(set(seeds)),
         "measures": means(results, meter),
         "per_second": curves,
-        "kept": kept_by(judged, meter),
+        "kept": kept_by(judged, meter) if judged else {},
         "short_videos": len(results) - len(judged),
         **meter.extra_curves(results),
     }
@@ -74,8 +74,7 @@ def kept_by(results: Sequence[Result], meter: Meter) -> dict[str, dict[str, Any]
     """
     kept = {}
     reports = [result["report"].get("kept", {}) for result in results]
-    there = [n for n in meter.properties if reports and all(n in report for report in reports)]
-    for name in there:
+    for name in (n for n in meter.properties if all(n in report for report in reports)):
         known, videos = meter.properties[name], [report[name] for report in reports]
         spread = spread_of(videos, known)
         ends = {}
@@ -195,9 +194,7 @@ class ResultLog:
 # For people
 
 
-KEPT = {"gain": "gain", "variety": "variety", "first_last_5s": "5 s apart"}
-KEPT |= {"first_last_15_percent": "15 % apart"}
-"""What is told beside the drift; the last two by the published formulas, over the whole video."""
+KEPT = ("gain", "variety")  # beside the drift, in the same second
 
 
 def summary_text(summary: Mapping[str, Any], meter: Meter) -> str:
@@ -231,12 +228,13 @@ def _kept_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if not kept:
         return
     second = len(next(iter(kept.values()))["drift"])
-    titles = "".join(f"{head:>12}" for head in KEPT.values())
+    heads = [*KEPT, *(f"{label} apart" for label in FORMULA_LABELS.values())]
+    titles = "".join(f"{head:>12}" for head in heads)
     yield f"{f'kept, in second {second}':<24}{'drift [95 %]':>24}{titles}"
     for title, found in kept.items():
         mean, low, high = (np.array(found[name][-1], float) for name in ("drift", "low", "high"))
         drift = Interval(mean, low, high, 1).text(digits=3)
-        last = [found[head] if "last" in head else found[head][-1] for head in KEPT]
+        last = [*(found[name][-1] for name in KEPT), *(found[name] for name in FORMULA_LABELS)]
         cells = "".join(f"{UNKNOWN if value is None else f'{value:.3f}':>12}" for value in last)
         yield f"  {title:<22}{drift:>24}{cells}"
     if any(found["spread"] is None for found in kept.values()):

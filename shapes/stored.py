@@ -104,9 +104,9 @@ class Measured:
             return self._values(lambda video: video["curves"][name])
         return self._values(lambda video: video["kept"][name]["drift"])
 
-    def interval(self, name: str) -> Interval:
-        """The mean of that curve over seeds and scenes at each of `POINTS`."""
-        return mean_interval(self.curve(name)).within(*LIMITS.get(name, (0.0,)))
+    def interval(self, name: str, at: int | slice = slice(None)) -> Interval:
+        """The mean of that curve over seeds and scenes, at each of `POINTS` or at one of them."""
+        return mean_interval(self.curve(name)[..., at]).within(*LIMITS.get(name, (0.0,)))
 
     def formula(self, name: str, formula: str) -> Array:
         """A property by a published formula `[seeds, scenes]`, over the whole video."""

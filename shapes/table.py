@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.intervals import UNKNOWN, Interval, difference, mean_interval
-from evaluation.keeping import FORMULAS
+from evaluation.keeping import FORMULA_LABELS, FORMULAS
 from evaluation.statistics import mean
 from shapes.kept import ERRORS, PROPERTIES, told_apart
 from shapes.stored import BESIDE, COLUMNS, POINTS, Measured, read_run
@@ -105,7 +105,7 @@ def read_speed(path: Path) -> dict[str, Any]:
 
 def at(seen: Measured, name: str, times: int) -> Interval:
     """Interval of a property's drift, or of what stands beside it, at one of the points."""
-    return seen.interval(name).each()[POINTS.index(times)]
+    return seen.interval(name, POINTS.index(times))
 
 
 # --- what is claimed -----------------------------------------------------------------------------
@@ -314,7 +314,9 @@ def beside_table(results: Results) -> str:
 
 def formula_table(results: Results) -> str:
     """Each property by the published formulas, over whole videos from noise."""
-    lines = head(["row", *(f"{n}, {label}" for n in PROPERTIES for label in FORMULA_LABELS)])
+    lines = head(
+        ["row", *(f"{n}, {label}" for n in PROPERTIES for label in FORMULA_LABELS.values())]
+    )
     for key in rows_of(results):
         seen = results.measured.get((key, "noise"))
         cells = [
@@ -324,9 +326,6 @@ def formula_table(results: Results) -> str:
         ]
         lines.append(markdown_row([row_title(results, key), *cells]))
     return "\n".join(lines)
-
-
-FORMULA_LABELS = ("5 s", "15 %")
 
 
 def formula_note() -> str:
@@ -352,20 +351,17 @@ def fifth_text(results: Results) -> str:
     """Whether the method drifts at most a fifth as far as block by block without a sink, and what
     becomes of the prompt and of motion.
     """
-    one, other = (results.primary(row.key) for row in (ROLLING, BLOCK_BARE))
-    common = one.common(other) if one and other else []
-    if not (one and other and common):
+    found = compare(results, Comparison("both", ROLLING.key, BLOCK_BARE.key))
+    if found is None:
         return "A row is missing."
-    times = common[-1]
-    point = POINTS.index(times)
-    over = {n: difference(one.curve(n), other.curve(n) / 5).each()[point] for n in PROPERTIES}
-    cells = [
-        f"{name} {found.text(sign=True)}{' ²' * results.loses_early(ROLLING.key, name)}"
-        for name, found in over.items()
-    ]
-    right, motion = one.minus(other, times)["right"], at(one, "motion", times)
+    one, other = (results.measured[row.key, "true"] for row in (ROLLING, BLOCK_BARE))
+    point, cells = POINTS.index(found.times), []
+    for name in PROPERTIES:
+        over = difference(one.curve(name)[..., point], other.curve(name)[..., point] / 5)
+        cells.append(f"{name} {over.text(sign=True)}{' ²' * (name in found.lost_early)}")
+    right, motion = found.differences["right"], at(one, "motion", found.times)
     return (
-        f"Drift of {ROLLING.title} minus a fifth of that of {BLOCK_BARE.title}, at {times}x: "
+        f"Drift of {ROLLING.title} minus a fifth of that of {BLOCK_BARE.title}, at {found.times}x: "
         f"{', '.join(cells)}. Where the whole interval is below 0 it drifts less than a fifth as "
         f"far. Colours and kinds right: {right.text(sign=True)} against it. "
         f"Motion: {motion.text()}."
