@@ -281,6 +281,7 @@ def test_decoding_a_block_compiled(cuda: FakeCuda, vae: WanVAE, past: dict[str, 
     check(counts, "vae", "decode, compiled")
 
 
+@pytest.mark.slow
 def test_encoding_a_prefix(cuda: FakeCuda, vae: WanVAE) -> None:
     """21 frames of a video to continue: six latent frames."""
     with cuda.measured() as counts:

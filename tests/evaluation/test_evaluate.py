@@ -164,6 +164,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tiny_world, tmp_p
     assert len(made) == 8
 
 
+@pytest.mark.slow
 def test_ranks_share_the_videos_and_the_last_one_sums_up(tiny_world, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.json"
     given = [*model(tiny_world), "--prompts", 3, "--seconds", 0.5, "--json", out]
@@ -205,6 +206,7 @@ def test_of_ranks_that_end_together_one_sums_up(tmp_path):
     assert [log.wrote_last() for log in logs] == [True, False]
 
 
+@pytest.mark.slow
 def test_a_finished_command_ends_once_however_many_ranks_repeat_it(
     tiny_world, tmp_path, monkeypatch, capsys
 ):

@@ -190,6 +190,7 @@ def test_a_stream_goes_on_from_a_state(
         assert_close(take(second, 4), take(expected, 4))
 
 
+@pytest.mark.slow
 def test_what_is_recorded_runs_eager_and_changes_nothing(compiled: Compiled) -> None:
     expected = take(rollout_of(compiled.eager, "rolling", False), 9)
     rollout = rollout_of(compiled.dit, "rolling", False)

@@ -295,6 +295,7 @@ def test_ceilings_count_all_that_a_block_multiplies(pipe):
     assert ideal["end_to_end"] == ideal["dit"] + ideal["vae"] + 0.5
 
 
+@pytest.mark.slow
 def test_operations_of_the_decoder_are_those_that_were_counted():
     counted = yaml.safe_load((ROOT / "docs" / "counts.yaml").read_text())["vae"]["decode"]["tflop"]
     model = SimpleNamespace(config={"base_dim": 96})

@@ -162,6 +162,7 @@ def test_starts_that_do_not_ship_are_trained_from_one_another(tmp_path, caplog):
     assert true.weights == made / "shapes_ode_init.pt"
 
 
+@pytest.mark.slow
 def test_commands(tmp_path):
     shipped = touch(tmp_path, *STARTS)
     given = ["--checkpoints", shipped, "--folder", "out", "--only", "critic_reuse_2", "--"]

@@ -24,6 +24,7 @@ def test_scenes_of_a_pair_differ_in_all_that_is_watched() -> None:
         assert first.kind != second.kind
 
 
+@pytest.mark.slow
 def test_a_true_change_is_seen_when_it_comes() -> None:
     """After a second of the old scene; one that comes back at the end is none."""
     before, after = next(pairs_of_scenes())

@@ -69,6 +69,7 @@ def test_what_captions_allow_is_right_and_no_error():
     assert np.mean(paths) > 0.97, "reflected where shapes of their own sizes are"
 
 
+@pytest.mark.slow
 def test_true_clips_drift_by_a_part_of_the_meters_error():
     """The rest is the VAE's: tests/shapes/test_shipped.py."""
     videos = [kept.traces(measures) for _, measures in clips(frames=2 * FPS)]
@@ -80,6 +81,7 @@ def test_true_clips_drift_by_a_part_of_the_meters_error():
         assert seen.variety[-1] == pytest.approx(1, abs=0.3), name
 
 
+@pytest.mark.slow
 def test_what_stands_beside_is_read_within_its_error():
     for name in ("right", "background_right", "motion", "path"):
         seen = [np.nanmean(report(measures).per_second[name]) for _, measures in clips()]
@@ -176,6 +178,7 @@ def test_a_wave_that_is_read_the_other_way_round_is_kept():
     assert keeping([direction], kept.PROPERTIES["direction"]).drift[1] < 0.02
 
 
+@pytest.mark.slow
 def test_the_evaluation_tells_what_was_kept():
     results = []
     for index in range(3):

@@ -16,6 +16,7 @@ from utils.images import read_image, write_png
 DRIFTS = dict.fromkeys((row.key for row in ORDER), 0.5)
 
 
+@pytest.mark.slow
 def test_frames_are_those_of_the_video_so_long_after_the_prefix(tiny_world):
     from utils.config import load_config
 

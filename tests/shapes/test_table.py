@@ -49,6 +49,7 @@ def test_what_is_claimed_of_the_window_follows_from_the_results(tmp_path):
     assert "With a sink, rolling does not" in verdict(read(tmp_path)), "one training seed of three"
 
 
+@pytest.mark.slow
 def test_what_is_lost_within_the_first_clip_is_shown_and_not_compared(tmp_path):
     """Of every property by itself."""
     write_core(tmp_path, **WINNING)
@@ -106,6 +107,7 @@ def test_a_fifth_of_the_drift_is_asked_of_the_intervals(tmp_path):
     assert "Motion: 1.00 [1.00, 1.00]." in said
 
 
+@pytest.mark.slow
 def test_rates_are_those_of_the_config_that_the_figures_are_of(tmp_path):
     write_core(tmp_path, **WINNING)
     runs = {key: read_run(tmp_path / f"{key}-0-true.json") for key in WINNING}

@@ -133,6 +133,7 @@ def open_training(world: World, configs: list[Config], folder: Path) -> None:
     Trainer(configs[world.ranks.rank], world, folder, visualise=False, save=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "missing",
     ["Teacher/config.json", "Teacher/diffusion_pytorch_model.safetensors", "Student", "prompts"],
