@@ -218,7 +218,15 @@ def protocol_settings(protocol: Protocol) -> dict[str, Any]:
 
 
 class MissingStart(UserError):
-    """An initialisation that only the chain can make is not there."""
+    """An initialisation that only the chain can make is not at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        """Where it is looked for first."""
+        self.path = path
+        super().__init__(
+            f"{path} is missing and not trained here; make it with shapes/chain.py --shipped, and "
+            "say with --starts where it is"
+        )
 
 
 class Plan:
@@ -248,9 +256,23 @@ class Plan:
         return kept
 
     def add(self, row: Row, seed: int) -> None:
-        """A row's training, if it is to be made, and its videos."""
-        args = self.args
-        weights, trained = self.find(row.weights or row.key, seed)
+        """A row's training, if it is to be made, and its videos.
+
+        MissingStart if they are to be made of an initialisation that is not there.
+        """
+        try:
+            self.targets += self.measurements(row, seed, *self.find(row.weights or row.key, seed))
+        except MissingStart as error:
+            parts = self.measurements(row, seed, error.path, {"trained": ""})
+            if not all(part.is_done() for part in parts):
+                raise
+            self.targets += parts
+
+    def measurements(
+        self, row: Row, seed: int, weights: Path, trained: dict[str, Any]
+    ) -> list[Measurement]:
+        """The videos of a row, from each beginning."""
+        args, parts = self.args, []
         for beginning, how in BEGINNINGS.items():
             protocol = Protocol(
                 scenes=args.scenes,
@@ -262,9 +284,10 @@ class Plan:
             )
             path, changes = self.path(row.config), [*row.overrides, *args.overrides]
             where = args.folder, args.results, processes_of(args)
-            self.targets.append(
+            parts.append(
                 Measurement(row, seed, beginning, path, weights, protocol, changes, trained, *where)
             )
+        return parts
 
     def find(self, key: str, seed: int) -> tuple[Path, dict[str, Any]]:
         """The weights of a row or a start, planned if need be, and for results what they are:
@@ -295,10 +318,7 @@ class Plan:
         if found is not None:
             return found, {"trained": ""}
         if key in CHAIN_MAKES:
-            raise MissingStart(
-                f"{paths[0]} is missing and not trained here; make it with shapes/chain.py "
-                "--shipped, and say with --starts where it is"
-            )
+            raise MissingStart(paths[0])
         return self.planned(key, STARTS[key], self.args.overrides)
 
     def planned(
