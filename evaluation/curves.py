@@ -12,52 +12,46 @@ from utils.cli import require_matplotlib
 from utils.files import write_figure
 
 
-def draw_curves(
-    summaries: Mapping[str, Mapping[str, Any]],
-    out: Path,
-    curves: Mapping[str, Curve],
-) -> None:
-    """Write a PNG of the curves, one line for each named summary, spread as a band; behind them the
-    drift of every property that they tell, with its 95 % interval.
-
-    `curves` by their names in the summaries.
+def draw_curves(summary: Mapping[str, Any], out: Path, curves: Mapping[str, Curve]) -> None:
+    """Write a PNG of the curves, by their names in a summary, spread as a band; behind them the
+    drift of every property that it tells, with its 95 % interval.
     """
     require_matplotlib()
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    kept = dict.fromkeys(name for summary in summaries.values() for name in summary["kept"])
-    curves = {**curves, **{f"drift of {name}": Curve(f"drift of {name}") for name in kept}}
-    columns = min(5, -(-len(curves) // 2))
-    rows = -(-len(curves) // columns)
+    drawn = [(curve, _values(summary, name)) for name, curve in curves.items()]
+    drawn += [
+        (Curve(f"drift of {name}"), {**kept, "mean": kept["drift"]})
+        for name, kept in summary["kept"].items()
+    ]
+    columns = min(5, -(-len(drawn) // 2))
+    rows = -(-len(drawn) // columns)
     with mpl.rc_context({"font.size": 9, "axes.grid": True, "grid.color": "#e6e8eb"}):
         figure = Figure(figsize=(3.6 * columns, 2.5 * rows + 0.5), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axis, (name, curve) in zip(axes, curves.items(), strict=False):
+        for axis, (curve, values) in zip(axes, drawn, strict=False):
             axis.set_title(curve.title, loc="left", fontsize=9)
-            for label, summary in summaries.items():
-                _draw_curve(axis, label, _values(summary, name))
+            _draw_curve(axis, values)
             axis.spines[["top", "right"]].set_visible(False)
             axis.margins(x=0.01)
             axis.set_xlabel("second")
             _zoom_out(axis, share=curve.share)
-        for axis in axes[len(curves) :]:
+        for axis in axes[len(drawn) :]:
             axis.set_visible(False)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
         write_figure(out, figure)
 
 
 def _values(summary: Mapping[str, Any], name: str) -> Mapping[str, Sequence[float | None]]:
-    """`mean`, with a `spread`, or with the ends `low` and `high`."""
-    drifts = {f"drift of {n}": {**k, "mean": k["drift"]} for n, k in summary["kept"].items()}
-    return drifts.get(name) or summary["per_second"].get(name) or {"mean": summary[name]}
+    """`mean`, with a `spread` where there is one."""
+    return summary["per_second"].get(name) or {"mean": summary[name]}
 
 
-def _draw_curve(axis: Any, label: str, curve: Mapping[str, Sequence[float | None]]) -> None:
+def _draw_curve(axis: Any, curve: Mapping[str, Sequence[float | None]]) -> None:
+    """`mean`, and its `spread`, or the ends `low` and `high` of an interval."""
     mean = np.array(curve["mean"], float)
     seconds = np.arange(1, len(mean) + 1)
-    (line,) = axis.plot(seconds, mean, label=label, lw=1.4, marker="." if len(mean) < 3 else None)
+    (line,) = axis.plot(seconds, mean, lw=1.4, marker="." if len(mean) < 3 else None)
     if "low" in curve:
         low, high = (np.array(curve[end], float) for end in ("low", "high"))
         axis.fill_between(seconds, low, high, color=line.get_color(), alpha=0.2)

@@ -5,8 +5,10 @@ NaN where there is none. A **bootstrap** draws seeds anew, with replacement, and
 seeds alike, since a scene that is hard for one is hard for the others; its interval holds the
 middle 95 % of the means of many such draws. Draws of few vary less than they should: of n seeds
 (scenes) the deviations from the mean are made longer by sqrt(n / (n - 1)) first, and by how much
-wider Student's t with n - 1 degrees of freedom is than a normal distribution: 2.7 for three. One
-training seed says nothing of others: then the interval is over the videos alone.
+wider Student's t with n - 1 degrees of freedom is than a normal distribution: 2.7 for three. So an
+interval holds the truth at least as often as it says, and more often (99 of 100) where neither
+seeds nor scenes are alike in anything. One training seed says nothing of others: then the interval
+is over the videos alone.
 """
 
 import math

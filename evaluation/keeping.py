@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evaluation.intervals import mean_interval
 from evaluation.statistics import Array, ends, mean, per_second
 
 END_SHARE = 0.15
+Numbers = NDArray[np.integer]
 
 
 class Property(NamedTuple):
@@ -84,8 +86,14 @@ def spread_of(videos: Sequence[Sequence[Trace]], known: Property) -> float:
     """
     if known.spread is not None:
         return known.spread
-    spread = variety_of([values_of(t["first"]) for traces in videos for t in traces], known)
+    first = np.stack([values_of(t["first"]) for traces in videos for t in traces])
+    spread = variety_of(first, known, owners_of(videos))
     return spread if spread > 0 else math.nan
+
+
+def owners_of(videos: Sequence[Sequence[Trace]]) -> Numbers:
+    """Of each thing in all of the videos the number of its video."""
+    return np.repeat(np.arange(len(videos)), [len(traces) for traces in videos])
 
 
 class Keeping(NamedTuple):
@@ -121,7 +129,7 @@ def keeping(
         low=found.low,
         high=found.high,
         gain=np.array([gain_of(now, first, known) for now in later]),
-        variety=np.array([variety_of(now, known) / spread for now in later]),
+        variety=np.array([variety_of(now, known, owners_of(videos)) / spread for now in later]),
     )
 
 
@@ -143,13 +151,16 @@ def gain_of(now: Array, first: Array, known: Property) -> float:
     return float((now * first).sum() / varied) if varied > 0 else math.nan
 
 
-def variety_of(values: Sequence[Array] | Array, known: Property) -> float:
-    """Mean distance of two of the values [things, n]; NaN of fewer than two."""
-    there = np.array([value for value in values if np.isfinite(value).all()])
-    if len(there) < 2:
+def variety_of(values: Array, known: Property, owners: Numbers) -> float:
+    """Mean distance of two of the values [things, n] that are of different videos, whose numbers
+    are `owners` [things]; NaN where there are no two.
+    """
+    there = np.isfinite(values).all(1)
+    values, owners = values[there], owners[there]
+    pairs = owners[:, None] != owners[None]
+    if not pairs.any():
         return math.nan
-    apart = known.distance(there[:, None], there[None])
-    return float(apart.sum() / (len(there) * (len(there) - 1)))
+    return float(known.distance(values[:, None], values[None])[pairs].mean())
 
 
 def mean_of(values: Array, known: Property) -> Array:

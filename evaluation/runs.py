@@ -300,7 +300,7 @@ def finish(
     if args.plot is not None:
         for kind in kinds:
             name = args.plot if len(kinds) == 1 else args.plot.with_stem(f"{args.plot.stem}_{kind}")
-            draw_curves({args.json.stem: summary[kind]}, name, meters[kind].curves)
+            draw_curves(summary[kind], name, meters[kind].curves)
             print(name)
     print(args.json)
     if args.vbench is not None:

@@ -245,12 +245,10 @@ def _shares(shares: dict[str, float]) -> str:
 
 
 def _said_memory(memory: dict[str, int | None]) -> str:
-    peak, *others = (
-        f"{what} {size / GIB:.2f} GiB"
-        for what, size in zip(("", "reserved", "held"), memory.values(), strict=True)
-        if size is not None
+    labels = {"peak_bytes": "", "reserved_bytes": "reserved ", "held_bytes": "held "}
+    return ", ".join(
+        f"{labels[what]}{size / GIB:.2f} GiB" for what, size in memory.items() if size is not None
     )
-    return ", ".join([peak.strip(), *others])
 
 
 def _long(end: dict[str, Any]) -> str:

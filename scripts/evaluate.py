@@ -99,6 +99,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"{args.overrides[0]} changes a config; give --config_path too")
     if args.keep_videos is not None and args.vbench is not None:
         raise UserError("--vbench keeps the videos already; leave out --keep_videos")
+    if args.overwrite and args.vbench is None and args.keep_videos is None:
+        raise UserError("--overwrite is of videos that are kept; give --vbench or --keep_videos")
     if any(number is not None and number < 1 for number in (args.prompts, args.seeds)):
         raise UserError("--prompts and --seeds must be at least 1")
     if args.seconds is not None and not (math.isfinite(args.seconds) and args.seconds > 0):

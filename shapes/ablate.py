@@ -44,7 +44,7 @@ from shapes.plan import (
     current_results,
     played,
 )
-from shapes.table import MARKS, SPEED, make_page, read_speed, split_page
+from shapes.table import MARKS, SPEED, SPEED_TIMES, make_page, read_speed, split_page
 from shapes.variants import CORE_SEEDS, ROWS, STARTS
 from utils.cli import parse_command, require_matplotlib, run_main, set_up_logging
 from utils.config import Config
@@ -57,7 +57,7 @@ GFLOPS, FRAMES_PER_SECOND = 20.0, 40.0
 """Of a core: what the costs are told from, as measured on a shared AMD EPYC server."""
 MEASURED_BYTES, RESULT_BYTES = 100, 2000
 """On the disk: of a measured frame, of the results of a video."""
-SPEED_ROUNDS, SPEED_TIMES = 3, 2
+SPEED_ROUNDS = 3
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -222,7 +222,8 @@ def make_all(args: argparse.Namespace, targets: Sequence[CommandTarget]) -> list
 def measure_speed(args: argparse.Namespace, found: Sequence[Measurement]) -> None:
     """Frames per second of each row, all in turns (A B C A B C …), a video at a time, one seed.
 
-    Decoding counts, loading does not. Some rows alone do not replace a run of all.
+    Text and decoding count, loading does not. Some rows alone do not replace a run of all, nor do
+    those whose weights are here one in which there were more.
     """
     from tqdm import tqdm
 
@@ -231,7 +232,11 @@ def measure_speed(args: argparse.Namespace, found: Sequence[Measurement]) -> Non
     parts = {part.row.key: part for part in reversed(found) if part.weights.is_file()}
     of = {key: played(parts[key].config)["config_hash"] for key in ROWS if key in parts}
     path = args.results / SPEED
-    if not parts or (args.only and path.is_file()) or read_speed(path)["of"].items() >= of.items():
+    known = read_speed(path)["of"]
+    if not parts or (args.only and path.is_file()) or known.items() >= of.items():
+        return
+    if lost := known.keys() - of.keys():
+        logger.warning("frames/s stay as they are: no weights here of %s", ", ".join(sorted(lost)))
         return
     pipes = {key: parts[key].open() for key in of}
     protocol = replace(next(iter(parts.values())).protocol, scenes=1, given=0, times=SPEED_TIMES)

@@ -266,6 +266,8 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     ranks = Ranks.from_environment()
+    if ranks.world > 1 and args.json is None:
+        raise UserError("several processes share their results beside --json FILE; give one")
     pipe = open_model(args, ranks)
     protocol = Protocol(**{field.name: vars(args)[field.name] for field in fields(Protocol)})
     if whole_blocks(pipe, protocol) <= pipe.layout.start(protocol.given):

@@ -205,8 +205,8 @@ def draw_drift(results: Results, out: Path) -> None:
 
     names = [*PROPERTIES, *BESIDE]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 8), layout="constrained")
-        axes = figure.subplots(3, 3).flatten()
+        figure = Figure(figsize=(14, 5.6), layout="constrained")
+        axes = figure.subplots(2, len(PROPERTIES)).flatten()
         for axis, name in zip(axes, names, strict=True):
             draw_curves_of(axis, results, name)
         handles, labels = axes[0].get_legend_handles_labels()

@@ -60,15 +60,20 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def current_results(args: argparse.Namespace) -> Results | None:
-    """The stored results that are of today's configs, trainings, meter and weights that ship; None
-    if there are none.
+    """The stored results that are of today's configs, trainings, protocol, meter and weights that
+    ship; None if there are none.
     """
     from pipeline.records import file_hash
+
+    clip = load_config(args.configs / f"{REFERENCE}.yaml", args.overrides).image_or_video_shape[1]
+    scenes = Protocol(clip=clip, scene_seed=TEST_SEED)
 
     def of_today(path: Path, key: str, settings: Settings) -> bool:
         row, training = ROWS[key], training_of(key)
         config = load_config(args.configs / f"{row.config}.yaml", [*row.overrides, *args.overrides])
-        asked = {**played(config), "meter": TRUTH.version}
+        protocol = replace(scenes, given=BEGINNINGS[settings["start"]].given)
+        asked = {**played(config), **protocol_settings(protocol)}
+        del asked["times"]
         weights = args.checkpoints / settings["weights"]
         if settings["trained"]:
             steps = [f"max_steps={settings['steps']}"] if "steps" in settings else []
@@ -80,7 +85,9 @@ def current_results(args: argparse.Namespace) -> Results | None:
             asked["checkpoint_hash"] = file_hash(weights)
         same = all(settings.get(name) == value for name, value in asked.items())
         if not same:
-            logger.warning("%s is of other weights, another config or meter: left out", path)
+            logger.warning(
+                "%s is of other weights, another config, protocol or meter: left out", path
+            )
         return same
 
     return read_results(args.results, of_today)
@@ -166,12 +173,16 @@ class Measurement(CommandTarget):
         return weights_hashes(self.config, self.weights)
 
     def is_done(self) -> bool:
-        """See `CommandTarget`: figures of these settings are there, of so many scenes or more."""
+        """See `CommandTarget`: figures of these settings are there, of so many scenes or more, and
+        of videos as long or longer.
+        """
         if not self.result.is_file():
             return False
-        content = read_run(self.result)
-        same = all(content["settings"].get(k) == value for k, value in self.identity().items())
-        return same and len(content["videos"]) >= self.protocol.scenes
+        content, identity = read_run(self.result), self.identity()
+        times, scenes = identity.pop("times"), self.protocol.scenes
+        settings = content["settings"]
+        same = all(settings.get(name) == value for name, value in identity.items())
+        return same and settings["times"] >= times and len(content["videos"]) >= scenes
 
     def make(self) -> str:
         """See `Target`."""

@@ -21,13 +21,13 @@ from pathlib import Path
 if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from shapes.chain import ODE_STEPS
 from utils.cli import parse_command, run_main, set_up_logging
 from utils.config import ROOT, Config, load_config
 
 GIGA = 10**9
-PAIR_STEPS = 48  # of the teacher, each with and without prompt
 WINDOWS = ["window_forcing=true", "teacher_forcing=false"]
-STARTS = {
+KINDS = {
     "ODE pairs": ("ode_init", []),
     "teacher forcing": ("teacher_forcing", []),
     "window forcing": ("causal_init", []),
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 def costs(updates: int, overrides: Sequence[str]) -> Iterator[Cost]:
     """Of each start, in order."""
-    for name, (file, own) in STARTS.items():
+    for name, (file, own) in KINDS.items():
         words = [*SAME, *own, *overrides]
         config = load_config(ROOT / "configs" / "shapes" / f"{file}.yaml", words)
         yield measured(name, config, updates)
@@ -102,7 +102,7 @@ def data_flops(config: Config) -> float:
     if config.trainer != "ode":
         return 0.0
     setup, frames = Setup.of(config), config.image_or_video_shape[1]
-    steps = len(ode_grid(setup.levels.tensor(), PAIR_STEPS, setup.levels.shift))
+    steps = len(ode_grid(setup.levels.tensor(), ODE_STEPS, setup.levels.shift))
     return 2 * steps * forward_flops(setup.sizes, frames, frames, setup.shape.tokens_per_frame)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from evaluation.intervals import Interval, difference, mean_interval
 from evaluation.keeping import (
     FORMULAS,
+    Numbers,
     Property,
     Trace,
     drift_curve,
@@ -39,8 +40,10 @@ BESIDE = {
     "background_right": "background right",
     "motion": "motion",
     "path": "path",
+    "grating": "height of the grating",
 }
-"""What is told beside what is kept: of the prompt, of motion, of the world's law."""
+"""What is told beside what is kept: of the prompt, of motion, of the world's law, and whether there
+is a grating at all whose phase could be kept."""
 LIMITS = {"right": (0.0, 1.0), "background_right": (0.0, 1.0), "path": (-math.inf, 1.0)}
 """Where the values of these can be; all others, and every drift, are at least 0."""
 
@@ -101,7 +104,7 @@ class Measured:
         NaN where a video does not reach.
         """
         if name in BESIDE:
-            return self._values(lambda video: video["curves"][name])
+            return self._values(lambda video: video["curves"].get(name, ()))
         return self._values(lambda video: video["kept"][name]["drift"])
 
     def interval(self, name: str, at: int | slice = slice(None)) -> Interval:
@@ -110,22 +113,34 @@ class Measured:
 
     def formula(self, name: str, formula: str) -> Array:
         """A property by a published formula `[seeds, scenes]`, over the whole video."""
-        return self._values(lambda video: [video["kept"][name][formula]])[..., 0]
+        return self._of_videos(lambda video: video["kept"][name][formula])
 
     def flicker(self) -> Array:
         """At block boundaries over inside blocks `[seeds, scenes]`."""
-        return self._values(lambda video: [video["flicker"]])[..., 0]
+        return self._of_videos(lambda video: video["flicker"])
 
     def gain(self, name: str, times: int) -> float:
         """Of a property at one of `COLUMNS`, the mean over the training seeds."""
         known = PROPERTIES[name]
-        return self._of_seeds(name, times, lambda now, first: gain_of(now, first, known))
+        return self._of_seeds(name, times, lambda now, first, owners: gain_of(now, first, known))
 
     def variety(self, name: str, times: int) -> float:
         """The same of the variety."""
         known = PROPERTIES[name]
-        spread = known.spread or 1.0
-        return self._of_seeds(name, times, lambda now, first: variety_of(now, known) / spread)
+        return self._of_seeds(
+            name,
+            times,
+            lambda now, first, owners: variety_of(now, known, owners) / (known.spread or 1.0),
+        )
+
+    def first_variety(self, name: str) -> float:
+        """Variety of the first values: of true clips, where videos go on from true prefixes."""
+        known = PROPERTIES[name]
+        return self._of_seeds(
+            name,
+            COLUMNS[0],
+            lambda now, first, owners: variety_of(first, known, owners) / (known.spread or 1.0),
+        )
 
     def common(self, other: "Measured") -> list[int]:
         """Those of `COLUMNS` that the videos of both reach."""
@@ -144,15 +159,29 @@ class Measured:
         return bool(np.isfinite(self.curve("tint")[..., POINTS.index(times)]).any())
 
     def _values(self, pick: Callable[[Video], Sequence[float | None]]) -> Array:
-        scenes = 1 + max(video["scene"] for videos in self.seeds for video in videos)
-        values = np.full((len(self.seeds), scenes, len(POINTS)), np.nan)
+        values = np.full((len(self.seeds), self._scenes(), len(POINTS)), np.nan)
         for seed, videos in enumerate(self.seeds):
             for video in videos:
                 row = values_of(pick(video))
                 values[seed, video["scene"], : len(row)] = row
         return values
 
-    def _of_seeds(self, name: str, times: int, made: Callable[[Array, Array], float]) -> float:
+    def _of_videos(self, pick: Callable[[Video], float | None]) -> Array:
+        values = np.full((len(self.seeds), self._scenes()), np.nan)
+        for seed, videos in enumerate(self.seeds):
+            for video in videos:
+                values[seed, video["scene"]] = values_of(pick(video))
+        return values
+
+    def _scenes(self) -> int:
+        return 1 + max(video["scene"] for videos in self.seeds for video in videos)
+
+    def _of_seeds(
+        self, name: str, times: int, made: Callable[[Array, Array, Numbers], float]
+    ) -> float:
+        """Mean over the seeds of what is made of things `[things, n]`: their values now, their
+        first values, and the number of each one's video.
+        """
         found = []
         for videos in self.seeds:
             kept = [video["kept"][name] for video in videos]
@@ -161,7 +190,8 @@ class Measured:
                 return float("nan")
             now = [thing for each in kept for thing in each["later"][column]]
             first = [thing for each in kept for thing in each["first"]]
-            found.append(made(values_of(now), values_of(first)))
+            owners = np.repeat(np.arange(len(kept)), [len(each["first"]) for each in kept])
+            found.append(made(values_of(now), values_of(first), owners))
         return float(mean(np.array(found)))
 
 

@@ -1,6 +1,7 @@
 """The page of the ablations from stored results: what is claimed, tables, what each row is."""
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,16 @@ from shapes.variants import (
 )
 from utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 MARKS = ("<!-- ablations -->", "<!-- /ablations -->")
 COMMON = 10
 """The length, in training clips, that every row is told at."""
 PLATEAU = 0.15
 """Of a property that drifts as much within the first clip, rows are shown and not compared."""
 SPEED = "speed.json"
+SPEED_TIMES = 2
+"""Length, in training clips, of the videos whose frames per second are told."""
 
 Settings = Mapping[str, Any]
 
@@ -58,21 +63,28 @@ class Results:
             return False
         return bool(mean(seen.curve(name)[..., POINTS.index(1)].ravel()) >= PLATEAU)
 
+    def lacks_grating(self, key: str) -> bool:
+        """Whether a row's grating is known to be less than half as high as the world's."""
+        seen = self.primary(key)
+        return seen is not None and bool(seen.interval("grating", POINTS.index(COMMON)).mean < 0.5)
+
 
 def read_results(folder: Path, of_today: Callable[[Path, str, Settings], bool]) -> Results | None:
-    """Of each row the training seeds from the first on, as far as they are there and `of_today`.
-
-    None if nothing is.
+    """Of each row the training seeds from the first on, as far as they are there, `of_today`, and
+    of videos of one length; None if nothing is.
     """
     measured: dict[tuple[str, str], Measured] = {}
     settings: dict[str, list[Settings]] = {}
     for key, row in ROWS.items():
         for beginning in BEGINNINGS:
-            runs = []
+            runs: list[Any] = []
             for seed in row.seeds:
                 path = folder / f"{key}-{seed}-{beginning}.json"
                 run = read_run(path) if path.is_file() else None
                 if run is None or not of_today(path, key, run["settings"]):
+                    break
+                if run["settings"]["times"] != (runs or [run])[0]["settings"]["times"]:
+                    logger.warning("%s has another length than the seeds before: left out", path)
                     break
                 runs.append(run)
             if runs:
@@ -128,9 +140,14 @@ class Finding:
         """Training seeds that both have."""
         return next(iter(self.differences.values())).seeds
 
+    def compares(self, name: str) -> bool:
+        """Whether a difference is known, and of what both rows keep at first."""
+        known = bool(np.isfinite(self.differences[name].mean))
+        return known and name not in self.lost_early
+
     def told(self, name: str) -> bool:
         """Whether a difference is claimed."""
-        return name not in self.lost_early and told_apart(name, self.differences[name])
+        return self.compares(name) and told_apart(name, self.differences[name])
 
     def less(self, names: Sequence[str]) -> list[str]:
         """Those of the names in which the first row has less."""
@@ -185,12 +202,14 @@ def window_sentence(where: str, found: Finding) -> str:
     if less and not more:
         start = f"rolling drifts less than block by block in {listed_words(less)}"
     else:
-        start = "rolling does not beat block by block here"
+        start = "rolling does not beat block by block here in what it keeps"
     parts = [
         f"{word}: {listed(found, chosen)}"
         for word, chosen in (("less", less), ("more", more), ("not distinguished", rest))
         if chosen
     ]
+    if beside := [name for name in BESIDE if found.told(name)]:
+        parts.append(f"beside it: {listed(found, beside)}")
     seeds = counted(found.seeds, "training seed")
     told = f"at {found.times}x; {'; '.join(parts)}; {seeds}"
     return f"**{where.capitalize()}, {start}** ({told})."
@@ -204,7 +223,9 @@ def listed_words(words: Sequence[str]) -> str:
 
 def listed(found: Finding, names: Sequence[str]) -> str:
     """Names with what they differ by."""
-    return ", ".join(f"{name} {found.differences[name].text(sign=True)}" for name in names)
+    return ", ".join(
+        f"{BESIDE.get(name, name)} {found.differences[name].text(sign=True)}" for name in names
+    )
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -219,7 +240,7 @@ def make_page(results: Results) -> str:
         parts += [title, note, property_table(results, name)]
     parts += ["### Beside it, from a true prefix", BESIDE_NOTE, beside_table(results)]
     parts += ["### Published formulas, from noise", formula_note(), formula_table(results)]
-    parts += ["### What differs", DIFFERENCE_NOTE, difference_table(results)]
+    parts += ["### What differs", difference_note(results), difference_table(results)]
     parts += ["### A fifth of the drift", fifth_text(results)]
     parts += ["### The rows", row_list(results)]
     return "\n\n".join(parts) + "\n"
@@ -228,16 +249,26 @@ def make_page(results: Results) -> str:
 BESIDE_NOTE = (
     "Right: share of the frames of that clip in which every shape has its colour and kind (and of "
     "those with the right background). Motion: speed over the prompt's. Path: 1 if each half "
-    "second follows the world's law, 0 for a still picture. Flicker: change at block boundaries "
-    "over that inside blocks, of the whole video. Frames/s: the median of rounds in which all rows "
-    "took turns, one video at a time, decoding included, with the least and the most."
+    "second follows the world's law, 0 for a still picture. Height of the grating: over that of a "
+    "true one. Flicker: change at block boundaries over that inside blocks, of the whole video. "
+    "Frames/s: the median of rounds in which all rows took turns, one video at a time, of "
+    f"{SPEED_TIMES} training clips, text and decoding included, with the least and the most."
 )
-DIFFERENCE_NOTE = (
-    "The first row minus the second, paired by scene, noise and number of the training seed, at "
-    "the greatest length that both reach. In bold what is claimed: the interval leaves out 0, and "
-    "the difference is above three times the meter's error. What is marked ² is not compared, for "
-    "a row loses too much of it within the first clip. Everything else is not distinguished."
-)
+
+
+def difference_note(results: Results) -> str:
+    """What is compared, what is claimed, and how much of it chance may have made."""
+    found = [finding for each in comparisons() if (finding := compare(results, each)) is not None]
+    compared = [each.told(n) for each in found for n in each.differences if each.compares(n)]
+    return (
+        "The first row minus the second, paired by scene, noise and number of the training seed, "
+        "at the greatest length that both reach. In bold what is claimed: the interval leaves out "
+        "0, and the difference is above three times the meter's error. What is marked ² is not "
+        "compared, for a row loses too much of it within the first clip. Everything else is not "
+        f"distinguished. Of {len(compared)} differences that are compared {sum(compared)} are "
+        "claimed; each interval may miss by itself once in twenty times, so those that only just "
+        "leave out 0 are weak."
+    )
 
 
 def protocol_text(results: Results) -> str:
@@ -263,6 +294,11 @@ def protocol_text(results: Results) -> str:
             f"A property that a row does not keep within the first clip (drift of {PLATEAU} or "
             "more, marked ²) is shown, and nothing is claimed of it."
         )
+    if any(results.lacks_grating(key) for key in rows_of(results)):
+        lines.append(
+            f"Where the grating is less than half as high as the world's at {COMMON}x (marked ³), "
+            "its phase and direction are those of little."
+        )
     return " ".join(lines)
 
 
@@ -280,6 +316,11 @@ def property_table(results: Results, name: str) -> str:
     """Of one property: drift over time from a true prefix, gain, variety, and drift from noise."""
     heads = [*(f"{times}x" for times in COLUMNS), f"gain, {COMMON}x", f"variety, {COMMON}x"]
     lines = head(["row", *heads, f"from noise, {COMMON}x"])
+    if rows := [seen for key in rows_of(results) if (seen := results.primary(key))]:
+        truth = number(rows[0].first_variety(name))
+        lines.append(
+            markdown_row(["the true prefixes", *[UNKNOWN] * (len(COLUMNS) + 1), truth, UNKNOWN])
+        )
     for key in rows_of(results):
         true, noise = (results.measured.get((key, start)) for start in BEGINNINGS)
         cells = [shown_at(true, name, times) for times in COLUMNS]
@@ -287,6 +328,7 @@ def property_table(results: Results, name: str) -> str:
         cells += [number(true.variety(name, COMMON)) if true else UNKNOWN]
         cells += [shown_at(noise, name, COMMON)]
         mark = " ²" * results.loses_early(key, name)
+        mark += " ³" * (name in ("phase", "direction") and results.lacks_grating(key))
         lines.append(markdown_row([row_title(results, key) + mark, *cells]))
     return "\n".join(lines)
 
@@ -385,9 +427,13 @@ def row_list(results: Results) -> str:
     for key in rows_of(results):
         row, settings = ROWS[key], results.settings[key][0]
         changes = "".join(f", {change}" for change in settings["overrides"])
-        parts = f"`{settings['config']}`{changes}, weights `{settings['weights']}`"
+        weights = f"{'trained' if settings['trained'] else 'weights'} `{settings['weights']}`"
+        parts = f"`{settings['config']}`{changes}, {weights}"
         hashes = ", ".join(each["checkpoint_hash"][:8] for each in results.settings[key])
         lines.append(f"- **{row.title}** ({parts}, {hashes}): {row.why}.")
+    missing = [f"{row.title} (`{key}`)" for key, row in ROWS.items() if key not in results.settings]
+    if missing:
+        lines += ["", f"Not measured, or of other weights or configs: {', '.join(missing)}."]
     return "\n".join(lines)
 
 

@@ -81,7 +81,7 @@ ROLLING, ROLLING_BARE, BLOCK, BLOCK_BARE = CORE = (
     Row(
         "self_forcing_sink",
         "Self Forcing with a sink",
-        "block by block, with the same sink",
+        "block by block, with the same sink, which its clean passes see as well",
         "self_forcing_sink",
         core=True,
     ),
@@ -107,16 +107,16 @@ def variation(
     return Row(key, title, why, config, overrides, against=against)
 
 
-def of_start(start: str, title: str, against: str = BLOCK.key) -> Row:
-    """A start that is played as another row is, before any distillation."""
-    how = "rolling" if against == REFERENCE else "block by block"
+def of_start(start: str, title: str, *, rolling: bool = False) -> Row:
+    """A start that is played as a row with a sink is, before any distillation."""
+    against = ROLLING if rolling else BLOCK
     return Row(
-        f"{start}_alone" if against == BLOCK.key else f"{start}_alone_rolling",
-        f"{title} alone, {how}",
-        "what distillation adds to where it starts",
-        against,
+        f"{start}_alone_rolling" if rolling else f"{start}_alone",
+        f"{title} alone, {'rolling' if rolling else 'block by block'}",
+        "what distillation adds to where it starts" if start == START else "another start",
+        against.config,
         weights=start,
-        against=against,
+        against=against.key,
     )
 
 
@@ -172,6 +172,15 @@ FURTHER = (
         "block by block, half of the attention is sink",
         "self_forcing_sink",
         ("model_kwargs.sink_size=10",),
+        against=BLOCK.key,
+    ),
+    Row(
+        "sink_unseen",
+        "Self Forcing with a sink, clean passes without",
+        "block by block, with the sink of Rolling Forcing, whose clean passes do not see it",
+        "self_forcing_sink",
+        ("clean_pass_sees_sink=false",),
+        weights=BLOCK.key,
         against=BLOCK.key,
     ),
     variation(
@@ -248,7 +257,7 @@ FURTHER = (
     of_start("teacher_forcing", "Teacher forcing"),
     of_start("consistency_init", "Consistency start"),
     of_start(START, "Causal start"),
-    of_start(START, "Causal start", against=REFERENCE),
+    of_start(START, "Causal start", rolling=True),
 )
 
 ROWS = {row.key: row for row in (*CORE, *FURTHER)}
@@ -285,16 +294,32 @@ WITHOUT_TRAINING = (
         ROLLING.key,
         "sink_deep",
     ),
+    Comparison(
+        "the rolling window with Self Forcing's weights, against block by block whose clean passes "
+        "do not see the sink either",
+        "rolling_on_block",
+        "sink_unseen",
+    ),
 )
 """What the way in which a video is played does, apart from what was trained."""
 
 
+BETWEEN_STARTS = tuple(
+    Comparison(f"{ROWS[key].title}, against the causal start's", key, f"{START}_alone")
+    for key in ("ode_init_alone", "teacher_forcing_alone", "consistency_init_alone")
+)
+"""What a start keeps that has not learned the windows of rollouts on true clips."""
+
+
 def comparisons() -> Iterator[Comparison]:
-    """All that are made: the window, the sink, both without training, then each further row."""
+    """All that are made: the window, the sink, both without training, starts, then each further row
+    against its own.
+    """
     yield from EQUAL_SINK
     yield Comparison("the sink, block by block", BLOCK.key, BLOCK_BARE.key)
     yield Comparison("the sink, with the rolling window", ROLLING.key, ROLLING_BARE.key)
     yield from WITHOUT_TRAINING
+    yield from BETWEEN_STARTS
     for row in FURTHER:
         if row.against is not None:
             title = f"{row.title}, against {ROWS[row.against].title}"

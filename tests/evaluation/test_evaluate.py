@@ -380,6 +380,7 @@ def test_bad_input_is_one_sentence(tiny_world, clips, tmp_path, capsys):
         (["--videos", clips, "--keep_videos", tmp_path], "leave out --keep_videos"),
         (["--videos", clips, "--seconds", 5], "leave out --seconds"),
         (["--videos", clips, "--use_ema"], "leave out --use_ema"),
+        (["--videos", clips, "--overwrite"], "give --vbench or --keep_videos"),
         (["--videos", clips, "sink_size=1"], "give --config_path too"),
         (["--videos", clips, "--vbench", clips], "holds other videos"),
         (["--videos", single, "--json", tmp_path / "out.json"], "x-0.mp4: A meter needs"),

@@ -328,7 +328,7 @@ def test_two_rows_are_measured_once_and_told_from_what_is_stored(bench, capsys):
 
 @pytest.mark.slow
 def test_other_weights_scenes_and_settings_are_measured_anew(bench, caplog):
-    """More scenes are added to what is there; fewer are there already."""
+    """More scenes are added to what is there; fewer are there already, and shorter videos too."""
     assert bench(*BOTH) == 0
     bench.ran.clear()
     bench.ship("rolling_no_sink", 7)
@@ -337,12 +337,13 @@ def test_other_weights_scenes_and_settings_are_measured_anew(bench, caplog):
     bench.ran.clear()
     assert bench("--only", "rolling_forcing", "--scenes", 2) == 0
     assert bench("--only", "rolling_forcing", "--scenes", 1) == 0
+    assert bench("--only", "rolling_forcing", "--scenes", 1, "--long_times", 2) == 0
     assert bench.ran == PARTS[:2]
     assert len(read_run(bench.results / "rolling_forcing-0-noise.json")["videos"]) == 2
     with (bench.root / "rolling_no_sink.yaml").open("a") as file:
         file.write("context_noise: 100\n")
     assert bench("--table_only") == 0
-    assert "rolling_no_sink-0-true.json is of other weights, another config or meter" in caplog.text
+    assert "rolling_no_sink-0-true.json is of other weights, another config" in caplog.text
     assert "Rolling Forcing, no sink¹" not in (bench.out / "table.md").read_text()
 
 

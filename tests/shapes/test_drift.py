@@ -96,7 +96,8 @@ def test_given_frames_are_those_of_the_videos_rate(tiny_world, monkeypatch):
 
 def run(tiny_world, out, *more):
     words = ["--config_path", tiny_world.config, "--checkpoint_path", tiny_world.checkpoint]
-    words += [*more, "--clip", 6, "--times", 2, "--json", out, "width=32", "device=cpu"]
+    words += [*more, "--clip", 6, "--times", 2, *(["--json", out] if out else [])]
+    words += ["width=32", "device=cpu"]
     return run_main(main, [str(word) for word in words])
 
 
@@ -173,7 +174,10 @@ def test_a_rank_that_begins_later_makes_its_share(tiny_world, tmp_path, monkeypa
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert run(tiny_world, out, "--scenes", 2, "--given", 0) == 0
-    assert capsys.readouterr().out.count("still being made") == 1
+    assert run(tiny_world, None, "--scenes", 2) == 2, "no rank would have all of it"
+    said = capsys.readouterr()
+    assert said.out.count("still being made") == 1
+    assert "--json FILE" in said.err
     assert len(json.loads(out.read_text())["videos"]) == 2
 
 
@@ -188,7 +192,7 @@ def test_a_batch_changes_no_video(tiny_world, tmp_path):
         reports.append([video["report"]["per_second"]["background_error"] for video in videos])
     assert reports[0][0] == pytest.approx(reports[1][0], abs=1)
     assert reports[0][1] == pytest.approx(reports[1][1], abs=1)
-    assert reports[0][0] != pytest.approx(reports[0][1], abs=0.01)
+    assert reports[0][0] != pytest.approx(reports[0][1], abs=2), "so they could have been swapped"
 
 
 @pytest.mark.parametrize(

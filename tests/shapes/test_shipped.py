@@ -13,7 +13,7 @@ from evaluation.keeping import keeping
 from pipeline import load_pipeline
 from pipeline.records import file_hash
 from shapes.drift import Protocol, continued, given_frames
-from shapes.kept import ERRORS, PROPERTIES, traces
+from shapes.kept import ERRORS, PROPERTIES, traces, wave_height
 from shapes.meter import measure, report
 from shapes.plan import RESULTS
 from shapes.stored import BESIDE, read_run, sum_up
@@ -129,7 +129,7 @@ def test_the_error_of_what_is_kept_is_that_of_true_clips_through_the_vae() -> No
         rebuilt = to_uint8(vae.decode(vae.encode(video))[0]).numpy()
         measures = measure(rebuilt, clip.caption, unsaid=True)
         seen.append(traces(measures, given=given))
-        beside.append(report(measures).per_second)
+        beside.append({**report(measures).per_second, "grating": wave_height(measures)})
     for name, known in PROPERTIES.items():
         drift = keeping([video[name] for video in seen], known).drift[1:].mean()
         assert 0.5 < drift / ERRORS[name] < 1.25, name
@@ -219,4 +219,5 @@ def test_a_row_of_the_table_is_that_of_the_weights_that_ship(path):
         for name, kept in again["kept"].items():
             stored = run["videos"][scene]["kept"][name]["drift"]
             # other processors round other pixels, and the last digits of a file are rounded
-            assert kept["drift"][:2] == pytest.approx(stored[:2], rel=0.1, abs=0.03), name
+            near = pytest.approx(stored[:2], rel=0.1, abs=min(0.03, ERRORS[name]))
+            assert kept["drift"][:2] == near, name

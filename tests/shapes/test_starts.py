@@ -65,7 +65,7 @@ def test_the_costs_of_all_starts_are_told(capsys: pytest.CaptureFixture[str]) ->
     assert starts.main(["--updates", "1", size]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     rows = {cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in lines)}
-    assert rows.keys() == starts.STARTS.keys()
+    assert rows.keys() == starts.KINDS.keys()
     flops = {name: float(cells[0]) for name, cells in rows.items()}
     for forcing in ("teacher forcing", "window forcing"):
         assert flops[f"consistency, {forcing}"] == pytest.approx(2 * flops[forcing], rel=0.01)

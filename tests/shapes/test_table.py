@@ -2,7 +2,7 @@
 
 import pytest
 
-from shapes.stored import POINTS, Measured, read_run
+from shapes.stored import POINTS, Measured, read_run, write_run
 from shapes.table import SPEED, UNKNOWN, compare, difference_table, make_page, read_results, verdict
 from shapes.variants import EQUAL_SINK
 from tests.shapes.tiny_results import write_core, write_row
@@ -43,8 +43,10 @@ def test_what_is_claimed_of_the_window_follows_from_the_results(tmp_path):
     assert f"**With a sink, {drifts_less} -0.40 [" in said
     write_core(tmp_path, **EQUAL)
     said = make_page(read(tmp_path)).splitlines()[0]
-    lost = "**With a sink, rolling does not beat block by block here** (at 60x; not distinguished:"
-    assert f"{lost} tint +0.00 [" in said
+    lost = "**With a sink, rolling does not beat block by block here in what it keeps** (at 60x;"
+    assert f"{lost} not distinguished: tint +0.00 [" in said
+    write_row(tmp_path, "rolling_forcing", 0.5, motion=0.8)
+    assert "beside it: motion -0.20 [" in verdict(read(tmp_path)).rpartition(lost)[2]
     write_row(tmp_path, "rolling_forcing", 0.1, seed_shift=0.3)
     assert "With a sink, rolling does not" in verdict(read(tmp_path)), "one training seed of three"
 
@@ -75,12 +77,40 @@ def test_what_is_lost_within_the_first_clip_is_shown_and_not_compared(tmp_path):
     assert "With a sink, nothing is compared: a row loses 0.15" in verdict(read(tmp_path))
 
 
+def test_seeds_of_another_length_are_left_out(tmp_path, caplog):
+    """Or a mean of one seed would pass for one of three."""
+    write_row(tmp_path, "rolling_forcing", 0.1)
+    (shorter := tmp_path / "shorter").mkdir()
+    write_row(shorter, "rolling_forcing", 0.1, times=12)
+    (shorter / "rolling_forcing-1-true.json").replace(tmp_path / "rolling_forcing-1-true.json")
+    found = read(tmp_path).primary("rolling_forcing")
+    assert len(found.seeds) == 1
+    assert "rolling_forcing-1-true.json has another length" in caplog.text
+
+
+def test_a_row_without_a_grating_is_marked_and_one_that_is_missing_named(tmp_path):
+    write_core(tmp_path, **WINNING)
+    assert "³" not in make_page(read(tmp_path))
+    for seed in range(3):
+        path = tmp_path / f"self_forcing-{seed}-true.json"
+        run = read_run(path)
+        for video in run["videos"]:
+            video["curves"]["grating"] = [0.4] * len(video["curves"]["grating"])
+        write_run(path, run["settings"], run["videos"])
+    text = make_page(read(tmp_path))
+    assert text.count("| Self Forcing ³ |") == 2, "of phase and direction"
+    assert "Infinite-Forcing (V-sink) (`infinite_forcing`)" in text.rpartition("Not measured")[2]
+
+
 def test_every_table_has_every_row_that_is_there(tmp_path):
     write_core(tmp_path, **WINNING)
     write_row(tmp_path, "infinite_forcing", 0.35, times=12, motion=0.5)
     results = read(tmp_path)
     *properties, beside, formulas, differences = rows(make_page(results))
     assert len(properties) == 5
+    for table in properties:
+        truth = table.pop("the true prefixes")
+        assert {title for title, cell in truth.items() if cell != UNKNOWN} == {"variety, 10x"}
     for table in (*properties, beside, formulas):
         assert list(table) == [
             *("Rolling Forcing", "Rolling Forcing, no sink", "Self Forcing with a sink"),

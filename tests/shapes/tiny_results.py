@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from shapes.drift import TRUTH
+from shapes.drift import TEST_SEED, Protocol
 from shapes.kept import PROPERTIES
-from shapes.plan import played
+from shapes.plan import played, protocol_settings
 from shapes.stored import BESIDE, COLUMNS, POINTS, write_run
 from shapes.variants import ROWS
 from utils.config import load_config
@@ -56,13 +56,14 @@ def write_row(
             of_all = {"kept": kept, "curves": curves}
             videos.append({"scene": scene, **of_all, "flicker": 1.1})
         config = load_config(f"configs/shapes/{row.config}.yaml", row.overrides)
+        protocol = Protocol(given=int(start == "true"), times=times, scene_seed=TEST_SEED)
         settings = {
             **{"row": key, "training_seed": seed, "start": start, "clip_seconds": CLIP},
             **{"config": f"configs/shapes/{row.config}.yaml", "overrides": list(row.overrides)},
             **{"weights": f"shapes_{key}.pt", "checkpoint_hash": "0123456789abcdef"},
             **{"trained": "", "steps": 300, "operations": 30e12},
             **played(config),
-            "meter": TRUTH.version,
+            **protocol_settings(protocol),
         }
         write_run(folder / f"{key}-{seed}-{start}.json", settings, videos)
 
