@@ -6,7 +6,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,8 @@ def truth_of(package: str | None) -> Meter | None:
 
 def generated_videos(args: argparse.Namespace, config: Config, ranks: Ranks) -> VideoSet:
     """Videos that a model makes."""
-    config.device = str(choose_device(ranks.device_name(args.device or config.device)))
+    device = str(choose_device(ranks.device_name(args.device or config.device)))
+    config = replace(config, device=device)
     package = package_of(args, config)
     truth = truth_of(package)
     if args.data_path is None:

@@ -263,8 +263,6 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--scenes, --times, --clip and --batch must be at least 1, --given 0")
     check_outputs(args.json)
     other = None if args.against is None else Other.read(args.against)
-    from tqdm import tqdm
-
     ranks = Ranks.from_environment()
     if ranks.world > 1 and args.json is None:
         raise UserError("several processes share their results beside --json FILE; give one")
@@ -276,13 +274,27 @@ def main(argv: Sequence[str]) -> int:
     of_each = {name: value for name, value in settings.items() if name not in ("scenes", "batch")}
     log = ResultLog(args.json, fingerprint(of_each), ranks.rank) if args.json is not None else None
     clip, given = pipe.shape.video_frames(protocol.clip), given_frames(pipe, protocol)
-    seconds = {"clip_seconds": clip / pipe.setup.fps, "given_seconds": given / pipe.setup.fps}
+    settings |= {"clip_seconds": clip / pipe.setup.fps, "given_seconds": given / pipe.setup.fps}
     if other is not None:
-        other.check({**settings, **seconds})
-    scenes = range(protocol.scenes)
-    results: dict[int, Result] = {}
-    if log is not None:
-        results = {int(key): result for key, result in log.read().items()}
+        other.check(settings)
+    results = measure_left(pipe, protocol, log, ranks)
+    if results is not None:
+        finish(args, settings, results, other)
+    return 0
+
+
+def measure_left(
+    pipe: VideoPipeline, protocol: Protocol, log: ResultLog | None, ranks: Ranks
+) -> list[Result] | None:
+    """Make and measure this rank's share of what the log does not have; the results of all scenes
+    if it is for this rank to sum them up.
+    """
+    from tqdm import tqdm
+
+    def read() -> dict[int, Result]:
+        return {} if log is None else {int(key): found for key, found in log.read().items()}
+
+    scenes, results = range(protocol.scenes), read()
     # Of all, not of what is left: by now another rank may have done some of it, or not.
     mine = [number for number in ranks.share(scenes) if number not in results]
     progress = tqdm(total=len(mine), desc="scenes", disable=not ranks.is_main)
@@ -295,13 +307,12 @@ def main(argv: Sequence[str]) -> int:
 
     measure_drift(pipe, protocol, keep, mine)
     progress.close()
-    if log is not None:
-        results = {int(key): result for key, result in log.read().items()}
+    results |= read()
     if not all(number in results for number in scenes):
         print("the other scenes are still being made by other ranks")
-    elif ranks.is_main if log is None or not mine else log.wrote_last():
-        finish(args, {**settings, **seconds}, [results[number] for number in scenes], other)
-    return 0
+        return None
+    sums_up = ranks.is_main if log is None or not mine else log.wrote_last()
+    return [results[number] for number in scenes] if sums_up else None
 
 
 def finish(

@@ -14,7 +14,7 @@ from shapes import kept
 from shapes.ground import allowed
 from shapes.meter import measure, report
 from shapes.truth import ShapesTruth
-from shapes.world import SCALES, TINTS, render, sample_scene
+from shapes.world import TINTS, render, sample_scene
 
 FPS = 16
 TRUTH = ShapesTruth(unsaid=True)
@@ -111,7 +111,6 @@ def test_spreads_are_those_of_the_world():
     ways = np.array([[scene.ground.direction] for scene in scenes])
     turned = np.abs(np.angle(np.exp(2j * (ways - np.roll(ways, 1)))))
     assert turned.mean() == pytest.approx(spread["direction"], rel=0.05)
-    assert SCALES[0] < 1 < SCALES[1]
 
 
 def apart(values):
