@@ -69,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     place.add_argument("--server_port", type=int, default=7860, help="(default: 7860)")
     place.add_argument(
-        "--token", help="what clients have to show (default: none on this machine, else a new one)"
+        "--token",
+        help="what clients have to show (default: none where this machine alone is let in, else a "
+        "new one)",
     )
     place.add_argument(
         "--allowed_host",
@@ -224,15 +226,14 @@ def serve(
         engine = PipelineEngine(pipe)
         session_bytes = warm_up(engine)
         most = args.max_sessions or places(session_bytes, pipe.device)
-        own = is_loopback(args.server_name)
+        own = is_loopback(args.server_name) and not args.allowed_host  # else a proxy is in front
         token = args.token or (None if own else new_token())
         options = AppOptions(
             Access.of(args.server_name, args.server_port, token, args.allowed_host),
             about=about_model(
                 title="Rolling Forcing",
                 model="random weights" if args.random_weights else config.generator_name,
-                levels=pipe.setup.levels.num,
-                methods=[config.method] if config.method else [],
+                in_flight=pipe.setup.levels.num - 1 if pipe.setup.kind == "rolling" else 0,
                 sinks=engine.sinks,
                 examples=read_prompts(prompts),
                 composer=read_composer(pipe.setup),
@@ -240,7 +241,7 @@ def serve(
         )
         pool_options = PoolOptions(
             most,
-            most if own and not args.allowed_host else SESSIONS_PER_ADDRESS,
+            most if own else SESSIONS_PER_ADDRESS,
             lead=args.lead,
             idle_seconds=args.idle_seconds,
         )

@@ -383,10 +383,10 @@ class Direction:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the direction of another rollout of the same sizes stood."""
         noise = self.rollout.noise
-        first = noise.sources[0]
-        noise.sources = [first]
-        for block, seed in state["seeds"]:
-            noise.change(replace(first[1], seed=seed), block)  # type: ignore[type-var]
+        _, first = noise.sources[0]
+        noise.restore(
+            [(block, replace(first, seed=seed)) for block, seed in state["seeds"]]  # type: ignore[type-var]
+        )
         self.scenes = tuple(state["scenes"])
         self.changes = [Change(**change) for change in state["changes"]]
         self._pending = [(Change(**change), text) for change, text in state["pending"]]

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.changes import Change
 from pipeline.setup import Setup
 from utils.config import VIDEO_KEYS, fingerprint
-from utils.devices import computed_dtype, device_name
+from utils.devices import choose_device, computed_dtype, device_name
 
 MIB = 2**20
 SHOWN_SETTINGS = ("seed", "sample", "latent_frames", "video_frames", "prefix_frames", "network")
@@ -67,7 +67,8 @@ def describe_video(
     `config` and `changes` say it at length. `frames_hash`: see `chained_hash`.
     """
     checkpoint = None if source is None else source.checkpoint
-    device, ranks = device_name(setup.machine.device), setup.machine.sequence_parallel
+    device = device_name(str(choose_device(setup.machine.device)))
+    ranks = setup.machine.sequence_parallel
     return {
         "prompt": prompt,
         "sample": number,

@@ -53,6 +53,11 @@ class BlockNoise:
         draws = {sample: source(sample, block, level) for sample in set(self.samples)}
         return to_device(torch.stack([draws[sample] for sample in self.samples]), self.device)
 
+    def restore(self, changes: Sequence[tuple[int, NoiseSource]]) -> None:
+        """As it was made, and changed from these blocks on."""
+        self._drawn.clear()
+        self.sources = [self.sources[0], *changes]
+
     def change(self, source: NoiseSource, block: int) -> None:
         """Draw from another source from `block` on."""
         self._drawn.clear()

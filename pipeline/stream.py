@@ -341,20 +341,6 @@ class Stream:
             text, prompt=prompt, policy=policy, blend_blocks=blend_blocks, row=row, seed=seed
         )
 
-    def set_text(
-        self,
-        text: Tensor,
-        policy: Policy = "keep",
-        blend_blocks: int = 0,
-        *,
-        row: int | None = None,
-        seed: int | None = None,
-    ) -> Change:
-        """The same for text embeddings: `[1 or B, L, dim]`."""
-        return self._open().add(
-            self._embeddings(text), policy=policy, blend_blocks=blend_blocks, row=row, seed=seed
-        )
-
     def _embeddings(self, text: Any) -> Tensor:
         return inputs.embeddings(text, self.rollout.dit.config, "text")
 

@@ -44,6 +44,8 @@ from wan.vae import WanVAE
 logger = logging.getLogger(__name__)
 
 SAMPLED_VALUES = 256  # of each tensor, to tell weights from others
+OF_NETWORKS = ("generator_name", "model_root", "text_embeddings", "negative_prompt")
+"""Of the networks that are loaded, and of what the text encoder was asked."""
 OF_A_STREAM = ("merge_clean_pass", "kv_cache_dtype")  # of the machine, but not of networks
 
 Noise = NoiseSource | tuple[Tensor, Tensor]
@@ -265,6 +267,8 @@ class VideoPipeline:
         check_team(setup, self.teamwork)
         own, wish = asdict(self.setup.machine), asdict(setup.machine)
         of_networks = [key for key in own if own[key] != wish[key] and key not in OF_A_STREAM]
+        before, now = self.setup.resolved, setup.resolved
+        of_networks += [key for key in OF_NETWORKS if before[key] != now[key]]
         if of_networks:
             raise UserError(
                 f"{', '.join(of_networks)}: networks that are loaded keep theirs; load them again"
@@ -503,7 +507,8 @@ class VideoPipeline:
     def _aside(self) -> Iterator[None]:
         """The networks are on the CPU meanwhile, if the text encoder needs their GPU."""
         device = self.device
-        if device.type != "cuda" or self._text.place() != device:
+        encodes = not self.setup.text_embeddings
+        if device.type != "cuda" or not encodes or self._text.place() != device:
             yield
             return
         vae = self._vae if self._vae is not None and self._vae.device == device else None
@@ -518,10 +523,6 @@ class VideoPipeline:
         if vae is not None:
             vae.to(device)
         release_memory()
-
-    def free_text_encoder(self) -> None:
-        """Drop the text encoder from memory; it is loaded again when it is needed."""
-        self._text.free()
 
     def encode_prefix(
         self, *, image: Frames | None = None, video: Frames | None = None

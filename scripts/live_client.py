@@ -13,6 +13,8 @@ if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import run_main
+from utils.errors import UserError
+from utils.files import written
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,17 +25,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default="recache", help="keep, recache, renoise or cut")
     parser.add_argument("--seconds", type=float, default=10.0, help="its length")
     parser.add_argument("--address", default="127.0.0.1:7860", help="of the server")
+    parser.add_argument("--token", help="what the server printed in its address")
     parser.add_argument("--output", default="live.mp4", help="the file to write")
     return parser
 
 
 async def watch(args: argparse.Namespace) -> str:
-    """Play a session as if on a screen; its id."""
+    """Play a session as if on a screen; its id. UserError if the server starts none."""
     from websockets.asyncio.client import connect
 
     start = {"type": "session.start", "prompt": args.prompt, "seconds": args.seconds}
     change = {"type": "session.prompt_update", "id": "1", "prompt": args.then}
-    async with connect(f"ws://{args.address}/v1/realtime/video") as socket:
+    address = f"ws://{args.address}/v1/realtime/video"
+    async with connect(address, additional_headers=headers(args)) as socket:
         await socket.send(json.dumps(start))
         began, name, changes = time.monotonic(), "", [] if args.then is None else [change]
         async for message in socket:  # texts are JSON, bytes are mp4 that a player would append
@@ -41,6 +45,8 @@ async def watch(args: argparse.Namespace) -> str:
             name = told["id"] if told["type"] == "session.started" else name
             if told["type"] in ("error", "session.prompt_update.applied"):
                 print(message)
+            if told["type"] == "error" and not name:
+                raise UserError(told["message"])
             if told["type"] in ("error", "session.stopped"):
                 return name
             played = time.monotonic() - began
@@ -50,11 +56,18 @@ async def watch(args: argparse.Namespace) -> str:
     return name
 
 
+def headers(args: argparse.Namespace) -> dict[str, str]:
+    """What shows the token."""
+    return {"Authorization": f"Bearer {args.token}"} if args.token else {}
+
+
 def main(argv: Sequence[str]) -> int:
     """Watch, then fetch the whole file."""
     args = build_parser().parse_args(argv)
     file = f"http://{args.address}/v1/sessions/{asyncio.run(watch(args))}/video.mp4"
-    urllib.request.urlretrieve(file, args.output)
+    request = urllib.request.Request(file, headers=headers(args))
+    with urllib.request.urlopen(request) as answer, written(args.output) as part:
+        part.write_bytes(answer.read())
     return 0
 
 

@@ -31,7 +31,7 @@ SOCKETS_PER_ADDRESS = 16
 class AppOptions:
     """What clients may do, and what the page shows of the model.
 
-    `about`: the model's part of `/v1/config`: title, model, levels, methods, sinks,
+    `about`: the model's part of `/v1/config`: title, model, in_flight, sinks,
     examples, composer.
     """
 
@@ -161,18 +161,18 @@ def about_model(
     *,
     title: str,
     model: str,
-    levels: int,
-    methods: Sequence[str],
+    in_flight: int,
     sinks: Sequence[int],
     examples: Sequence[str],
     composer: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The model's part of `/v1/config`; `composer`: sentences that the model understands."""
+    """The model's part of `/v1/config`. in_flight: blocks that are in the making when one is made.
+    composer: sentences that the model understands.
+    """
     return {
         "title": title,
         "model": model,
-        "levels": levels,
-        "methods": list(methods),
+        "in_flight": in_flight,
         "sinks": list(sinks),
         "examples": list(examples),
         "composer": composer,

@@ -50,8 +50,10 @@ class PipelineEngine:
     """The engine of a `VideoPipeline`."""
 
     def __init__(self, pipe: VideoPipeline) -> None:
-        own = pipe.setup.policy.sink_frames
-        self.sinks = (own, 0) if own else (0,)  # that a viewer may choose from
+        policy = pipe.setup.policy
+        own = policy.sink_frames
+        # What a viewer may choose from: an average needs frames that it is kept in.
+        self.sinks = (own, 0) if own and policy.sink_ema is None else (own,)
         self._pipe, self._pipes = pipe, {own: pipe}
         self.size = pipe.shape.height, pipe.shape.width
         self.fps = pipe.setup.fps

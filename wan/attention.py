@@ -75,8 +75,11 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Bac
             f"attention_backend={backend} needs the package {package}; "
             "install it or use attention_backend=auto"
         )
-    if backend == "flash3" and torch.cuda.get_device_capability(device)[0] != 9:
+    capability = torch.cuda.get_device_capability(device)
+    if backend == "flash3" and capability[0] != 9:
         raise UserError("attention_backend=flash3 needs compute capability 9.x; use auto")
+    if capability < (8, 0):
+        raise UserError(f"attention_backend={backend} needs compute capability 8.0; use auto")
     return backend  # type: ignore[return-value]
 
 

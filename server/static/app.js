@@ -85,7 +85,7 @@ class Page {
   }
 
   #describe() {
-    const { title, model, width, height, fps, methods, sinks, max_seconds: longest } = this.config;
+    const { title, model, width, height, fps, sinks, max_seconds: longest } = this.config;
     if (title) document.title = byId("title").textContent = title;
     const about = [model, `${width}×${height}`, `${fps} frames/s`];
     byId("model").textContent = about.filter(Boolean).join(" · ");
@@ -93,7 +93,6 @@ class Page {
     stage.style.setProperty("--ratio", String(width / height));
     document.documentElement.style.setProperty("--stage-ratio", String(width / height));
     stage.classList.toggle("tiny", height <= 160);
-    fillChoice(byId("method"), byId("method-field"), methods ?? []);
     fillChoice(byId("sink"), byId("sink-field"), sinks ?? []);
     if (longest) {
       byId("seconds").max = String(longest);
@@ -139,7 +138,6 @@ class Page {
     request.seconds = byId("limited").checked ? Number(byId("seconds").value) : null;
     const seed = wholeNumber(byId("seed"));
     if (seed !== null) request.seed = seed;
-    if (!byId("method-field").hidden) request.method = byId("method").value;
     if (!byId("sink-field").hidden) request.sink = Number(byId("sink").value);
     this.#alert("");
     if (this.running) this.connection.sendNow("session.stop", {});

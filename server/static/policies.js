@@ -2,7 +2,7 @@
 
 import { element } from "./dom.js";
 
-/** @typedef {{policies: string[], levels: number, block_frames: number, fps: number}} Sizes */
+/** @typedef {{policies: string[], in_flight: number, block_frames: number, fps: number}} Sizes */
 
 /** Policies that can be blended over several blocks. */
 const BLENDED = ["keep", "recache"];
@@ -13,12 +13,13 @@ const BLENDED = ["keep", "recache"];
  * @param {Sizes} sizes
  * @returns {string}
  */
-export function explain(policy, { levels, block_frames: frames, fps }) {
-  const inFlight = (((levels - 1) * frames) / fps).toFixed(1).replace(/\.0$/, "");
+export function explain(policy, { in_flight: blocks, block_frames: frames, fps }) {
+  const inFlight = ((blocks * frames) / fps).toFixed(1).replace(/\.0$/, "");
+  const again = `the last ${inFlight} s in the making start again, after a short wait`;
   const words = {
     keep: "Flows over: everything in view stays, new words are heard from the next block on.",
     recache: "Flows over faster: what is remembered is told anew with the new words.",
-    renoise: `Clean break: the last ${inFlight} s in the making start again, after a short wait.`,
+    renoise: `Clean break: ${blocks ? again : "what is remembered is told anew, too"}.`,
     cut: "A new scene: nothing of the old one is left.",
   };
   return words[policy] ?? "";

@@ -17,6 +17,8 @@
 
 const FIRST_DELAY = 500;
 const LAST_DELAY = 8000;
+/** Messages after which another video comes: until it does, nobody has seen any of it. */
+const BEGINNINGS = ["session.start", "session.attach", "session.branch"];
 /** With a session the server speaks twice a second; a socket silent for so long is half-open. */
 const SILENCE = 10000;
 
@@ -52,6 +54,8 @@ export class Connection {
     this.heard = 0;
     /** @type {string[]} */
     this.waiting = [];
+    /** Whether a video was asked for that has not begun. */
+    this.beginning = false;
   }
 
   /**
@@ -61,6 +65,7 @@ export class Connection {
    */
   send(type, fields = {}) {
     const text = JSON.stringify({ type, ...fields });
+    if (BEGINNINGS.includes(type)) this.beginning = true;
     if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(text);
     else {
       this.waiting.push(text);
@@ -69,11 +74,13 @@ export class Connection {
   }
 
   /**
-   * Send a message that is worth nothing later: dropped while there is no open socket.
+   * Send a message that is worth nothing later: dropped while there is no open socket, and what has
+   * been seen while another video is about to come.
    * @param {string} type
    * @param {object} fields
    */
   sendNow(type, fields) {
+    if (type === "playhead" && this.beginning) return;
     if (this.socket?.readyState === WebSocket.OPEN) this.send(type, fields);
   }
 
@@ -123,12 +130,18 @@ export class Connection {
     socket.onmessage = ({ data }) => {
       if (socket !== this.socket) return;
       this.heard = performance.now();
-      if (typeof data === "string") this.handlers.message(JSON.parse(data));
+      if (typeof data === "string") this.#told(JSON.parse(data));
       else this.handlers.binary(data);
     };
     socket.onclose = () => {
       if (socket === this.socket) this.#lost();
     };
+  }
+
+  /** @param {Message} message */
+  #told(message) {
+    if (message.type === "video.start" || message.type === "error") this.beginning = false;
+    this.handlers.message(message);
   }
 
   #lost() {

@@ -93,8 +93,7 @@ def live_server(pipe: VideoPipeline, folder: Path, examples: Sequence[str]) -> I
     about = about_model(
         title="Rolling Forcing",
         model=pipe.setup.folder.path.name if pipe.setup.folder else "",
-        levels=pipe.setup.levels.num,
-        methods=[],
+        in_flight=pipe.setup.levels.num - 1,
         sinks=[],
         examples=examples,
         composer=read_composer(pipe.setup),

@@ -27,14 +27,15 @@ from utils.config import load_config
 def served(monkeypatch, tmp_path):
     """`app.py`, but what it would serve is given to a test client."""
 
+    port = free_port()
+
     def run(*flags: str, visit=lambda client: None) -> int:
         def serve(app, listener, *, proxied):
-            with TestClient(app) as client:
+            with TestClient(app, base_url=f"http://127.0.0.1:{port}") as client:
                 visit(client)
 
         monkeypatch.setattr(server.listen, "run", serve)
-        place = ["--output_dir", str(tmp_path / "out"), "--server_port", str(free_port())]
-        place += ["--allowed_host", "testserver"]
+        place = ["--output_dir", str(tmp_path / "out"), "--server_port", str(port)]
         return run_main(app.main, [*place, *flags])
 
     return run
@@ -48,7 +49,8 @@ def test_random_weights(served, capsys):
         config = client.get("/v1/config").json()
         assert (config["width"], config["height"], config["model"]) == (96, 64, "random weights")
         assert config["composer"] is None
-        with client.websocket_connect(PATH) as socket:
+        host = {"host": client.base_url.netloc.decode()}
+        with client.websocket_connect(PATH, headers=host) as socket:
             talk = start(socket, seed=3)
             end = 9
             for policy in config["policies"]:
@@ -76,11 +78,16 @@ def test_random_weights(served, capsys):
     assert "Only this machine reaches it" in said
 
 
-def test_token_beyond_this_machine(served, capsys):
+@pytest.mark.parametrize(
+    "flags",
+    [["--server_name", "0.0.0.0"], ["--allowed_host", "live.example.org"]],
+    ids=["a network", "a proxy in front"],
+)
+def test_token_beyond_this_machine(served, capsys, flags):
     def visit(client):
         assert client.get("/v1/health").status_code == 403
 
-    assert served("--server_name", "0.0.0.0", "--random_weights", visit=visit) == 0
+    assert served(*flags, "--random_weights", visit=visit) == 0
     said = capsys.readouterr().out
     assert "/?token=" in said
     assert "Whoever has this address may use it." in said
