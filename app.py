@@ -212,6 +212,7 @@ def serve(
     args: argparse.Namespace, config: Config, prompts: Path, teamwork: "Teamwork | None"
 ) -> None:
     """Open everything and answer until somebody ends it, or another rank of the team has ended."""
+    from pipeline.memory import step_bytes
     from server.access import Access, is_loopback, new_token
     from server.app import AppOptions, about_model, build_app
     from server.engine import PipelineEngine
@@ -225,7 +226,9 @@ def serve(
         pipe = open_pipeline(args, config, teamwork)
         engine = PipelineEngine(pipe)
         session_bytes = warm_up(engine)
-        most = args.max_sessions or places(session_bytes, pipe.device)
+        most = args.max_sessions or places(
+            session_bytes, step_bytes(pipe.setup, pipe.dit.dtype), pipe.device
+        )
         own = is_loopback(args.server_name) and not args.allowed_host  # else a proxy is in front
         token = args.token or (None if own else new_token())
         options = AppOptions(

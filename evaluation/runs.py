@@ -27,7 +27,7 @@ from evaluation.trials import Evaluation, list_trials, vbench_name
 from pipeline.batch import Outputs
 from pipeline.records import file_hash
 from pipeline.setup import Setup
-from utils.config import Config, fingerprint
+from utils.config import Config, fingerprint, looked_up
 from utils.devices import choose_device
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -140,7 +140,7 @@ def generated_videos(args: argparse.Namespace, config: Config, ranks: Ranks) -> 
             raise UserError("say with --data_path what the videos show: a file of prompts")
         prompts = offered(package, "held_out_prompts")(args.prompts)
     else:
-        prompts = read_prompts(args.data_path)[: args.prompts]
+        prompts = read_prompts(looked_up(args.data_path))[: args.prompts]
     folder, flag = (args.vbench, "--vbench") if args.vbench else (args.keep_videos, "--keep_videos")
     evaluation = Evaluation(
         Setup.of(config),

@@ -39,7 +39,7 @@ from pipeline.teamwork import Teamwork
 from pipeline.text import TextSource
 from pipeline.text_to_video import VideoPipeline, check_generator, load_checked, text_source
 from utils.background import Background
-from utils.config import find_file, save_resolved
+from utils.config import find_file, looked_up, save_resolved
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.files import locked, remove_leftovers, written
@@ -156,16 +156,18 @@ def list_jobs(
     if i2v:
         if not data_path or image or video:
             raise UserError("--i2v takes its images from --data_path FOLDER, and nothing else")
-        listed = read_image_prompts(data_path)
+        listed = read_image_prompts(looked_up(data_path))
         titles, images = [item.prompt for item in listed], [item.image_path for item in listed]
     else:
-        titles = list(prompts) or read_prompts(str(data_path))
+        titles = list(prompts) or read_prompts(looked_up(str(data_path)))
         images = [find_file(image, "image") if image else None] * len(titles)
     if any(not title.strip() for title in titles):
         raise UserError("a prompt is empty; write what the video should show")
     for title in titles:
         check_text(title)
-    texts = read_extended_prompts(extended_prompt_path, titles) if extended_prompt_path else titles
+    texts: Sequence[str] = titles
+    if extended_prompt_path:
+        texts = read_extended_prompts(looked_up(extended_prompt_path), titles)
     names = output_names(titles, num_samples, with_index=with_index, ema=ema)
     clip = find_file(video, "video") if video else None
     return [

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.setup import Setup
+from pipeline.text import encoder_bytes, encoder_dtype
 from utils.config import VIDEO_KEYS, config_of
 from utils.devices import (
     choose_device,
@@ -66,7 +67,7 @@ def phases(setup: Setup, dtype: torch.dtype) -> list[Phase]:
     prompts are encoded already, there is one phase.
     """
     found = []
-    text = _file_sizes(setup)[0] * dtype.itemsize // 2  # a file in bf16
+    text = encoder_bytes(_file_sizes(setup)[0], encoder_dtype(dtype))
     if text and not setup.text_embeddings and setup.machine.text_encoder_device != "cpu":
         found.append(Phase("encode prompts", {"text encoder": text, "activations": TEXT_BYTES}))
     return [*found, Phase("make videos", _making(setup, dtype))]
@@ -81,6 +82,11 @@ def room_for_videos(setup: Setup, dtype: torch.dtype) -> int:
     """Bytes that making a video takes of a GPU beside the transformer, which is there already."""
     parts = _making(setup, dtype)
     return sum(parts.values()) - parts["transformer"]
+
+
+def step_bytes(setup: Setup, dtype: torch.dtype) -> int:
+    """Bytes that are alive for a while in a step, beside the networks and what streams keep."""
+    return _making(setup, dtype)["activations"]
 
 
 def memory_report(setup: Setup, dtype: torch.dtype) -> str:
@@ -167,7 +173,8 @@ def memory_in_words(setup: Setup) -> Iterator[None]:
 def _making(setup: Setup, dtype: torch.dtype) -> dict[str, int]:
     machine, sizes, shape = setup.machine, setup.sizes, setup.shape
     rows = 1 if setup.distilled else 2  # guidance runs every video twice
-    cache = setup.cache(sizes, batch=rows, dtype=dtype, device=torch.device("meta"))
+    cache = setup.cache(sizes, batch=rows, dtype=dtype, device=torch.device("meta")).num_bytes
+    cache //= machine.sequence_parallel  # each rank of a team keeps its heads
     decoding = dtype if machine.vae_dtype == "auto" else getattr(torch, machine.vae_dtype)
     weights = _file_sizes(setup)[1]  # the published ones are in fp32
     if machine.vae_device not in ("auto", machine.device):
@@ -179,7 +186,7 @@ def _making(setup: Setup, dtype: torch.dtype) -> dict[str, int]:
     return {
         "transformer": memory_estimate(sizes, dtype, in_float8=machine.linear_dtype == "float8"),
         "prompt": text,
-        "cache": cache.num_bytes,
+        "cache": cache,
         "VAE": round(weights * (ENCODER + (1 - ENCODER) * decoding.itemsize / 4)),
         "its state": pixels * STATE_VALUES,
         "activations": max(_forward(setup, rows) * dtype.itemsize, pixels * while_decoding),

@@ -127,9 +127,18 @@ class Session:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the cache and the branch points."""
-        cache = self._stream.rollout.cache.num_bytes if self._is_open else 0
-        return cache + sum(point.num_bytes for point in self.branch_points)
+        """Memory of the stream and, on the CPU, of the branch points."""
+        return self.stream_bytes + sum(point.num_bytes for point in self.branch_points)
+
+    @property
+    def stream_bytes(self) -> int:
+        """Memory of the stream alone, on the device of the model."""
+        return self._stream.num_bytes if self._is_open else 0
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether another step may succeed after one that failed."""
+        return self._is_open and self._stream.can_go_on
 
     # --- course ---------------------------------------------------------------------------------
 

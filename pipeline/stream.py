@@ -341,6 +341,20 @@ class Stream:
             text, prompt=prompt, policy=policy, blend_blocks=blend_blocks, row=row, seed=seed
         )
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether it can make another block: a decoder that cannot go back ends with an error."""
+        return self._latents is not None and self._decoder.is_open
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its cache, its prompt as the network sees it, and its decoder's state."""
+        if self._latents is None:
+            return 0
+        rollout = self._latents.rollout
+        text = (*rollout.text.keys, *rollout.text.values)
+        return rollout.cache.num_bytes + sum(x.nbytes for x in text) + self._decoder.num_bytes
+
     def _embeddings(self, text: Any) -> Tensor:
         return inputs.embeddings(text, self.rollout.dit.config, "text")
 

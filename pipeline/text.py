@@ -21,6 +21,16 @@ REMEMBERED_BYTES = 2 * 2**30  # of embeddings kept
 WORKING_BYTES = 2**29  # beside the weights of an encoder that encodes
 
 
+def encoder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the text encoder computes in beside a generator of this dtype: float16 is too narrow."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def encoder_bytes(file: int, dtype: torch.dtype) -> int:
+    """Memory of the weights of an encoder in this dtype whose file, in bfloat16, has so many."""
+    return file * dtype.itemsize // 2
+
+
 class TextSource:
     """Embeddings of prompts, on the device of whoever asks; the newest ones are remembered.
 
@@ -132,7 +142,8 @@ class TextSource:
     def _chosen_place(self) -> torch.device:
         if self._device.type != "cuda" or self.room is None:
             return self._device
-        needed = file_bytes(self._setup.require_folder().text_encoder) + WORKING_BYTES
+        file = file_bytes(self._setup.require_folder().text_encoder)
+        needed = encoder_bytes(file, self._dtype) + WORKING_BYTES
         if needed + self.room <= free_bytes(self._device):
             return self._device
         logger.info("the text encoder is on the CPU: the GPU has no room for it")

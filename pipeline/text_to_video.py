@@ -22,7 +22,7 @@ from pipeline.schedule import BlockLayout
 from pipeline.setup import Setup
 from pipeline.stream import NOT_FINITE, Beginning, LatentStream, PrefixFrames, Stream
 from pipeline.teamwork import Teamwork, check_team
-from pipeline.text import TextSource
+from pipeline.text import TextSource, encoder_dtype
 from utils.config import Config, check_config, config_of, fingerprint, load_config
 from utils.devices import (
     choose_decoding_dtype,
@@ -198,7 +198,8 @@ def prepared_vae(vae: WanVAE, setup: Setup, dtype: torch.dtype) -> WanVAE:
     vae.decode_in(choose_decoding_dtype(setup.machine.vae_dtype, dtype, vae.device))
     vae.frugal = setup.machine.vae_frugal
     if setup.machine.compile and vae.device.type == "cuda":
-        frames = 1 if setup.machine.vae_frugal else setup.layout.block_frames
+        together = vae.latents_at_once(*setup.shape.latent[-2:])
+        frames = 1 if setup.machine.vae_frugal else min(setup.layout.block_frames, together)
         vae.compile_decoder(frames)
         decoder = vae.streaming_decoder()  # its graph is there before the first stream
         for _ in range(2):
@@ -211,7 +212,7 @@ def text_source(setup: Setup, device: torch.device, dtype: torch.dtype, room: in
     return TextSource(
         setup,
         text_len=setup.sizes.text_len,
-        dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        dtype=encoder_dtype(dtype),
         device=device,
         room=room,
     )

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     if args.blocks < 1 or args.prompts < 1:
         raise UserError("--blocks and --prompts must be at least 1")
     check_outputs(args.json)
-    from utils.config import load_config
+    from utils.config import load_config, looked_up
     from utils.prompts import read_prompts
 
     given = [f"device={args.device}"] if args.device else []
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         Setup.of(config),
         args.checkpoint_path,
         use_ema=args.use_ema,
-        prompts=read_prompts(args.data_path)[: args.prompts],
+        prompts=read_prompts(looked_up(args.data_path))[: args.prompts],
         blocks=args.blocks,
         seed=args.seed,
         limits=Limits(args.most_error, args.least_decibels),

@@ -111,7 +111,7 @@ class Step:
 
     `asked`: changes that were taken, by the ids of their requests. `refused`: ids and the sentence
     why. `applied`: changes that took effect with the block, and what is told of each. `error`: the
-    exception that the step ended in, if it did.
+    exception that the step ended in, if it did. `can_go_on`: whether another step may succeed.
     """
 
     block: Block | None
@@ -123,6 +123,7 @@ class Step:
     frames_made: int
     num_bytes: int
     error: Exception | None
+    can_go_on: bool
 
 
 def take_step(session: Session, requests: Sequence[Request]) -> Step:
@@ -161,6 +162,7 @@ def take_step(session: Session, requests: Sequence[Request]) -> Step:
         frames_made=session.frames_made,
         num_bytes=session.num_bytes,
         error=failed,
+        can_go_on=failed is None or session.can_go_on,
     )
 
 

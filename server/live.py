@@ -28,6 +28,7 @@ Reason = Literal[
     "disk_full",
     "recording_failed",
     "out_of_memory",
+    "step_failed",
     "idle",
     "room",
     "shutdown",
@@ -232,9 +233,10 @@ class LiveSession:
         return self.frames_made / self.fps
 
     @property
-    def out_of_memory(self) -> bool:
-        """Whether a step has ended it so: what it holds is to be freed at once."""
-        return self._stop_reason == "out_of_memory"
+    def broken(self) -> Reason | None:
+        """Why a step has ended it, if one has: what it holds is to be freed at once."""
+        reason = self._stop_reason
+        return reason if reason in ("out_of_memory", "step_failed") else None
 
     @property
     def stopped(self) -> bool:
@@ -287,7 +289,7 @@ class LiveSession:
                 self.tell({"type": "session.prompt_update.superseded", "id": id})
         self._asked = [asked for asked in self._asked if asked[1].status != "superseded"]
         if step.error is not None:
-            self._fail(step.error)
+            self._fail(step.error, can_go_on=step.can_go_on)
         elif step.block is None:
             self.stop("ended")
         else:
@@ -298,12 +300,17 @@ class LiveSession:
             self.steps.put_nowait(step)
         self._settle()
 
-    def _fail(self, error: Exception) -> None:
-        """A step failed: wait until the client says to go on. Without memory nothing can go on."""
+    def _fail(self, error: Exception, *, can_go_on: bool = True) -> None:
+        """A step failed: wait until the client says to go on, if the session can.
+
+        Without memory none can.
+        """
         logger.error("session %s: a step failed", self.name, exc_info=error)
         self.tell(ProtocolError("step_failed", self.words(error)).reply())
         if is_out_of_memory(error):
             self.stop("out_of_memory")
+        elif not can_go_on:
+            self.stop("step_failed")
         elif self.state == "playing" and self._stop_reason is None:
             self.pause()
 

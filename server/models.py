@@ -16,11 +16,11 @@ from pipeline.memory import fitted, memory_in_words
 from pipeline.random_weights import random_pipeline, read_preset
 from pipeline.setup import Setup
 from pipeline.teamwork import Teamwork
-from pipeline.text import TextSource
+from pipeline.text import TextSource, encoder_bytes, encoder_dtype
 from pipeline.text_to_video import load_generator
 from server.engine import PipelineEngine
 from utils.config import Config
-from utils.devices import choose_device, free_bytes
+from utils.devices import choose_device, choose_dtype, free_bytes
 from utils.errors import UserError
 from wan.checkpoints import networks_in
 from wan.dit import DiTConfig
@@ -50,7 +50,9 @@ def open_model(
     device = choose_device(config.device)
     if config.text_encoder_device == "auto" and device.type == "cuda":
         folder = ModelFolder.find(config.model_root, config.generator_name)
-        if file_bytes(folder.text_encoder) > TEXT_SHARE * free_bytes(device):
+        dtype = encoder_dtype(choose_dtype(config.dtype, device))
+        needed = encoder_bytes(file_bytes(folder.text_encoder), dtype)
+        if needed > TEXT_SHARE * free_bytes(device):
             logger.info("the text encoder stays on the CPU; text_encoder_device=cuda moves it")
             config = replace(config, text_encoder_device="cpu")
     setup, use_ema = fitted(Setup.of(config)), use_ema and checkpoint is not None
@@ -92,14 +94,18 @@ def warm_up(engine: PipelineEngine) -> int:
         session = engine.start(WARM_UP_PROMPT, 0, None, engine.encode(WARM_UP_PROMPT))
         try:
             session.step()
-            return session.num_bytes
+            return session.stream_bytes
         finally:
             session.close()
 
 
-def places(session_bytes: int, device: torch.device) -> int:
-    """How many sessions of this size the free memory holds."""
-    return max(1, min(MOST_SESSIONS, int(SHARE_OF_MEMORY * free_bytes(device) / session_bytes)))
+def places(session_bytes: int, step_bytes: int, device: torch.device) -> int:
+    """How many sessions of this size the free memory holds beside one step, since steps take turns.
+
+    On the CPU a session also keeps its branch points, which the share leaves room for.
+    """
+    room = SHARE_OF_MEMORY * free_bytes(device) - step_bytes
+    return max(1, min(MOST_SESSIONS, int(room / session_bytes)))
 
 
 def read_composer(setup: Setup) -> Mapping[str, Any] | None:

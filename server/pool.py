@@ -286,8 +286,8 @@ class SessionPool:
                 live.end_turn(await self._in(self._steps, take_step, live.session, requests))
             except Exception as error:  # of ours: what a model raises is told in the step
                 live.end_turn(error)
-            if live.out_of_memory:
-                self._spawn(self.close(live, "out_of_memory"))
+            if live.broken is not None:
+                self._spawn(self.close(live, live.broken))
 
     def _next_turn(self) -> LiveSession | None:
         """The session whose turn it is: whoever had one goes to the end of the row."""

@@ -391,6 +391,19 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not list(out.glob("*")), "nothing is left behind"
 
 
+def test_prompts_of_the_project_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"i2v": False, "num_samples": 1, "seed": 0, "extended_prompt_path": None}
+    given |= {"prompts": [], "image": None, "video": None, "with_index": False, "ema": False}
+    (first, *_) = batch.list_jobs(data_path="prompts/shapes_demo.txt", **given)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "shapes_demo.txt").write_text("mine")
+    assert first.prompt != "mine"
+    assert batch.list_jobs(data_path="prompts/shapes_demo.txt", **given)[0].prompt == "mine"
+
+
 def test_without_flags_it_says_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,12 @@ def find_file(path: str | Path, what: str) -> Path:
     raise UserError(f"{what} {path} does not exist; {how_to_get(path, ROOT)}")
 
 
+def looked_up(path: str | Path) -> Path:
+    """`path` as given, or below the project's root if it is only there."""
+    given = Path(path)
+    return given if given.exists() or not (ROOT / path).exists() else ROOT / path
+
+
 # --- layers -------------------------------------------------------------------------------------
 
 

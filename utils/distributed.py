@@ -3,6 +3,7 @@
 `Ranks` share out videos; a `Team` of ranks makes each of them together.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,13 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 ANSWER_SECONDS = 300
 """So long a rank waits for the others of its team within their common work."""
 IDLE = timedelta(days=365)  # so long for the leader's next word: nobody may be watching
+
+
+def run_name() -> str:
+    """The same for all ranks of one run, another for each run that is under way at a time."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    told = "|".join(os.environ.get(name, "") for name in names)
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)

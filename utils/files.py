@@ -18,9 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.distributed import run_name
 from utils.errors import UserError
 
 if TYPE_CHECKING:
+    from filelock import FileLock
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -311,8 +313,9 @@ def locked(
 ) -> Iterator[None]:
     """Keep other runs away from a folder (made if it is missing) or a file meanwhile.
 
-    The ranks of one run share a place: its main rank holds the lock for all. The lock ends with the
-    process. Where the file system has no locks, nobody is kept out, and a warning says so.
+    The ranks of one run share a place: its main rank holds the lock, the others one of their own
+    beside it, since they may go on when it has ended. Locks end with their processes. Where the
+    file system has none, nobody is kept out, and a warning says so.
 
     Args:
         path: the folder that is written to, or with `is_file` the file.
@@ -323,31 +326,41 @@ def locked(
     Raises:
         UserError: another run holds it, or it cannot be written.
     """
-    from filelock import FileLock, Timeout
-
-    if not is_main:
-        yield
-        return
     path = Path(path)
     folder = make_folder(path.absolute().parent if is_file else path)
-    lock_file = folder / (_fitted(f".{path.name}", LOCK) if is_file else LOCK)
-    lock = FileLock(lock_file, timeout=0)
+    mine = f".{run_name()}.{uuid.uuid4().hex[:8]}"
+    name = _fitted(f".{path.name}", LOCK + mine).removesuffix(mine) if is_file else LOCK
+    mates = f"{name}.{run_name()}."
+    own = folder / (name if is_main else name + mine)
+    refusal = UserError(f"another run is writing to {path}: wait for its end, or {otherwise}")
+    lock = _acquired(own, refusal, path)
     try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"another run is writing to {path}: wait for its end, or {otherwise}"
-        ) from error
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno in _REASONS:
-            raise cannot_write(path, error) from error
-        logger.warning("%s cannot be locked: start no other run that writes there", path)
-    try:
+        ranks = [other for other in folder.iterdir() if other.name.startswith(f"{name}.")]
+        for other in ranks if is_main else ():
+            if not other.name.startswith(mates):  # of another run, or of one that was killed
+                _acquired(other, refusal, path).release()
+                other.unlink(missing_ok=True)
         yield
     finally:
         if lock.is_locked:
-            lock_file.unlink(missing_ok=True)
+            own.unlink(missing_ok=True)
             lock.release()
         if not is_file:
             with suppress(OSError):
                 folder.rmdir()  # only if nothing was written
+
+
+def _acquired(file: Path, refusal: UserError, path: Path) -> "FileLock":
+    """The lock that this file is, held if the file system can; `refusal` if another has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise refusal from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in _REASONS:
+            raise cannot_write(path, error) from error
+        logger.warning("%s cannot be locked: start no other run that writes there", path)
+    return lock

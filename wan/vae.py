@@ -272,7 +272,7 @@ class WanVAE:
     def decode_last(self, latents: Tensor) -> Tensor:
         """The last frame of what `decode` gives, [B, 1, 3, H, W], in the memory of a few frames."""
         stream = self.streaming_decoder()
-        frames = max(1, self._pixels() // (latents.shape[-2] * latents.shape[-1]))
+        frames = self.latents_at_once(*latents.shape[-2:])
         for clip in (latents[:, :1], *latents[:, 1:].split(frames, dim=1)):
             if clip.shape[1]:
                 video = stream.decode(clip)
@@ -293,6 +293,10 @@ class WanVAE:
         pixels = self._pixels()
         with self._fast_convolutions():
             return decode_moments(self.model, mu, past, pixels_at_once=pixels, decode=self._decode)
+
+    def latents_at_once(self, height: int, width: int) -> int:
+        """How many latent frames of this size go through the decoder together."""
+        return max(1, self._pixels() // (height * width))
 
     def _pixels(self) -> int:
         """See `pixels_at_once`."""
@@ -379,6 +383,16 @@ class StreamingDecoder:
         self._vae: WanVAE | None = vae
         self.device = vae.device
         self._features: Features | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can decode."""
+        return self._vae is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the state."""
+        return sum(feature.nbytes for feature in self._features or ())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ const REASONS = {
   stopped: ", as you asked",
   disk_full: ": the server's disk is full",
   out_of_memory: ": the server has too little memory",
+  step_failed: ": it could not be gone on with",
   idle: ": nobody was watching",
   room: ": it gave way to another one",
   shutdown: ": the server was shut down",

@@ -1,6 +1,7 @@
 """Small cards: what is said before loading, what a profile sets, what becomes of full memory."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import torch
 
 import inference
 from pipeline import load_pipeline, memory
-from pipeline.memory import GIB, advice, fitted, memory_in_words, needed, with_profile
+from pipeline.memory import (
+    GIB,
+    advice,
+    fitted,
+    memory_in_words,
+    needed,
+    phases,
+    with_profile,
+)
 from pipeline.setup import Setup
 from pipeline.text import TextSource
 from tests.conftest import TinyWorld
@@ -67,6 +76,20 @@ def test_profiles_fit_their_cards(tmp_path: Path) -> None:
         sizes[name] = needed(setup, torch.bfloat16) / GIB
         assert sizes[name] <= 0.97 * int(name.removesuffix("gb")), sizes
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True), sizes
+
+
+def test_each_rank_of_a_team_keeps_its_heads(tmp_path: Path) -> None:
+    alone = published_setup(tmp_path)
+    four = replace(alone, machine=replace(alone.machine, sequence_parallel=4))
+    caches = [phases(setup, torch.bfloat16)[-1].parts["cache"] for setup in (alone, four)]
+    assert caches[0] == 4 * caches[1]
+
+
+def test_a_text_encoder_beside_float16_is_in_float32(tmp_path: Path) -> None:
+    """It was taken for half as large, and put on cards that cannot hold it."""
+    setup = published_setup(tmp_path)
+    sizes = [phases(setup, d)[0].parts["text encoder"] for d in (torch.float16, torch.float32)]
+    assert sizes == [2 * phases(setup, torch.bfloat16)[0].parts["text encoder"]] * 2
 
 
 # --- what fits ----------------------------------------------------------------------------------
@@ -132,6 +155,9 @@ def test_where_the_text_encoder_is(
     """Alone on a card it is there; beside a generator that needs the rest it is on the CPU."""
     setup = published_setup(tmp_path)
     card(monkeypatch, size)
+    if size == 16:
+        wide = TextSource(setup, text_len=512, dtype=torch.float32, device=CUDA, room=room)
+        assert wide.place() == CPU, "twice as large in float32"
     text = TextSource(setup, text_len=512, dtype=torch.bfloat16, device=CUDA, room=room)
     assert text.place() == place
     card(monkeypatch, 0.1)

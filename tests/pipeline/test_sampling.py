@@ -62,6 +62,19 @@ def test_what_was_drawn_ahead_ends_with_the_video_and_with_its_source(
     assert torch.equal(noise(1, 0), other.source(0, 1, 0)[None])
 
 
+def test_a_state_that_is_gone_back_to_draws_from_its_own_sources(
+    on_gpu: Callable[[Counted], BlockNoise],
+) -> None:
+    """What was drawn ahead was of the seed that was left."""
+    source, other = Counted(0), Counted(1)
+    noise = on_gpu(source)
+    noise.change(other, 1)
+    noise(1, 0)
+    noise.draw_ahead(None)
+    noise.restore([])
+    assert torch.equal(noise(2, 0), source.source(0, 2, 0)[None])
+
+
 def test_nothing_that_nobody_takes_is_kept(on_gpu: Callable[[Counted], BlockNoise]) -> None:
     noise = on_gpu(Counted(0))
     for block in range(0, 20, 2):

@@ -129,9 +129,28 @@ def test_the_same_networks_run_under_other_settings(
         pipe.variant(["sink=0"])
     with pytest.raises(UserError, match="under torchrun"):  # its record said two ranks
         pipe.variant(["sequence_parallel=2"])
-    for override in ("compile=true", "vae_dtype=bfloat16", "dtype=bfloat16"):  # nothing heard them
+    unheard = ["compile=true", "vae_dtype=bfloat16", "dtype=bfloat16", "negative_prompt=other"]
+    for override in (*unheard, "generator_name=Other", "text_embeddings=/nowhere"):
         with pytest.raises(UserError, match=override.split("=")[0]):
             pipe.variant([override])
+
+
+@pytest.mark.parametrize("frugal", [False, True])
+def test_a_step_that_fails_may_be_tried_again_unless_the_decoder_cannot_go_back(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch, frugal: bool
+) -> None:
+    """A frugal one kept its place for ever: each try failed, and the session went on playing."""
+    overrides = [f"vae_frugal={str(frugal).lower()}"]
+    pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", overrides)
+    session = Session.start(pipe, "a", seed=1)
+    steps(session, 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(pipe.vae, "decode_next", Mock(side_effect=RuntimeError("no")))
+        with pytest.raises(RuntimeError, match="no"):
+            session.step()
+    assert session.can_go_on is not frugal
+    if not frugal:
+        assert step(session).index == 1
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ class FakeSession:
         self.engine, self.prompt, self.seed, self.blocks = engine, prompt, seed, blocks
         self.first_prompt, self.fps = prompt, engine.fps
         self.timeline = FakeTimeline()
-        self.num_bytes = 1000
+        self.num_bytes = self.stream_bytes = 1000
+        self.can_go_on = True
         self.next = first
         self.changes: list[FakeChange] = []
         self.pending: list[FakeChange] = []

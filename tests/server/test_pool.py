@@ -358,6 +358,19 @@ async def test_full_disk_ends_a_session(tmp_path):
 
 
 @in_loop
+async def test_a_session_that_cannot_go_on_ends(tmp_path):
+    """It kept its place, and every try to go on failed."""
+    engine = FakeEngine(failures={"bad": deque([RuntimeError("no")])})
+    async with pool_of(tmp_path, engine) as pool:
+        live, client = await begin(pool, "bad")
+        engine.sessions[0].can_go_on = False
+        await settled(pool)
+        assert client.told[-1]["reason"] == "step_failed"
+        assert engine.sessions[0].closed
+        assert pool.find(live.name) is None
+
+
+@in_loop
 async def test_places(tmp_path):
     async with pool_of(tmp_path, max_sessions=2) as pool:
         first, _ = await begin(pool, address="a")

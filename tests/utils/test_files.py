@@ -220,6 +220,29 @@ def test_one_run_at_a_time_writes_to_a_place(tmp_path: Path, is_file: bool) -> N
     assert not list(tmp_path.rglob("*out*"))
 
 
+@pytest.mark.parametrize("is_file", [True, False])
+@pytest.mark.parametrize("name", ["out", "é[" * 90])
+def test_a_rank_that_goes_on_keeps_other_runs_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_file: bool, name: str
+) -> None:
+    """The main rank of a run may end first; what a killed run left keeps nobody away."""
+    if not is_file:
+        name = "out"
+    path = tmp_path / name
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with locked(path, "", is_file=is_file, is_main=False):
+        with locked(path, "", is_file=is_file):
+            pass  # the main rank of the same run
+        monkeypatch.setenv("MASTER_PORT", "29501")
+        with pytest.raises(UserError, match="another run"), locked(path, "", is_file=is_file):
+            pass
+        (beside,) = (tmp_path if is_file else path).iterdir()
+    beside.parent.mkdir(exist_ok=True)
+    beside.touch()
+    with locked(path, "", is_file=is_file):
+        assert not beside.exists()
+
+
 def _hold(path: Path) -> None:
     with locked(path, ""):
         os._exit(0)
