@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 import app
 import server.listen
+from pipeline.session import Session
 from server import models
 from server.engine import PipelineEngine
 from server.models import open_model, places, read_composer, warm_up
@@ -180,9 +181,12 @@ def test_engine_of_a_model_folder(tiny_world: TinyWorld):
     pipe = open_model(load_config(tiny_world.config, ["device=cpu"]), None, use_ema=True)
     engine = PipelineEngine(pipe)
     session_bytes = warm_up(engine)
-    stream = pipe.stream(models.WARM_UP_PROMPT, seed=0)
-    next(stream)
-    assert session_bytes == stream.num_bytes > stream.rollout.cache.num_bytes, "and what it decodes"
+    session = Session.start(pipe, models.WARM_UP_PROMPT, seed=0)
+    session.step()
+    stream = session._stream
+    cache, text = stream.rollout.cache, (*stream.rollout.text.keys, *stream.rollout.text.values)
+    decoded = session_bytes - cache.num_bytes - sum(part.nbytes for part in text)
+    assert decoded == sum(part.nbytes for part in stream._decoder.state_dict().values()) > 0
     assert pipe._text._encoder is not None
     assert (engine.size, engine.fps, engine.block_frames) == ((32, 48), 16, 12)
     assert read_composer(pipe.setup) is None
