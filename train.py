@@ -15,6 +15,7 @@ from pathlib import Path
 
 from utils.cli import INTERRUPTED, parse_command, run_main, set_up_logging
 from utils.distributed import Ranks
+from utils.errors import UserError
 from utils.files import locked
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ def main(argv: Sequence[str]) -> int:
     from utils.config import load_config
 
     config = load_config(args.config_path, args.overrides)
+    for flag in () if args.dry_run else ("world_size", "tflops", "gpu_gb"):
+        if vars(args)[flag] is not None:
+            raise UserError(f"--{flag} is of --dry_run; add that flag, or drop --{flag}")
     from trainer.metrics import WandbSettings
     from trainer.sharding import open_world
     from trainer.trainer import Trainer

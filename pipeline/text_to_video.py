@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -396,8 +396,12 @@ class VideoPipeline:
         seed: int | None = None,
         prefix: Prefix | None = None,
         negative_embeddings: Tensor | None = None,
+        look: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Clean latents `[B, F, C, h, w]`, float32, of text embeddings `[B, L, text_dim]`.
+
+        `look` is called behind each block; what it raises ends the work. UserError for latents that
+        are not finite, when all of them are made.
 
         `noise`: a NoiseSource (every row is sample 0), or `(initial [B, F, C, h, w], renoise
         [blocks, T-1, B, f, C, h, w])`; None draws it from `seed` (default: the config's).
@@ -410,7 +414,11 @@ class VideoPipeline:
             prefix=prefix,
             negative_embeddings=negative_embeddings,
         )
-        latents = torch.cat([latents for _, latents in stream], dim=1)
+        made = []
+        for _, block in stream:
+            made.append(block)
+            look()
+        latents = torch.cat(made, dim=1)
         if not latents.is_meta and not latents.isfinite().all():  # meta tensors have no values
             raise UserError(f"the model made latents that are not numbers {NOT_FINITE}")
         return latents

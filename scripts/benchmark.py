@@ -134,6 +134,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--file {args.file} must be the name of an .mp4 file")
     if args.compare and (args.file or len(args.compare) < 2):
         raise UserError("--compare needs two variants or more, and writes no --file")
+    if args.compare and args.quality:
+        raise UserError("--compare measures speed alone; scripts/quality.py compares frames")
     check_picture("--plot", args.plot)
     if args.plot is not None:
         require_matplotlib()

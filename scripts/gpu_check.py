@@ -1,7 +1,8 @@
 """Ten minutes on a GPU machine: ceilings, tests, speed, kernels, training, a long run.
 
     python scripts/gpu_check.py --out runs/gpu
-    python scripts/gpu_check.py --out runs/cpu --device cpu --model tiny.json height=32 width=48
+    python scripts/gpu_check.py --out runs/cpu --device cpu \\
+        --model configs/models/tiny.json height=32 width=48
 
 Weights are random, no file and no network is needed. Every stage is a process of its own with a
 limit of its own, so that none takes the time of the next. Results are in OUT/gpu_check.json as soon

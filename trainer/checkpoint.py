@@ -76,6 +76,11 @@ class CheckpointStore:
         self._writing: Future[Any] | None = None
         self._partial = self.folder  # of the state being written
 
+    def remove_unfinished(self) -> None:
+        """Remove what killed runs left of states; on the main rank, before anything is written."""
+        for part in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(part, ignore_errors=True)
+
     def states(self) -> list[Path]:
         """The whole states, newest first, as the main rank sees them."""
         found = [list(reversed(whole_states(self.folder))) if self.is_main else []]

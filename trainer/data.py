@@ -48,6 +48,11 @@ class BatchSplit:
         start, rows = _part(count, rank, self.ranks)
         return tuple(range(first + start, first + start + rows))
 
+    def indices_or_one(self, micro: int, rank: int) -> tuple[int, ...]:
+        """The same; where there are none, one of its own behind the global batch, of no weight."""
+        own = self.indices(micro, rank)
+        return own or (self.videos + micro * self.ranks + rank,)
+
     def weight(self, rows: int) -> float:
         """Of the mean over so many rows, such that means over the ranks are means over videos."""
         return rows * self.ranks / self.videos
@@ -178,8 +183,8 @@ class Batches:
 
     def _share(self, micro: int, draws: Draws, passed_over: int) -> _Share:
         split = self.batch_split
+        indices = split.indices_or_one(micro, self.rank)
         share = split.indices(micro, self.rank)
-        indices = share or (self.rank,)
         first = self.position + passed_over * split.videos
         rows = tuple(self.order.index(first + index) for index in indices)
         return _Share(rows, draws.for_indices(indices), split.weight(len(share)))

@@ -565,10 +565,9 @@ def _sum_over_ranks(values: Tensor) -> Tensor:
     """`values` of the CPU, summed over all ranks, on the CPU."""
     if _world() == 1:
         return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = values.to(device)
+    total = values.clone()
     dist.all_reduce(total)
-    return total.cpu()
+    return total
 
 
 def _as_gif(path: Path) -> tuple[bytes, int, int]:

@@ -312,6 +312,8 @@ def build_trained_vae(config: Config, setup: Setup, world: World) -> Autoencoder
     module = Autoencoder(vae.to(world.device).model.requires_grad_(True).train())
     low = compute_dtype(config, world.device)
     if world.size > 1 or low is not None:
+        for weight in module.parameters():  # FSDP takes none whose channels lie together
+            weight.data = weight.data.contiguous()
         mesh = make_mesh(strategy_of(config, "generator"), world, config.hybrid_shard_size)
         shard_module(module, [], mesh, low)
     return module

@@ -28,7 +28,7 @@ def read_prompts_of(
         raise UserError("extended prompts go with one prompt file: give one --data_path")
     prompts: list[str] = []
     for path in paths:
-        # Captions alone are read: any length and size of clip will do.
+        # Captions are wanted alone: any length and size of clip will do.
         data = open_dataset(path, num_frames=1, height=16, width=16, extended_path=extended_path)
         left = None if count is None else count - len(prompts)
         prompts += [data.prompt(index) for index in range(first_items(data, left))]

@@ -6,13 +6,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.text_to_video import VideoPipeline
 from trainer.sharding import World, agreed
 from utils.errors import UserError
 from utils.files import written
 from utils.prompts import safe_stem
-from utils.video import VideoWriter
+from utils.video import VideoWriter, to_uint8
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class SampleVideos:
         world: World,
         look: Callable[[], None],
     ) -> None:
-        """`frames`: latent frames of a video. What `look`, before each block, raises ends it."""
+        """`frames`: latent frames of a video. What `look`, behind each block, raises ends it."""
         self.pipe = pipe
         self.folder = logdir / "samples"
         self.prompts = prompts
@@ -71,29 +72,29 @@ class SampleVideos:
     def _made(self, first: int) -> tuple[int, bytes]:
         """The number of this rank's prompt among those from `first` on, and its video file.
 
-        Nothing, if there is no prompt left for it, or its file fails: the other ranks need its
-        share of every pass all the same.
+        Nothing, if there is no prompt left for it, its latents are not finite, or its file fails:
+        the other ranks need its share of every pass all the same, so all of them come first.
         """
         number = first + self.world.ranks.rank
-        wanted, video = number < len(self.prompts), b""
-        prompt = self.prompts[number % len(self.prompts)]
-        with (
-            TemporaryDirectory() as folder,
-            self.pipe.stream(prompt, num_latent_frames=self.frames) as stream,
-        ):
+        text = self.pipe.encode_prompts([self.prompts[number % len(self.prompts)]])
+        try:
+            latents = self.pipe.generate_latents(text, self.frames, look=self.look)
+            return number, self._file(latents) if number < len(self.prompts) else b""
+        except UserError as error:
+            logger.warning("no sample video: %s", error)
+            return number, b""
+
+    def _file(self, latents: Tensor) -> bytes:
+        """The video file of latents `[1, F, C, h, w]`, decoded block by block, as a stream does."""
+        layout, decoder = self.pipe.layout, self.pipe.vae.streaming_decoder()
+        with TemporaryDirectory() as folder:
             path = Path(folder) / "sample.mp4"
-            try:
-                with VideoWriter(path, self.pipe.setup.fps) as writer:
-                    for block in stream:
-                        self.look()
-                        if wanted:
-                            writer.write(block)
-                video = path.read_bytes() if wanted else b""
-            except UserError as error:
-                logger.warning("no sample video: %s", error)
-            for _ in stream:  # what is left of it after a failure
-                self.look()
-        return number, video
+            with VideoWriter(path, self.pipe.setup.fps) as writer:
+                for block in range(layout.blocks_for(latents.shape[1])):
+                    part = latents[:, layout.start(block) : layout.start(block + 1)]
+                    (frames,) = to_uint8(decoder.decode(part)).cpu()
+                    writer.write(frames)
+            return path.read_bytes()
 
     def _gathered(self, made: tuple[int, bytes]) -> dict[int, bytes]:
         """The videos of all ranks, on the main rank."""

@@ -414,6 +414,7 @@ class Trainer:
                 check_file(self.logdir / METRICS_FILE)
                 check_folder(self.store.folder)
                 remove_leftovers(self.logdir)
+                self.store.remove_unfinished()
         if self.saves or self.visualises:
             check_shared(self.logdir, self.world)
         for path in self.store.states():

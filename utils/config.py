@@ -372,12 +372,20 @@ def check_training(config: Config) -> None:
         raise UserError(
             "linear_dtype and kv_cache_dtype are for inference: a training needs auto for both"
         )
+    if config.lr_schedule == "cosine" and config.max_steps is None:
+        raise UserError("lr_schedule=cosine falls to zero at max_steps: set it, or use constant")
+    if config.generator_ckpt and (config.random_init or config.trainer == "vae"):
+        other = "random_init" if config.random_init else "trainer: vae"
+        raise UserError(f"generator_ckpt is not read with {other}: leave one of them out")
+    if config.trainer == "vae" and config.lora is not None:
+        raise UserError("lora is of transformers: a VAE has no adapters")
     if config.trainer != "score_distillation":
         return
     if config.step_rule == "ode":
         raise UserError(
             "score_distillation trains on rollouts that renoise: set step_rule=renoise or null"
         )
+    _check_window(config, rolls=bool(config.rolling_probability))
     scored, block = config.image_or_video_shape[1], config.num_frame_per_block
     first = 1 if config.independent_first_frame else 0
     shortest = first + -(-(scored - first) // block) * block
@@ -499,11 +507,14 @@ def _rules(config: Config) -> list[tuple[bool, str]]:
     ]
 
 
-def _check_window(config: Config) -> None:
-    """Frames in one attention must hold the pass itself and the pinned frames."""
+def _check_window(config: Config, *, rolls: bool = False) -> None:
+    """Frames in one attention must hold the pass itself and the pinned frames.
+
+    `rolls`: windows are rolled over whatever the schedule.
+    """
     if config.schedule == "full":
         return
-    blocks = config.num_levels if config.schedule == "rolling" else 1
+    blocks = config.num_levels if rolls or config.schedule == "rolling" else 1
     own = blocks * config.num_frame_per_block
     needed = own + config.model_kwargs.sink_size
     if config.attention_frames < needed:

@@ -34,7 +34,7 @@ from utils.errors import UserError
 from utils.files import is_temporary, whole_files, write_tensors
 from utils.noise import philox
 from utils.packages import offered, split_name
-from utils.prompts import read_caption, read_extended_prompts, read_prompts
+from utils.prompts import PROMPT_SUFFIXES, read_caption, read_extended_prompts, read_prompts
 from utils.video import VIDEO_SUFFIXES, probe_video, read_video
 
 logger = logging.getLogger(__name__)
@@ -76,10 +76,11 @@ def open_dataset(
 ) -> Dataset:
     """The data set at a path: what it is follows from what is there.
 
-    A .txt file holds prompts, a folder of .safetensors latents or ODE pairs (its shards say which),
-    a folder of videos captioned ones; `package:split`, such as `shapes:train`, is what that package
-    offers (see utils/packages.py). Videos give clips of `num_frames` x `height` x `width`, at `fps`
-    frames per second (None: the files' own frames); `extended_path` is for prompts.
+    A file of prompts in one of their forms (`PROMPT_SUFFIXES`), a folder of .safetensors latents or
+    ODE pairs (its shards say which), a folder of videos with captions; `package:split`, such as
+    `shapes:train`, is what that package offers (see utils/packages.py). Videos give clips of
+    `num_frames` x `height` x `width`, at `fps` frames per second (None: the files' own frames);
+    `extended_path` is for prompts.
 
     Raises:
         UserError: there is nothing of the kind, or it is not whole.
@@ -92,7 +93,7 @@ def open_dataset(
         size = {"num_frames": num_frames, "height": height, "width": width}
         return offered(package, "open_dataset")(split, **size)
     place = next((p for p in (Path(path), ROOT / path) if p.exists()), Path(path))
-    if place.suffix.lower() == ".txt" and not place.is_dir():
+    if place.suffix.lower() in PROMPT_SUFFIXES and not place.is_dir():
         return PromptDataset(place, extended_path)
     if extended_path is not None:
         raise UserError(f"Extended prompts go with a prompt file, and {path} is none.")
@@ -102,9 +103,10 @@ def open_dataset(
         return kind(place)
     if _videos(place):
         return VideoDataset(place, num_frames, height, width, fps)
+    forms = ", ".join(PROMPT_SUFFIXES)
     raise UserError(
-        f"{path} {'holds no data' if place.exists() else 'does not exist'}: give a .txt file of "
-        "prompts, a folder of .safetensors shards, a folder of videos with .txt captions, or "
+        f"{path} {'holds no data' if place.exists() else 'does not exist'}: give a file of prompts "
+        f"({forms}), a folder of .safetensors shards, a folder of videos with .txt captions, or "
         "package:split, as in shapes:train."
     )
 

@@ -25,6 +25,7 @@ RESERVED_STEMS = frozenset(  # names of devices on Windows
 PROMPT_COLUMNS = frozenset({"prompt", "caption", "text", "prompt_en"})  # the last is VBench's
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
+PROMPT_SUFFIXES = (".txt", ".json", *JSON_LINES, *DELIMITERS)
 OTHER_SUFFIXES = frozenset(
     {
         *(".yaml", ".yml", ".toml", ".ini", ".json5", ".jsonc", ".xml", ".html", ".htm", ".ipynb"),

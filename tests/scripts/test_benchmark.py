@@ -133,6 +133,7 @@ def test_bad_input_is_one_sentence(tmp_path, files, capsys):
         ([*files, "--compare", "compile=true"], "two variants"),
         ([*files, "--compare", "", "comple=true"], "did you mean 'compile'?"),
         ([*files, "--compare", "", "fast"], "key=value"),
+        ([*files, "--compare", "", "compile=true", "--quality"], "speed alone"),
         ([*files, "schedule=full"], "cannot stream"),
         ([*files, "sequence_parallel=2"], "under torchrun"),  # was measured on one rank, unsaid
         ([*files, "vae_device=cuda:99"], "cuda:99"),  # was measured beside the generator, unsaid

@@ -317,6 +317,8 @@ def test_killed_between_data_and_metadata_of_a_state(
     assert caught
     assert not (partial / ".metadata").exists()
     assert [path.name for path in states(tmp_path / "run")] == ["step_000002"]
+    other = partial.with_name("step_000003.partial")  # of a step that is not saved again
+    shutil.copytree(partial, other)
 
     process = start(["train.py", *command])
     code, said = finish(process)
@@ -325,3 +327,4 @@ def test_killed_between_data_and_metadata_of_a_state(
     assert_same_state(final_state(tmp_path / "run"), final_state(tmp_path / "once"))
     assert course(tmp_path / "run") == course(tmp_path / "once")
     assert not partial.exists(), "the new state of that step took its place"
+    assert not other.exists()

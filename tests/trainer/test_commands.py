@@ -92,6 +92,15 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 # --- training -----------------------------------------------------------------------------------
 
 
+def test_flags_of_a_dry_run_are_refused_without_it(
+    training_world: TrainingWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They did nothing, and the training began."""
+    config = training_world.write(tmp_path / "experiment.yaml")
+    assert run_main(entry.main, [*flags(config, tmp_path / "run"), "--gpu_gb", "80"]) == 2
+    assert "--gpu_gb is of --dry_run" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dashes", [["--"], pytest.param([], marks=pytest.mark.long)])
 def test_plain_python_with_and_without_the_lone_dashes(
@@ -202,14 +211,14 @@ def test_a_dry_run_needs_no_data_yet(
     assert "not here yet: none.pt" in said
     assert "not here yet: prompts/none.txt" in said
     assert "at most" in said
-    vae = training_world.write(
-        tmp_path / "v.yaml", **training_world.vae(), generator_ckpt="none.pt"
-    )
-    assert run_main(entry.main, [*flags(vae, tmp_path / "run"), "--dry_run"]) == 0
+    vae = training_world.write(tmp_path / "v.yaml", **training_world.vae())
+    command = [*flags(vae, tmp_path / "run"), "--dry_run"]
+    assert run_main(entry.main, command) == 0
     said = capsys.readouterr().out
     assert "data: items without end in endless:train" in said
     assert "holds no transformer" in said
-    assert "not here yet: none.pt" in said
+    assert run_main(entry.main, [*command, "generator_ckpt=none.pt"]) == 2
+    assert "generator_ckpt is not read" in capsys.readouterr().err
 
 
 @pytest.mark.slow

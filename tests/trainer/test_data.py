@@ -93,6 +93,7 @@ def test_fewer_videos_than_the_recipe_are_said(
         (16, 2, 3, 3, "2 or 3"),
         (5, 5, 4, 1, "1"),
         (7, 2, 1, 4, "0 or 1"),
+        (4, 3, 1, 2, "0 or 1"),
     ],
 )
 def test_any_number_of_ranks_shares_an_update(
@@ -118,6 +119,8 @@ def test_any_number_of_ranks_shares_an_update(
             dealt.update(rows)
             for row in rows:  # of the mean over the rows, then of that over the ranks
                 weights[row] += split.weight(len(rows)) / len(rows) / ranks
+    own = [split.indices_or_one(m, rank) for m in range(micro_batches) for rank in range(ranks)]
+    assert len({*own}) == len(own), "ranks would take one micro-batch's rollouts for another's"
     assert dealt == dict.fromkeys(range(videos), 1)
     assert list(weights.values()) == pytest.approx([1 / videos] * videos)
     even = videos % (micro_batches * ranks) == 0

@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 import wan.folders
+from pipeline.setup import Setup
 from tests.tiny_training import TrainingWorld, train
-from trainer.networks import compute_dtype
+from trainer.networks import build_trained_vae, compute_dtype
+from trainer.sharding import open_world
+from wan.vae import WanVAE
+from wan.vae_layers import put_channels_together
 
 CPU = torch.device("cpu")
 
@@ -56,3 +61,15 @@ def test_a_training_reads_each_model_folder_once(
     )
     train(training_world.config(tmp_path, max_steps=1), tmp_path / "run", save=False)
     assert sorted(read) == ["Critic", "Student", "Teacher"]
+
+
+@pytest.mark.slow
+def test_a_vae_whose_channels_lie_together_can_be_sharded(
+    training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where no VAE could be trained by two ranks, or in 16 bits."""
+    monkeypatch.setattr(WanVAE, "_lay_out", lambda vae: put_channels_together(vae.model))
+    config = training_world.config(tmp_path, **training_world.vae(), mixed_precision=True)
+    with open_world("cpu") as world:
+        module = build_trained_vae(config, Setup.of(config), world)
+    assert any(isinstance(weight, DTensor) for weight in module.parameters())

@@ -59,6 +59,9 @@ def test_prompts_and_their_longer_wordings(prompt_file: Path, tmp_path: Path) ->
     assert [short[i] for i in range(len(short))] == [{"prompt": p} for p in ("one", "two", "three")]
     assert long[1] == {"prompt": "two balls"}
     assert long.prompt(2) == "three balls"
+    table = tmp_path / "prompts.csv"
+    table.write_text("prompt,id\none,1\ntwo,2\n", encoding="utf-8")
+    assert [item["prompt"] for item in open_dataset(table, **CLIP)] == ["one", "two"]
 
 
 def test_latents_come_back_by_index_over_shards_of_unequal_size(tmp_path: Path) -> None:

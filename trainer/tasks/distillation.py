@@ -193,9 +193,7 @@ class Distillation(GeneratorTask):
     def _rollout_flops(self, draws: Draws, *, grad: bool) -> int:
         """Operations of a video's rollout, with its backward passes if `grad`; of this rank."""
         split, rank = self.batch_split, self.world.ranks.rank
-        own = (
-            draws.for_indices(split.indices(m, rank) or (rank,)) for m in range(split.accumulation)
-        )
+        own = (draws.for_indices(split.indices_or_one(m, rank)) for m in range(split.accumulation))
         batches = [self._drawn(each) for each in own]
         for drawn in {*batches} - {drawn for drawn, of in self.counted if of == grad}:
             self.counted[drawn, grad] = rollout_flops(
