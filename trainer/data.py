@@ -125,10 +125,14 @@ def split_batches(config: Config, ranks: int) -> BatchSplit:
 
 @dataclass(frozen=True)
 class _Share:
-    """What a rank has of a micro-batch: items by their index in the data, draws, weight."""
+    """What a rank has of a micro-batch: items by their index in the data, draws, weight.
+
+    `cuts`: draws by the place in the data, for what is the same whenever a batch is read again.
+    """
 
     items: tuple[int, ...]
     draws: Draws
+    cuts: Draws
     weight: float
 
 
@@ -187,11 +191,12 @@ class Batches:
         share = split.indices(micro, self.rank)
         first = self.position + passed_over * split.videos
         rows = tuple(self.order.index(first + index) for index in indices)
-        return _Share(rows, draws.for_indices(indices), split.weight(len(share)))
+        own, cuts = draws.for_indices(indices), Draws(draws.seed, first, indices)
+        return _Share(rows, own, cuts, split.weight(len(share)))
 
     def _read(self, share: _Share) -> dict[str, Any]:
         if isinstance(self.dataset, VideoDataset):
-            starts = share.draws.uniform(Purpose.CLIP_START).tolist()
+            starts = share.cuts.uniform(Purpose.CLIP_START).tolist()
             clips = zip(share.items, starts, strict=True)
             return collate([self.dataset.clip(*clip) for clip in clips])
         items = [self.dataset[number] for number in share.items]

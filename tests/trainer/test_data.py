@@ -9,8 +9,9 @@ import pytest
 
 from pipeline.setup import Setup
 from tests.tiny_training import FRAMES, LATENT, PROMPTS, TrainingWorld
-from trainer.data import Batches, open_training_data, split_batches
+from trainer.data import Batches, BatchSplit, open_training_data, split_batches
 from trainer.tasks import find_task
+from utils.datasets import Item, VideoDataset
 from utils.draws import Draws
 from utils.errors import UserError
 
@@ -232,3 +233,25 @@ def test_data_are_checked_before_anything_is_built(
     else:
         with pytest.raises(UserError, match=said):
             find_task(config.trainer).check_data(config, setup, data)
+
+
+class Cuts(VideoDataset):
+    """Of each clip where it is cut."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return 6
+
+    def clip(self, index: int, start: float) -> Item:
+        return {"prompt": f"{index} from {start}"}
+
+
+def test_a_batch_that_is_read_again_is_cut_alike() -> None:
+    """A run that went on between two uses of a rollout had other cuts of the same videos."""
+    batches = Batches(Cuts(), BatchSplit(2, 2, 1, 1), rank=0, seed=0)
+    first, again = (batches.micro_batch(0, Draws(0, update, ()))[0] for update in (4, 8))
+    assert first == again
+    batches.advance(passed_over=2)
+    assert batches.micro_batch(0, Draws(0, 9, ()))[0] != first
