@@ -64,7 +64,13 @@ def headers(args: argparse.Namespace) -> dict[str, str]:
 def main(argv: Sequence[str]) -> int:
     """Watch, then fetch the whole file."""
     args = build_parser().parse_args(argv)
-    file = f"http://{args.address}/v1/sessions/{asyncio.run(watch(args))}/video.mp4"
+    from websockets.exceptions import InvalidStatus
+
+    try:
+        name = asyncio.run(watch(args))
+    except (InvalidStatus, OSError) as error:
+        raise UserError(f"no session at {args.address}: {error}") from error
+    file = f"http://{args.address}/v1/sessions/{name}/video.mp4"
     request = urllib.request.Request(file, headers=headers(args))
     with urllib.request.urlopen(request) as answer, written(args.output) as part:
         part.write_bytes(answer.read())
