@@ -18,6 +18,7 @@ ASKED_OF_THE_DRIVER = (
     "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 )
 ATTENTION = re.compile(r"attention|attn|fmha|flash|sdpa", re.IGNORECASE)
+DISPATCHER = "aten::scaled_dot_product_attention"  # which chooses among kernels, and is none
 PROFILED_KERNELS = 25
 
 
@@ -94,7 +95,9 @@ def kernels(stream: Stream, device: torch.device) -> dict[str, Any]:
     ran = [row for row in rows if not on_gpu or row.device_type == DeviceType.CUDA]
     return {
         "attention": [
-            row.key for row in ran if ATTENTION.search(row.key) and getattr(row, time_of) > 0
+            row.key
+            for row in ran
+            if ATTENTION.search(row.key) and row.key != DISPATCHER and getattr(row, time_of) > 0
         ][:4],
         "milliseconds": {row.key: getattr(row, time_of) / 1000 for row in rows[:PROFILED_KERNELS]},
         "calls": sum(row.count for row in rows),
