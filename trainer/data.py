@@ -209,7 +209,10 @@ class Batches:
         return collate(items)
 
     def advance(self, passed_over: int = 0) -> None:
-        """The update is done: go on to the next global batch."""
+        """The update is done: go on to the next global batch.
+
+        `passed_over`: global batches before that gave no update; -1: stay at this one.
+        """
         self.position += (1 + passed_over) * self.batch_split.videos
 
 

@@ -90,8 +90,8 @@ class Updates:
             attempt = self.broken.get(number, 0)
             measured, found = self._try(player, step, number, attempt)
             if found is None:
-                if not self.task.keeps_batch(player.name, step):
-                    self.batches[player.name].advance(attempt)
+                keeps = self.task.keeps_batch(player.name, step)
+                self.batches[player.name].advance(attempt - 1 if keeps else attempt)
                 return measured
             failed += 1
             self._pass_over(found, failed)
@@ -171,7 +171,7 @@ class Updates:
             following += 1
         if task.config.max_steps is not None and following >= task.config.max_steps:
             return
-        done = 0 if task.keeps_batch(player.name, step) else 1 + attempt
+        done = attempt if task.keeps_batch(player.name, step) else 1 + attempt
         number += (following - step) * len(task.players)
         attempt = self.broken.get(number, 0)
         batches.read_ahead(0, self._draws(number, attempt), done + attempt)

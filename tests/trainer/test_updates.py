@@ -27,9 +27,16 @@ CRITIC = 3  # the number of its update in the second step
 
 
 def trained(
-    config: Config, run: Path, broken: tuple[int, ...] = (), *, update: int = CRITIC
+    config: Config,
+    run: Path,
+    broken: tuple[int, ...] = (),
+    *,
+    update: int = CRITIC,
+    watched: tuple[int, ...] = (),
 ) -> tuple[Trainer, list[tuple[int, list[str]]]]:
-    """A training whose tries of an update with these numbers are NaN; the tries of it."""
+    """A training whose tries of an update with these numbers are NaN; the tries of it, or of those
+    that are watched.
+    """
     tries: list[tuple[int, list[str]]] = []
     with open_world("cpu") as world:
         trainer = Trainer(config, world, run, visualise=False)
@@ -38,10 +45,9 @@ def trained(
         def poisoned(player: str, batch: dict[str, Any], draws: Draws) -> Any:
             result = loss(player, batch, draws)
             attempt, number = divmod(draws.update, ATTEMPT)
-            if number != update:
-                return result
-            tries.append((attempt, batch["prompt"]))
-            scale = float("nan") if attempt in broken else 1.0
+            if number in (watched or (update,)):
+                tries.append((attempt, batch["prompt"]))
+            scale = float("nan") if number == update and attempt in broken else 1.0
             return type(result)(result.loss * scale, result.metrics)
 
         trainer.task.loss = poisoned  # type: ignore[method-assign]
@@ -75,6 +81,20 @@ def test_a_broken_update_is_drawn_anew_and_the_state_remembers_it(
     assert tries == []
     assert_same_state(final_state(tmp_path / "twice"), state)
     assert course(tmp_path / "twice") == course(tmp_path / "once")
+
+
+@pytest.mark.slow
+def test_rollouts_that_are_used_again_are_of_the_batch_that_gave_an_update(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """The next use went back to the batch, and the rollouts, that had been broken."""
+    used = {"critic_updates_per_rollout": 2, "dfake_gen_update_ratio": 2, "max_steps": 2}
+    config = training_world.config(tmp_path, **SKIP | used)
+    trainer, tries = trained(config, tmp_path / "run", broken=(0,), update=1, watched=(1, 3))
+    assert [attempt for attempt, _ in tries] == [0, 1, 0]
+    first, again, used_again = (prompts for _, prompts in tries)
+    assert first != again == used_again
+    assert trainer.batches["critic"].position == 4
 
 
 @pytest.mark.slow
