@@ -25,7 +25,7 @@ each colour."""
 
 ERRORS = {
     **{"tint": 0.036, "phase": 0.01, "direction": 0.007, "shade": 0.07, "size": 0.1},
-    **{"right": 0.05, "background_right": 0.01, "motion": 0.04, "path": 0.065, "grating": 0.02},
+    **{"right": 0.05, "background_right": 0.01, "motion": 0.04, "path": 0.065, "grating": 0.025},
 }
 """What is read in true clips that went through the VAE: of properties the mean drift, in their
 spread; of what stands beside them (`ShapesReport.per_second`) how far the mean is from 1. No

@@ -30,10 +30,11 @@ def test_a_live_session_of_two_ranks_is_that_of_one(
 ) -> None:
     """Its changes and a branch reach both, and both end with the server; one rank replays it."""
     monkeypatch.chdir(ROOT)
-    team, names = 2, []
+    team, names, port = 2, [], free_port()
 
     def visit(client: TestClient) -> None:
-        with client.websocket_connect(PATH) as socket:
+        host = {"host": client.base_url.netloc.decode()}
+        with client.websocket_connect(PATH, headers=host) as socket:
             talk = start(socket, seed=3, prompt=RED)
             for policy in client.get("/v1/config").json()["policies"]:
                 talk.say("session.prompt_update", id=policy, prompt=BLUE, policy=policy)
@@ -48,12 +49,12 @@ def test_a_live_session_of_two_ranks_is_that_of_one(
             names.append(branch)
 
     def serve(page: Any, listener: Any, *, proxied: bool) -> None:
-        with TestClient(page) as client:
+        with TestClient(page, base_url=f"http://127.0.0.1:{port}") as client:
             visit(client)
 
     monkeypatch.setattr(server.listen, "run", serve)
-    flags = ["--output_dir", str(tmp_path), "--server_port", str(free_port()), "--device", "cpu"]
-    flags += ["--allowed_host", "testserver", f"sequence_parallel={team}"]
+    flags = ["--output_dir", str(tmp_path), "--server_port", str(port), "--device", "cpu"]
+    flags += [f"sequence_parallel={team}"]
     with monkeypatch.context() as patch, store_of_ranks() as address:
         for name, value in (address | {"WORLD_SIZE": str(team)}).items():
             patch.setenv(name, value)
