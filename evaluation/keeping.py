@@ -91,7 +91,7 @@ def spread_of(videos: Sequence[Sequence[Trace]], known: Property) -> float:
     return spread if spread > 0 else math.nan
 
 
-def owners_of(videos: Sequence[Sequence[Trace]]) -> Numbers:
+def owners_of(videos: Sequence[Sequence[Any]]) -> Numbers:
     """Of each thing in all of the videos the number of its video."""
     return np.repeat(np.arange(len(videos)), [len(traces) for traces in videos])
 
@@ -122,6 +122,7 @@ def keeping(
     things = [t for traces in videos for t in traces]
     first = np.stack([values_of(t["first"]) for t in things])  # [things, n]
     later = np.stack([values_of(t["seconds"])[:shortest] for t in things], 1)  # [S, things, n]
+    owners = owners_of(videos)
     drifts = [drift_curve(traces, known, spread)[:shortest] for traces in videos]
     found = mean_interval(np.array(drifts)[None]).within(0)
     return Keeping(
@@ -129,7 +130,7 @@ def keeping(
         low=found.low,
         high=found.high,
         gain=np.array([gain_of(now, first, known) for now in later]),
-        variety=np.array([variety_of(now, known, owners_of(videos)) / spread for now in later]),
+        variety=np.array([variety_of(now, known, owners) / spread for now in later]),
     )
 
 

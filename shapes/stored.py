@@ -24,6 +24,7 @@ from evaluation.keeping import (
     drift_curve,
     gain_of,
     mean_of,
+    owners_of,
     values_of,
     variety_of,
 )
@@ -113,11 +114,11 @@ class Measured:
 
     def formula(self, name: str, formula: str) -> Array:
         """A property by a published formula `[seeds, scenes]`, over the whole video."""
-        return self._of_videos(lambda video: video["kept"][name][formula])
+        return self._values(lambda video: [video["kept"][name][formula]], 1)[..., 0]
 
     def flicker(self) -> Array:
         """At block boundaries over inside blocks `[seeds, scenes]`."""
-        return self._of_videos(lambda video: video["flicker"])
+        return self._values(lambda video: [video["flicker"]], 1)[..., 0]
 
     def gain(self, name: str, times: int) -> float:
         """Of a property at one of `COLUMNS`, the mean over the training seeds."""
@@ -158,23 +159,16 @@ class Measured:
         """Whether its videos are so long."""
         return bool(np.isfinite(self.curve("tint")[..., POINTS.index(times)]).any())
 
-    def _values(self, pick: Callable[[Video], Sequence[float | None]]) -> Array:
-        values = np.full((len(self.seeds), self._scenes(), len(POINTS)), np.nan)
+    def _values(
+        self, pick: Callable[[Video], Sequence[float | None]], length: int = len(POINTS)
+    ) -> Array:
+        scenes = 1 + max(video["scene"] for videos in self.seeds for video in videos)
+        values = np.full((len(self.seeds), scenes, length), np.nan)
         for seed, videos in enumerate(self.seeds):
             for video in videos:
                 row = values_of(pick(video))
                 values[seed, video["scene"], : len(row)] = row
         return values
-
-    def _of_videos(self, pick: Callable[[Video], float | None]) -> Array:
-        values = np.full((len(self.seeds), self._scenes()), np.nan)
-        for seed, videos in enumerate(self.seeds):
-            for video in videos:
-                values[seed, video["scene"]] = values_of(pick(video))
-        return values
-
-    def _scenes(self) -> int:
-        return 1 + max(video["scene"] for videos in self.seeds for video in videos)
 
     def _of_seeds(
         self, name: str, times: int, made: Callable[[Array, Array, Numbers], float]
@@ -190,7 +184,7 @@ class Measured:
                 return float("nan")
             now = [thing for each in kept for thing in each["later"][column]]
             first = [thing for each in kept for thing in each["first"]]
-            owners = np.repeat(np.arange(len(kept)), [len(each["first"]) for each in kept])
+            owners = owners_of([each["first"] for each in kept])
             found.append(made(values_of(now), values_of(first), owners))
         return float(mean(np.array(found)))
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from utils.config import ROOT
+from utils.config import looked_up
 from utils.draws import Purpose
 from utils.errors import UserError
 from utils.files import is_temporary, whole_files, write_tensors
@@ -92,7 +92,7 @@ def open_dataset(
         package, split = named
         size = {"num_frames": num_frames, "height": height, "width": width}
         return offered(package, "open_dataset")(split, **size)
-    place = next((p for p in (Path(path), ROOT / path) if p.exists()), Path(path))
+    place = looked_up(path)
     if place.suffix.lower() in PROMPT_SUFFIXES and not place.is_dir():
         return PromptDataset(place, extended_path)
     if extended_path is not None:

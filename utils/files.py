@@ -328,9 +328,10 @@ def locked(
     """
     path = Path(path)
     folder = make_folder(path.absolute().parent if is_file else path)
-    mine = f".{run_name()}.{uuid.uuid4().hex[:8]}"
+    run = run_name()
+    mine = f".{run}.{uuid.uuid4().hex[:8]}"
     name = _fitted(f".{path.name}", LOCK + mine).removesuffix(mine) if is_file else LOCK
-    mates = f"{name}.{run_name()}."
+    mates = f"{name}.{run}."
     own = folder / (name if is_main else name + mine)
     refusal = UserError(f"another run is writing to {path}: wait for its end, or {otherwise}")
     lock = _acquired(own, refusal, path)
