@@ -37,7 +37,8 @@ async def watch(args: argparse.Namespace) -> str:
     start = {"type": "session.start", "prompt": args.prompt, "seconds": args.seconds}
     change = {"type": "session.prompt_update", "id": "1", "prompt": args.then}
     address = f"ws://{args.address}/v1/realtime/video"
-    async with connect(address, additional_headers=headers(args)) as socket:
+    largest = 2**24  # bytes of a message: some frames of a large video
+    async with connect(address, additional_headers=headers(args), max_size=largest) as socket:
         await socket.send(json.dumps(start))
         began, name, changes = time.monotonic(), "", [] if args.then is None else [change]
         async for message in socket:  # texts are JSON, bytes are mp4 that a player would append
@@ -64,11 +65,11 @@ def headers(args: argparse.Namespace) -> dict[str, str]:
 def main(argv: Sequence[str]) -> int:
     """Watch, then fetch the whole file."""
     args = build_parser().parse_args(argv)
-    from websockets.exceptions import InvalidStatus
+    from websockets.exceptions import WebSocketException
 
     try:
         name = asyncio.run(watch(args))
-    except (InvalidStatus, OSError) as error:
+    except (WebSocketException, OSError) as error:
         raise UserError(f"no session at {args.address}: {error}") from error
     file = f"http://{args.address}/v1/sessions/{name}/video.mp4"
     request = urllib.request.Request(file, headers=headers(args))

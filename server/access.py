@@ -5,10 +5,11 @@ import ipaddress
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
+from http.cookies import SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -56,7 +57,7 @@ class Access:
     @classmethod
     def of(cls, server_name: str, port: int, token: str | None, names: Iterable[str]) -> "Access":
         """Of a server that listens on `server_name`; `names` are those that a proxy gives it."""
-        hosts = frozenset(names) if is_loopback(server_name) else None
+        hosts = frozenset(map(host_name, names)) if is_loopback(server_name) else None
         return cls(hosts, token, f"token_{port}")
 
     def refusal(self, headers: Headers, query: str) -> str | None:
@@ -79,11 +80,8 @@ class Access:
     def _is_token(self, headers: Headers, query: str) -> bool:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         shown = [bearer.strip()] if scheme.lower() == "bearer" else []
-        try:
-            kept = SimpleCookie(headers.get("cookie", "")).get(self.cookie)
-        except CookieError:
-            kept = None
-        shown += [] if kept is None else [kept.value]
+        kept = cookie_parser(headers.get("cookie", "")).get(self.cookie)
+        shown += [] if kept is None else [kept]
         return self.query_has_token(query) or any(map(self._equals, shown))
 
     def _equals(self, word: str) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 FRAMES_AT_ONCE = 16  # of one read from the recording
 SENT_AHEAD = 30.0  # seconds of video in a client that has not played them yet
 WAITING = 1024  # messages that a client has not read yet
+INBOX = 256  # messages of a client that wait while a session is begun; then no more is read
 ENDED_FLOOD = 500  # messages above the rate before a socket is closed
+Event = MutableMapping[str, Any]
 POLICY_VIOLATION, TRY_AGAIN_LATER = 1008, 1013
 
 
@@ -67,6 +69,7 @@ class Connection:
         self._live: LiveSession | None = None
         self._row: deque[dict[str, Any]] = deque()
         self._reader: Mp4Reader | JpegReader | None = None
+        self._inbox: asyncio.Queue[tuple[float, Event]] = asyncio.Queue(INBOX)
         self._wake = asyncio.Event()
         self._bucket = Bucket(rate.per_second, rate.burst, clock())
         self._too_many = 0
@@ -75,7 +78,7 @@ class Connection:
     async def serve(self) -> None:
         """Accept the socket and live until it closes."""
         await self._socket.accept()
-        sender = asyncio.create_task(self._send_all())
+        tasks = [asyncio.create_task(work()) for work in (self._send_all, self._read_all)]
         try:
             while True:
                 await self._receive()
@@ -83,9 +86,11 @@ class Connection:
             pass
         finally:
             self._leave()
-            sender.cancel()
-            with suppress(asyncio.CancelledError, WebSocketDisconnect):
-                await sender
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with suppress(asyncio.CancelledError, WebSocketDisconnect):
+                    await task
 
     # --- client of a session ---------------------------------------------------------------------
 
@@ -156,11 +161,21 @@ class Connection:
 
     # --- in --------------------------------------------------------------------------------------
 
+    async def _read_all(self) -> None:
+        """Read on while a session is begun: in what nobody reads, no answer to a ping is heard."""
+        event: Event = {}
+        while event.get("type") != "websocket.disconnect":
+            try:
+                event = await self._socket.receive()
+            except Exception:  # it is closed
+                event = {"type": "websocket.disconnect"}
+            await self._inbox.put((self._clock(), event))
+
     async def _receive(self) -> None:
-        event = await self._socket.receive()
+        came_at, event = await self._inbox.get()
         if event["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(event.get("code", 1000))
-        if not self._bucket.take(self._clock()):
+        if not self._bucket.take(came_at):
             await self._refuse_flood()
             return
         try:

@@ -99,7 +99,8 @@ class LiveSession:
         self.undelivered = 0
         self._requests: deque[Request] = deque()
         self._asked: list[tuple[str, Change]] = []  # and not yet applied
-        self._encoding = 0
+        self._encoding: list[str] = []  # ids of changes whose text is not encoded yet
+        self._unrecorded = False
         self._stop_reason: Reason | None = None
         self._wanted_at: float | None = None
         self._view: dict[str, Any] = {}
@@ -122,9 +123,9 @@ class LiveSession:
         self.playback = Playback(first / self.fps, self.clock())
         client.tell(self._started())
         if again:
-            for message in (*self._told_changes, *map(_available, self._shown_points())):
-                client.tell(message)
-            for message in self._thumbnails:
+            waiting = map(_accepted, self._unheard() + self._encoding)
+            points = map(_available, self._shown_points())
+            for message in (*self._told_changes, *waiting, *points, *self._thumbnails):
                 client.tell(message)
         height, width = self.recording.size
         client.tell(
@@ -200,22 +201,26 @@ class LiveSession:
     def accept(self, update: Update) -> None:
         """A change is taken; its text may still have to be encoded (see `add_request`)."""
         self._require_running(update.id)
-        waiting = self._encoding + len(self._requests) + len(self._asked)
+        waiting = len(self._unheard() + self._encoding)
         if waiting >= CHANGES_AT_ONCE:
             text = f"{waiting} changes wait for their turn already; wait for one to be applied"
             raise ProtocolError("busy", text, update.id)
-        self._encoding += 1
-        self.tell({"type": "session.prompt_update.accepted", "id": update.id})
+        self._encoding.append(update.id)
+        self.tell(_accepted(update.id))
 
-    def add_request(self, request: Request | ProtocolError) -> None:
+    def add_request(self, id: str, request: Request | ProtocolError) -> None:
         """The text of a change is encoded, or could not be."""
-        self._encoding -= 1
+        self._encoding.remove(id)
         if isinstance(request, ProtocolError):
             self.tell(request.reply())
         elif self.stopped:
-            self._tell_unheard(request.id)
+            self._tell_unheard(id)
         else:
             self._requests.append(request)
+
+    def _unheard(self) -> list[str]:
+        """The changes that are encoded and not applied yet."""
+        return [*(id for id, _ in self._asked), *(request.id for request in self._requests)]
 
     def _tell_unheard(self, id: str) -> None:
         text = "the video ended before this change was heard"
@@ -237,6 +242,11 @@ class LiveSession:
         """Why a step has ended it, if one has: what it holds is to be freed at once."""
         reason = self._stop_reason
         return reason if reason in ("out_of_memory", "step_failed") else None
+
+    @property
+    def ending(self) -> bool:
+        """Whether no more blocks are begun; one that was may still come."""
+        return self._stop_reason is not None
 
     @property
     def stopped(self) -> bool:
@@ -296,8 +306,9 @@ class LiveSession:
             if self._wanted_at is not None:
                 self.pace.add(self.clock() - self._wanted_at, len(step.block.frames))
             self._wanted_at = None
-            self.undelivered += 1
-            self.steps.put_nowait(step)
+            if not self._unrecorded:
+                self.undelivered += 1
+                self.steps.put_nowait(step)
         self._settle()
 
     def _fail(self, error: Exception, *, can_go_on: bool = True) -> None:
@@ -360,12 +371,19 @@ class LiveSession:
 
     def failed(self, error: Exception) -> None:
         """A block could not be recorded, so that nothing can follow it."""
-        self.undelivered -= 1
+        self._unrecorded = True
+        self.undelivered = 0
+        while not self.steps.empty():
+            self.steps.get_nowait()
         code: Reason = "disk_full" if isinstance(error, UserError) else "recording_failed"
         logger.error("session %s: a block was not recorded", self.name, exc_info=error)
         self.tell(ProtocolError(code, self.words(error)).reply())
         self.stop(code)
         self._settle()
+
+    def forget_points(self) -> None:
+        """The session is closed: what its branch points held is free."""
+        self._tell_points({})
 
     def _tell_points(self, points: dict[int, BranchPoint]) -> None:
         for id in self.points.keys() - points.keys():
@@ -386,7 +404,7 @@ class LiveSession:
         if self._stop_reason is None or self.stopped or self.in_turn or self.undelivered:
             return
         self.state = "stopped"
-        for id in [request.id for request in self._requests] + [id for id, _ in self._asked]:
+        for id in self._unheard():
             self._tell_unheard(id)
         self._requests.clear()
         self._asked.clear()
@@ -442,6 +460,10 @@ class LiveSession:
             "frames": self.recording.frames,
             "replay": f"python inference.py --replay {self.name}.json",
         }
+
+
+def _accepted(id: str) -> dict[str, Any]:
+    return {"type": "session.prompt_update.accepted", "id": id}
 
 
 def _available(point: tuple[int, float]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,6 +67,7 @@ class SessionPool:
         self._starting: list[str] = []  # addresses of sessions that are being begun
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing: set[asyncio.Task[Any]] = set()  # what a shutdown waits for
         self._deliveries: dict[str, asyncio.Task[None]] = {}
         self._steps = ThreadPoolExecutor(1, "steps")
         self._texts = ThreadPoolExecutor(1, "texts")
@@ -81,6 +82,8 @@ class SessionPool:
     async def __aexit__(self, *_: object) -> None:
         for live in list(self._live.values()):
             await self.close(live, "shutdown")
+        while self._closing:
+            await asyncio.gather(*self._closing, return_exceptions=True)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -141,7 +144,7 @@ class SessionPool:
         live = await self._begin(begin, address, instead_of=parent)
         parent.left = True
         if self.sessions > self.options.max_sessions:
-            self._spawn(self.close(parent, "room"))
+            self._freeing(parent, "room")
         return live
 
     def update(self, live: LiveSession, asked: Update) -> None:
@@ -155,8 +158,20 @@ class SessionPool:
 
     async def close(self, live: LiveSession, reason: Reason) -> None:
         """End a session, free its memory, and leave its video and record on the disk."""
+        finishing = await asyncio.shield(self._freeing(live, reason))
+        if finishing is not None:
+            await asyncio.shield(finishing)
+
+    def _freeing(
+        self, live: LiveSession, reason: Reason
+    ) -> asyncio.Task[asyncio.Task[None] | None]:
+        """Begin to close: what was begun is done, whoever waits for it."""
+        return self._spawn(self._free(live, reason), self._closing)
+
+    async def _free(self, live: LiveSession, reason: Reason) -> asyncio.Task[None] | None:
+        """End a session and free its memory; what finishes its files, or None if it was closed."""
         if self._live.pop(live.name, None) is None:
-            return
+            return None
         with suppress(ValueError):
             self._turns.remove(live)
         live.stop(reason)
@@ -166,14 +181,18 @@ class SessionPool:
         except Exception:  # its video is kept all the same
             logger.exception("session %s has no record", live.name)
         await self._in(self._steps, live.session.close)
+        live.forget_points()
         if reason == "out_of_memory":
             await self._in(self._steps, release_memory)
+        return self._spawn(self._finish(live, record), self._closing)
+
+    async def _finish(self, live: LiveSession, record: dict[str, Any] | None) -> None:
         if delivery := self._deliveries.pop(live.name, None):
             await self._delivered(live, delivery)
         try:
             await self._in(self._files, live.recording.finish, record)
-        except UserError as error:
-            logger.error("the video of session %s was not kept: %s", live.name, error)
+        except (UserError, OSError) as error:
+            logger.error("not all of session %s was kept: %s", live.name, error)
 
     async def record_of(self, live: LiveSession) -> dict[str, Any]:
         """The record of a session: what makes its video again."""
@@ -265,10 +284,10 @@ class SessionPool:
     async def _close_one(self, may: Callable[[LiveSession], bool]) -> bool:
         """Close a session that is over, else one that was left for a branch; whether one was."""
         lives = [live for live in self._live.values() if may(live)]
-        over = [live for live in lives if live.stopped]
+        over = sorted((live for live in lives if live.ending), key=lambda live: not live.stopped)
         left = [live for live in lives if live.left and live.client is None]
         for live in (over + left)[:1]:
-            await self.close(live, "room")
+            await asyncio.shield(self._freeing(live, "room"))
             return True
         return False
 
@@ -287,7 +306,7 @@ class SessionPool:
             except Exception as error:  # of ours: what a model raises is told in the step
                 live.end_turn(error)
             if live.broken is not None:
-                self._spawn(self.close(live, live.broken))
+                self._freeing(live, live.broken)
 
     def _next_turn(self) -> LiveSession | None:
         """The session whose turn it is: whoever had one goes to the end of the row."""
@@ -329,9 +348,10 @@ class SessionPool:
             )
         except Exception as error:
             logger.warning("a prompt could not be encoded", exc_info=error)
-            live.add_request(ProtocolError("refused", self._words(error), asked.id))
+            live.add_request(asked.id, ProtocolError("refused", self._words(error), asked.id))
             return
         live.add_request(
+            asked.id,
             Request(
                 asked.id,
                 asked.prompt,
@@ -339,33 +359,42 @@ class SessionPool:
                 asked.policy or live.policy,
                 asked.blend_blocks,
                 text,
-            )
+            ),
         )
         self.wake()
 
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING)
-            try:
-                await self.keep_house()
-            except Exception:
-                logger.exception("housekeeping failed")
+            self._spawn(self._keep_house_once())  # a session that waits to close holds nobody up
+
+    async def _keep_house_once(self) -> None:
+        try:
+            await self.keep_house()
+        except Exception:
+            logger.exception("housekeeping failed")
 
     async def keep_house(self) -> None:
         """Close what was alone for too long; tell the others how they stand."""
+        alone = []
         for live in list(self._live.values()):
             if live.client is not None:
                 live.tell(live.stats())
             elif self.clock() - live.alone_since >= self.options.idle_seconds:
-                await self.close(live, "idle")
+                alone.append(live)
+        for live in alone:
+            await self.close(live, "idle")
 
     # --- threads ---------------------------------------------------------------------------------
 
     async def _in(self, executor: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(executor, work, *args)
 
-    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+    def _spawn(
+        self, work: Coroutine[Any, Any, T], tasks: set[asyncio.Task[Any]] | None = None
+    ) -> asyncio.Task[T]:
+        tasks = self._tasks if tasks is None else tasks
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
         return task

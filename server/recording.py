@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 import os
 from array import array
 from bisect import bisect_right
@@ -19,6 +20,8 @@ from server.fragments import FragmentEncoder, codec_string
 from server.storage import Storage
 from utils.errors import UserError
 from utils.files import cannot_write, write_json, written
+
+logger = logging.getLogger(__name__)
 
 COPIED_AT_ONCE = 2**20
 JPEG_QUALITY = 90
@@ -121,19 +124,29 @@ class Recording:
         return target
 
     def finish(self, record: dict[str, Any] | None) -> None:
-        """Leave the mp4, and its record, instead of the growing file; nothing of an empty video."""
+        """Leave the mp4, and its record, instead of the growing file; nothing of an empty video.
+
+        Where there is no room for the mp4 the growing file is left under its name: it plays, too.
+        """
         try:
             if self.frames and self._file >= 0:
-                size = self.save().stat().st_size
-                if record is not None:
-                    path = self.storage.path(self.name, ".json")
-                    write_json(path, record)
-                    size += path.stat().st_size
-                self.storage.reserve(size - self._reserved)
-                self._reserved = 0
-                self.storage.add_finished(self.name)
+                self._leave(record)
         finally:
             self.discard()
+
+    def _leave(self, record: dict[str, Any] | None) -> None:
+        try:
+            self.save()
+        except (UserError, OSError, av.FFmpegError) as error:
+            logger.warning("the video of %s is left as it grew: %s", self.name, error)
+            os.ftruncate(self._file, self._starts[-1])
+            self.path.replace(self.storage.path(self.name, ".mp4"))
+        try:
+            if record is not None:
+                write_json(self.storage.path(self.name, ".json"), record)
+        finally:
+            self.storage.add_finished(self.name, self._reserved)
+            self._reserved = 0
 
     def discard(self) -> None:
         """Free the encoder and remove the growing file; idempotent."""

@@ -24,7 +24,8 @@ class Storage:
         self.limit = limit
         self._lock = Lock()
         files = [path for path in self.folder.iterdir() if path.is_file()]
-        self._used = sum(path.stat().st_size for path in files)
+        self._sizes = {path: path.stat().st_size for path in files}  # of all that grow no more
+        self._used = sum(self._sizes.values())
         self._finished = {path.stem for path in files if _ID.fullmatch(path.stem)}
 
     @property
@@ -36,6 +37,8 @@ class Storage:
         """Take room of `size` bytes, or give it back if negative; UserError if there is none."""
         with self._lock:
             if size > 0 and self._used + size > self.limit:
+                self._forget_removed()
+            if size > 0 and self._used + size > self.limit:
                 raise UserError(
                     f"the videos fill their limit of {readable(self.limit)}: remove some, or "
                     "start the server with a larger --disk_limit"
@@ -46,9 +49,19 @@ class Storage:
         """Where a file of the session `name`, an id that was made here, is."""
         return self.folder / f"{name}{suffix}"
 
-    def add_finished(self, name: str) -> None:
-        """The video and the record of a session are complete."""
-        self._finished.add(name)
+    def add_finished(self, name: str, reserved: int) -> None:
+        """The video and the record of a session are complete; they take the room it reserved."""
+        paths = (self.path(name, suffix) for suffix in (".mp4", ".json"))
+        with self._lock:
+            sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+            self._sizes |= sizes
+            self._used += sum(sizes.values()) - reserved
+            self._finished.add(name)
+
+    def _forget_removed(self) -> None:
+        """Give back the room of files that somebody has removed."""
+        for path in [path for path in self._sizes if not path.exists()]:
+            self._used -= self._sizes.pop(path)
 
     def finished(self, name: str, suffix: str) -> Path | None:
         """A file of a session that was finished, now or by an earlier server."""

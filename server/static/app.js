@@ -17,6 +17,16 @@ import { branchWords, sentence, stateWords } from "./words.js";
  * @property {number} fps
  */
 
+/**
+ * @typedef {object} Change  one that was asked for and is not heard yet
+ * @property {string | null} prompt
+ * @property {string} policy
+ * @property {number} asked  what was on screen then
+ * @property {object} request  what the server was told
+ * @property {"queued" | "sent" | "lost" | "accepted" | "unknown"} fate  queued: no socket is open;
+ *   lost: it went into a socket that was lost; unknown: it had been accepted before
+ */
+
 /** @typedef {"idle" | "starting" | "live" | "paused" | "ended" | "replaced"} Phase */
 
 const TICK = 100;
@@ -24,6 +34,10 @@ const TICK = 100;
 const WAITING_AFTER = 300;
 const WAITING_FOR = 4000;
 const STORED = "rolling-forcing-live";
+/** Times in a row that a video is sent again in vain before pictures are tried instead. */
+const MOST_REPEATS = 3;
+/** A seed that nobody chose is below this. */
+const SEEDS = 2 ** 32;
 
 class Page {
   /** @param {object} config  of `GET v1/config` */
@@ -37,7 +51,7 @@ class Page {
     this.stats = {};
     /** @type {Record<string, number>} moment on screen when each change was asked for, by its id */
     this.asked = {};
-    /** @type {Map<string, {prompt: string | null, policy: string, asked: number}>} */
+    /** @type {Map<string, Change>} */
     this.pending = new Map();
     this.floor = 0;
     this.clicked = 0;
@@ -68,7 +82,21 @@ class Page {
     const blend = [byId("blend"), byId("blend-words")];
     this.choice = makePolicies(byId("policies"), ...blend, config);
     this.timeline = new TimelineView(byId("timeline"), (seconds) => this.#offerBranch(seconds));
+    this.#choosePlayer(playableFormat());
+    this.connection = new Connection(socketUrl(document.baseURI, this.format), {
+      message: (message) => this.#receive(message),
+      binary: (bytes) => this.player.push(bytes),
+      online: (online) => this.#online(online),
+      unopened: () => this.#askWhy(),
+      unbegun: () => this.#unbegun(),
+      seconds: () => Math.max(this.floor, this.player.seconds),
+    });
+  }
+
+  #choosePlayer(format) {
+    this.format = format;
     this.player = makePlayer(
+      format,
       { video: byId("video"), frames: byId("frames"), still: byId("still") },
       {
         first: () => this.#firstFrame(),
@@ -76,12 +104,6 @@ class Page {
         blocked: (blocked) => (byId("unblock").hidden = !blocked),
       },
     );
-    this.connection = new Connection(socketUrl(document.baseURI, playableFormat()), {
-      message: (message) => this.#receive(message),
-      binary: (bytes) => this.player.push(bytes),
-      online: (online) => (this.online = online),
-      seconds: () => Math.max(this.floor, this.player.seconds),
-    });
   }
 
   #describe() {
@@ -134,16 +156,16 @@ class Page {
 
   /** Start a new video with what the form says. */
   start() {
-    const request = { prompt: this.box.prompt, format: playableFormat() };
+    const request = { prompt: this.box.prompt, format: this.format };
     request.seconds = byId("limited").checked ? Number(byId("seconds").value) : null;
-    const seed = wholeNumber(byId("seed"));
-    if (seed !== null) request.seed = seed;
+    request.seed = wholeNumber(byId("seed")) ?? Math.floor(Math.random() * SEEDS);
     if (!byId("sink-field").hidden) request.sink = Number(byId("sink").value);
     this.#alert("");
     if (this.running) this.connection.sendNow("session.stop", {});
     this.connection.renew();
     this.clicked = performance.now();
     this.session = null;
+    byId("branch").hidden = true;
     this.#setPhase("starting");
     byId("stage").scrollIntoView({ block: "nearest" });
     this.connection.send("session.start", request);
@@ -157,8 +179,9 @@ class Page {
     if (seed !== null) request.seed = seed;
     this.#alert("");
     this.asked[id] = this.player.seconds;
-    this.pending.set(id, { prompt: request.prompt, policy: request.policy, asked: this.asked[id] });
-    this.connection.send("session.prompt_update", request);
+    const { prompt, policy } = request;
+    const fate = this.connection.send("session.prompt_update", request) ? "sent" : "queued";
+    this.pending.set(id, { prompt, policy, asked: this.asked[id], request, fate });
     this.#store();
     this.#drawPrompts();
   }
@@ -189,6 +212,7 @@ class Page {
     if (seed !== null) request.seed = seed;
     this.#closeBranch();
     this.clicked = performance.now();
+    this.connection.session = this.session.id; // to go back to, where the socket of an end is lost
     this.connection.send("session.branch", request);
     byId("stage").scrollIntoView({ block: "nearest" });
   }
@@ -199,6 +223,7 @@ class Page {
     const handlers = {
       "session.started": (m) => this.#started(m),
       "video.start": (m) => this.#begin(m),
+      "session.prompt_update.accepted": ({ id }) => this.#accepted(id),
       "session.prompt_update.applied": (m) => this.#applied(m),
       "session.prompt_update.superseded": (m) => this.#superseded(m),
       "snapshot.available": (m) => this.timeline.addPoint(m),
@@ -216,9 +241,15 @@ class Page {
 
   #started(message) {
     const { id, seed, prompt, fps, state } = message;
+    if (id !== this.session?.id) {
+      this.pending.clear();
+      byId("branch").hidden = true;
+    }
+    for (const change of this.pending.values()) {
+      if (change.fate === "accepted") change.fate = "unknown";
+    }
     this.session = { id, seed, fps };
     this.connection.session = id;
-    this.pending.clear();
     this.timeline.reset();
     this.timeline.addChange({ id: "", prompt, policy: null, asked: null, first: 0, whole: 0 });
     if (state === "paused") this.#paused();
@@ -228,6 +259,11 @@ class Page {
     this.#drawPrompts();
     if (document.hidden) this.#visibility();
     byId("n-seed").textContent = seed;
+  }
+
+  #accepted(id) {
+    const change = this.pending.get(id);
+    if (change) change.fate = "accepted";
   }
 
   #applied({ id, block, prompt, policy, seed, seconds, whole_from_seconds: whole = null }) {
@@ -260,8 +296,9 @@ class Page {
     const { fps, lead, block, frames, memory_bytes: memory, view } = stats;
     if (frames && this.session) this.timeline.made = frames / this.session.fps;
     byId("n-fps").textContent = fps ? fps.toFixed(fps < 10 ? 1 : 0) : "–";
-    byId("n-lead").textContent = lead == null ? "–" : `${lead.toFixed(1)} s`;
-    byId("n-block").textContent = block ?? "–";
+    const plays = lead != null && this.phase !== "ended";
+    byId("n-lead").textContent = plays ? `${lead.toFixed(1)} s` : "–";
+    byId("n-block").textContent = block >= 0 ? block : "–";
     byId("n-memory").textContent = memory ? size(memory) : "–";
     if (view?.window) drawView(byId("view"), view);
   }
@@ -279,11 +316,14 @@ class Page {
     this.reason = reason;
     this.pending.clear();
     this.#setPhase("ended");
+    byId("n-lead").textContent = "–";
     this.#offerFiles(replay);
     this.#drawPrompts();
   }
 
   #failed({ code, message, id }) {
+    if (code === "no_session" && this.phase !== "starting" && !this.running) return;
+    if (id === undefined) this.clicked = 0;
     this.pending.delete(id);
     this.#drawPrompts();
     this.#alert(sentence(message ?? code));
@@ -291,9 +331,35 @@ class Page {
     else if (this.phase === "starting") this.#setPhase("idle");
   }
 
+  #online(online) {
+    this.online = online;
+    for (const change of this.pending.values()) {
+      if (online && change.fate === "queued") change.fate = "sent";
+      else if (!online && change.fate === "sent") change.fate = "lost";
+    }
+  }
+
+  /** The socket was lost before the server said whether the video begins. */
+  #unbegun() {
+    this.clicked = 0;
+    this.#alert("The connection was lost before the new video began. Ask for it again.");
+    if (this.phase === "starting") this.#setPhase("idle");
+  }
+
+  /** Why no socket opens: a server that was started again wants another token. */
+  async #askWhy() {
+    const answer = await fetch(new URL("v1/health", document.baseURI)).catch(() => null);
+    if (answer?.status !== 403) return;
+    const { message } = await answer.json();
+    this.connection.renew();
+    this.#forget();
+    this.#alert(sentence(message));
+  }
+
   // -- the picture
 
   #begin(info) {
+    this.#settleChanges();
     clearTimeout(this.asking);
     this.asking = 0;
     this.floor = info.from_seconds;
@@ -308,18 +374,44 @@ class Page {
     byId("n-first").textContent = `${seconds.toFixed(2)} s`;
   }
 
+  /** All that the server knows of changes is told: send anew what it never got. */
+  #settleChanges() {
+    for (const [id, change] of this.pending) {
+      if (change.fate === "unknown") this.pending.delete(id);
+      if (change.fate !== "lost") continue;
+      change.fate = "sent";
+      this.connection.send("session.prompt_update", change.request);
+    }
+    this.#drawPrompts();
+  }
+
   /** The player cannot go on with what it has: ask for the video again, from here. */
   #sendAgain() {
     if (this.asking || !this.session || this.phase === "replaced") return;
     this.repeats = this.player.seconds > this.brokenAt + 5 ? 0 : this.repeats + 1;
     this.brokenAt = this.player.seconds;
     const { id } = this.session;
-    const ask = () => id === this.session?.id && this.connection.attach(id);
+    const inVain = this.repeats > MOST_REPEATS && this.format === "mp4";
+    const ask = () => {
+      if (id !== this.session?.id) return;
+      if (inVain) this.#fallBack();
+      this.connection.attach(id);
+    };
     this.asking = setTimeout(ask, Math.min(100 * 2 ** this.repeats, 5000));
   }
 
+  /** This browser cannot play what it said it can: pictures from now on. */
+  #fallBack() {
+    this.player.close();
+    byId("video").hidden = byId("still").hidden = true;
+    this.#choosePlayer("jpeg");
+    if (this.phase === "paused") this.player.pause();
+    this.connection.renew();
+    this.connection.url = socketUrl(document.baseURI, this.format);
+  }
+
   #visibility() {
-    this.connection.sendNow("hidden", { hidden: document.hidden });
+    if (this.running) this.connection.sendNow("hidden", { hidden: document.hidden });
     if (document.hidden) this.player.pause();
     else if (this.phase === "live" || this.phase === "ended") this.player.play();
   }
@@ -331,7 +423,7 @@ class Page {
     if (this.session && this.phase !== "replaced") {
       if (Math.floor(seconds) !== Math.floor(this.floor)) this.#store();
       this.floor = seconds;
-      if (this.phase !== "ended") this.connection.sendNow("playhead", { seconds });
+      if (this.running) this.connection.sendNow("playhead", { seconds });
       this.timeline.played = seconds;
       this.timeline.made = Math.max(this.timeline.made, seconds);
       this.timeline.draw();
@@ -440,12 +532,12 @@ class Page {
 
   #store() {
     const stored = { id: this.session?.id, asked: this.asked, floor: this.floor };
-    sessionStorage.setItem(STORED, JSON.stringify(stored));
+    inStorage((storage) => storage.setItem(STORED, JSON.stringify(stored)));
   }
 
   /** A page that is loaded again goes on with its session. */
   #takeUp() {
-    const { id, asked, floor } = JSON.parse(sessionStorage.getItem(STORED) ?? "{}");
+    const { id, asked, floor } = JSON.parse(inStorage((storage) => storage.getItem(STORED)) ?? "{}");
     if (!id) return;
     this.asked = asked ?? {};
     this.floor = floor ?? 0;
@@ -455,8 +547,27 @@ class Page {
 
   #forget() {
     this.connection.release();
-    sessionStorage.removeItem(STORED);
+    inStorage((storage) => storage.removeItem(STORED));
+    this.session = null;
+    this.clicked = 0;
+    this.pending.clear();
+    this.#drawPrompts();
+    this.player.finish();
     this.#setPhase("idle");
+  }
+}
+
+/**
+ * What the browser keeps for this tab; one that keeps nothing refuses even to be asked.
+ * @template T
+ * @param {(storage: Storage) => T} use
+ * @returns {T | null}
+ */
+function inStorage(use) {
+  try {
+    return use(sessionStorage);
+  } catch {
+    return null;
   }
 }
 

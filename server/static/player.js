@@ -42,22 +42,28 @@ const PUSH = 0.05;
 /** Less media than this, in seconds, a browser may wait to have more of: it does not hang. */
 const LITTLE = 0.3;
 
+/** What is asked of a browser before it is sent MP4: H.264, baseline, as the server encodes it. */
+const PLAYABLE = 'video/mp4; codecs="avc1.42C01F"';
+
+/** @typedef {"mp4" | "jpeg"} Format */
+
 /**
- * The player that this browser can run.
+ * The player of a format.
+ * @param {Format} format
  * @param {Elements} elements
  * @param {Events} events
  * @returns {MsePlayer | JpegPlayer}
  */
-export function makePlayer(elements, events) {
-  return mediaSource() ? new MsePlayer(elements, events) : new JpegPlayer(elements, events);
+export function makePlayer(format, elements, events) {
+  return new (format === "mp4" ? MsePlayer : JpegPlayer)(elements, events);
 }
 
 /**
  * The format to ask the server for.
- * @returns {"mp4" | "jpeg"}
+ * @returns {Format}
  */
 export function playableFormat() {
-  return mediaSource() ? "mp4" : "jpeg";
+  return mediaSource()?.isTypeSupported(PLAYABLE) ? "mp4" : "jpeg";
 }
 
 /** @returns {typeof MediaSource | undefined} */

@@ -12,6 +12,8 @@
  * @property {(message: Message) => void} message  a JSON message of the server
  * @property {(bytes: ArrayBuffer) => void} binary  a chunk of the video
  * @property {(online: boolean) => void} online  the socket was opened, or was lost and is retried
+ * @property {() => void} unopened  a socket could not be opened, or was refused
+ * @property {() => void} unbegun  the socket was lost before the video that was asked for began
  * @property {() => number} seconds  where to go on after a loss, in seconds of the video
  */
 
@@ -54,23 +56,26 @@ export class Connection {
     this.heard = 0;
     /** @type {string[]} */
     this.waiting = [];
-    /** Whether a video was asked for that has not begun. */
-    this.beginning = false;
+    /** @type {string | null} what asked for a video that has not begun */
+    this.beginning = null;
   }
 
   /**
    * Send a message, opening the socket if there is none.
    * @param {string} type
    * @param {object} [fields]
+   * @returns {boolean} whether it has gone out, rather than waits
    */
   send(type, fields = {}) {
     const text = JSON.stringify({ type, ...fields });
-    if (BEGINNINGS.includes(type)) this.beginning = true;
-    if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(text);
-    else {
-      this.waiting.push(text);
-      if (!this.socket) this.#open();
+    if (BEGINNINGS.includes(type)) this.beginning = type;
+    if (this.socket?.readyState === WebSocket.OPEN) {
+      this.socket.send(text);
+      return true;
     }
+    this.waiting.push(text);
+    if (!this.socket) this.#open();
+    return false;
   }
 
   /**
@@ -103,6 +108,7 @@ export class Connection {
   renew() {
     this.session = null;
     this.waiting = [];
+    this.beginning = null;
     clearTimeout(this.retry);
     const socket = this.socket;
     this.socket = null;
@@ -118,9 +124,11 @@ export class Connection {
   #open() {
     clearTimeout(this.retry);
     const socket = new WebSocket(this.url);
+    let opened = false;
     socket.binaryType = "arraybuffer";
     this.socket = socket;
     socket.onopen = () => {
+      opened = true;
       this.delay = FIRST_DELAY;
       this.heard = performance.now();
       this.handlers.online(true);
@@ -134,13 +142,15 @@ export class Connection {
       else this.handlers.binary(data);
     };
     socket.onclose = () => {
-      if (socket === this.socket) this.#lost();
+      if (socket !== this.socket) return;
+      this.#lost();
+      if (!opened) this.handlers.unopened();
     };
   }
 
   /** @param {Message} message */
   #told(message) {
-    if (message.type === "video.start" || message.type === "error") this.beginning = false;
+    if (message.type === "video.start" || message.type === "error") this.beginning = null;
     this.handlers.message(message);
   }
 
@@ -148,6 +158,11 @@ export class Connection {
     const socket = this.socket;
     this.socket = null;
     socket?.close();
+    if (!this.waiting.length) {
+      const asked = this.beginning;
+      this.beginning = null;
+      if (asked && asked !== "session.attach") this.handlers.unbegun();
+    }
     if (!this.session && !this.waiting.length) return;
     this.handlers.online(false);
     this.retry = setTimeout(() => this.socket || this.#open(), this.delay);

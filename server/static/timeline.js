@@ -180,6 +180,8 @@ export class TimelineView {
     }
     this.track.setAttribute("aria-valuemin", "0");
     this.track.setAttribute("aria-valuemax", this.made.toFixed(1));
+    // A screen reader tells every new value of what has the focus: not those of a playing video.
+    if (this.cursor === null && document.activeElement === this.track) return;
     const seconds = this.cursor ?? this.played;
     this.track.setAttribute("aria-valuenow", seconds.toFixed(1));
     const change = this.changes.findLast(({ first }) => first <= seconds + 1e-6);

@@ -3,11 +3,10 @@
 const REASONS = {
   stopped: ", as you asked",
   disk_full: ": the server's disk is full",
+  recording_failed: ": the server could not record it",
   out_of_memory: ": the server has too little memory",
   step_failed: ": it could not be gone on with",
-  idle: ": nobody was watching",
   room: ": it gave way to another one",
-  shutdown: ": the server was shut down",
 };
 
 /**
@@ -22,13 +21,13 @@ const REASONS = {
  */
 export function stateWords(state, { fps, rate, made, reason }) {
   const slow = rate && rate < fps;
-  const why = slow ? ` makes ${rate.toFixed(1)} frames/s, the video plays ${fps}` : " is behind";
+  const pace = slow && `the model: it makes ${rate.toFixed(1)} frames/s, the video plays ${fps}`;
   return {
     idle: "Ready.",
     starting: "Starting…",
     loading: "The first picture is on its way…",
     playing: "Playing.",
-    waiting: `Waiting for the model: it${why}. It goes on by itself.`,
+    waiting: `Waiting for ${pace || "more of the video"}. It goes on by itself.`,
     paused: "Paused.",
     offline: "The connection is lost. Trying again; the video goes on from here.",
     replaced: "Another window has taken over this video; load this page again to take it back.",

@@ -169,6 +169,7 @@ class FakeEngine:
     fps: int = FPS
     block_frames: int = BLOCK
     step_seconds: float = 0.0
+    encode_seconds: float = 0.0
     noise: bool = False
     steps: list[str] = field(default_factory=list)
     failures: dict[str, deque[Exception]] = field(default_factory=dict)
@@ -179,6 +180,7 @@ class FakeEngine:
         if prompt == "no text":
             raise RuntimeError("the text encoder broke")
         self.encoded.append(prompt)
+        time.sleep(self.encode_seconds)
         return torch.zeros(1, 1, 1)
 
     def start(

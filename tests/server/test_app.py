@@ -9,6 +9,7 @@ from collections import deque
 import av
 import pytest
 import torch
+from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
@@ -455,6 +456,8 @@ def test_token(guarded):
     with guarded.websocket_connect(PATH) as socket:
         start(socket)
     guarded.cookies.clear()
+    beside = f'a; {{"b": 1}}; path=/; c={{"d": "e"}}; token_7860={TOKEN}'  # other programs' cookies
+    assert guarded.get("/v1/config", headers={"Cookie": beside}).status_code == 200
     assert guarded.get("/v1/config").status_code == 403
     bearer = {"Authorization": f"Bearer {TOKEN}"}
     assert guarded.get("/v1/config", headers=bearer).status_code == 200
@@ -471,6 +474,12 @@ def test_loopback(name, own):
     assert is_loopback(name) is own
     access = Access.of(name, 7860, None, ["demo.example"])
     assert access.hosts == (frozenset({"demo.example"}) if own else None)
+
+
+def test_names_of_a_proxy_are_read_as_hosts_are():
+    access = Access.of("127.0.0.1", 7860, None, ["Live.Example.org:443"])
+    assert access.refusal(Headers({"host": "live.example.org"}), "") is None
+    assert access.refusal(Headers({"host": "example.org"}), "") is not None
 
 
 def test_host_names():

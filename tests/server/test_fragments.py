@@ -202,6 +202,41 @@ def test_limit_of_the_disk(tmp_path):
         storage.reserve(12_000)
 
 
+def test_removed_videos_give_room(tmp_path):
+    """Who removed some, as the sentence says, was refused until the server was started again."""
+    storage = Storage(tmp_path, 10**6)
+    for name in ("a" * 32, "b" * 32):
+        made = Recording(storage, name, (32, 48), FPS)
+        made.add(grey(0))
+        made.finish({})
+    size = storage.path("a" * 32, ".mp4").stat().st_size
+    storage.limit = storage.used
+    with pytest.raises(UserError, match="remove some"):
+        storage.reserve(1)
+    storage.path("a" * 32, ".mp4").unlink()
+    storage.reserve(size)
+    with pytest.raises(UserError, match="remove some"):
+        storage.reserve(1)
+
+
+def test_a_video_stays_where_its_mp4_has_no_room(recording, storage, monkeypatch):
+    """It was removed: the growing file is all there was of it."""
+
+    def no_room(*_):
+        raise UserError("no space left on device")
+
+    monkeypatch.setattr("server.recording.write_mp4", no_room)
+    with recording.path.open("ab") as file:
+        file.write(b"the first part of a frame")
+    recording.finish({"seed": 3})
+    path = storage.finished("a" * 32, ".mp4")
+    assert decoded(path) == expected(0, 3 * BLOCK)
+    assert b"first part" not in path.read_bytes()
+    assert storage.finished("a" * 32, ".json")
+    assert storage.used == sum(path.stat().st_size for path in storage.folder.iterdir())
+    assert not recording.path.exists()
+
+
 def test_no_file_stays_open(recording, storage):
     before = open_files()
     for number in range(5):

@@ -188,6 +188,16 @@ def test_half_open_socket(tmp_path):
         lasts(lambda: health(port)["sessions"] == 0)
 
 
+def test_pings_are_answered_while_a_session_is_begun(tmp_path):
+    """What came meanwhile stopped all reading, and the socket of a slow text encoder was closed."""
+    engine = FakeEngine(encode_seconds=1.0)
+    with served(fake_app(tmp_path, engine), ping=0.2) as port, opened(port) as socket:
+        say(socket, "session.start", prompt="fox")
+        say(socket, "session.pause")  # waits for the start
+        until(socket, "session.started")
+        until(socket, "session.paused")
+
+
 def test_large_message_is_told(tmp_path):
     with served(fake_app(tmp_path)) as port, opened(port) as socket:
         socket.send('{"type": "session.start", "prompt": "' + "x" * 100_000 + '"}')

@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import threading
+import time
 from collections import deque
 from contextlib import asynccontextmanager
 
@@ -354,6 +356,31 @@ async def test_full_disk_ends_a_session(tmp_path):
         assert pool.storage.used < 20_000
 
 
+@in_loop
+async def test_nothing_is_recorded_after_a_block_that_was_not(tmp_path, monkeypatch):
+    """The next block was, so that the video had a hole, and its replay another length."""
+    async with pool_of(tmp_path) as pool:
+        live = await started(pool)
+        add, calls = live.recording.add, []
+
+        def add_or_fail(frames, told):
+            calls.append(len(frames))
+            if len(calls) == 2:
+                while len(pool.engine.steps) < 3:
+                    time.sleep(0.005)
+                raise UserError("no space left on device")
+            add(frames, told)
+
+        monkeypatch.setattr(live.recording, "add", add_or_fail)
+        client = watch(pool, live)
+        await settled(pool)
+        assert len(calls) == 2
+        assert live.recording.frames == BLOCK
+        assert client.told[-1]["type"] == "session.stopped"
+        assert client.told[-1]["reason"] == "disk_full"
+        assert [m["code"] for m in client.heard("error")] == ["disk_full"]
+
+
 # --- places --------------------------------------------------------------------------------------
 
 
@@ -368,6 +395,7 @@ async def test_a_session_that_cannot_go_on_ends(tmp_path):
         assert client.told[-1]["reason"] == "step_failed"
         assert engine.sessions[0].closed
         assert pool.find(live.name) is None
+        assert live.points == {}
 
 
 @in_loop
@@ -382,6 +410,43 @@ async def test_places(tmp_path):
         await begin(pool, address="c")  # what is over gives way
         assert pool.find(first.name) is None
         assert pool.storage.finished(first.name, ".mp4")
+
+
+@in_loop
+async def test_place_of_a_session_that_is_about_to_end(tmp_path):
+    """Stop, then another video: with one place that was refused while a step was under way."""
+    async with pool_of(tmp_path, FakeEngine(step_seconds=0.2), max_sessions=1) as pool:
+        first, _ = await begin(pool)
+        await asyncio.sleep(0.05)
+        first.stop("stopped")
+        assert not first.stopped
+        await begin(pool)
+        assert pool.find(first.name) is None
+        while not pool.storage.finished(first.name, ".mp4"):
+            await asyncio.sleep(0.01)
+
+
+@in_loop
+async def test_whoever_is_told_how_they_stand_waits_for_no_closing(tmp_path, monkeypatch):
+    """A page that hears nothing takes its socket for dead; a long mp4 was written meanwhile."""
+    written = threading.Event()
+    monkeypatch.setattr("server.pool.HOUSEKEEPING", 0.02)
+    async with pool_of(tmp_path, idle_seconds=60) as pool:
+        old, gone = await begin(pool)
+        _, client = await begin(pool)
+        await settled(pool)
+        save = old.recording.save
+        monkeypatch.setattr(old.recording, "save", lambda: (written.wait(), save())[1])
+        old.detach(gone)
+        pool.clock.now += 61
+        while pool.find(old.name):
+            await asyncio.sleep(0.01)
+        heard = len(client.heard("stats"))
+        await asyncio.sleep(0.2)
+        assert len(client.heard("stats")) > heard + 3
+        assert pool.storage.finished(old.name, ".mp4") is None
+        threading.Timer(0.2, written.set).start()
+    assert pool.storage.finished(old.name, ".mp4")  # the end of the server waits for it
 
 
 @in_loop
@@ -432,6 +497,7 @@ async def test_another_client_takes_over(tmp_path):
         await settled(pool)
         play(pool, live, 0.3)
         await settled(pool)
+        pool.update(live, update("waits"))
         new = FakeClient()
         live.attach(new, live.place(0.3), again=True)
         assert old.was_replaced
@@ -439,6 +505,9 @@ async def test_another_client_takes_over(tmp_path):
         assert live.client is new
         kinds = [message["type"] for message in new.told]
         assert kinds[:2] == ["session.started", "session.prompt_update.applied"]
+        assert new.heard("session.prompt_update.accepted") == [
+            {"type": "session.prompt_update.accepted", "id": "waits"}
+        ]
         assert kinds.count("snapshot.available") == 3
         assert kinds.index("thumbnail") < kinds.index("video.start")
         assert new.heard("video.start")[0]["first_frame"] == new.first_frame == 4

@@ -1,5 +1,6 @@
 """The page in a real browser, with the model that ships: what a viewer sees, and when."""
 
+import asyncio
 import json
 import urllib.request
 
@@ -16,12 +17,17 @@ pytestmark = pytest.mark.browser
 GRAY, NAVY, MAROON = (BACKGROUNDS[name][0] for name in ("gray", "navy", "maroon"))
 RED, GREEN = COLOURS["red"], COLOURS["green"]
 
-# Sockets that can be closed from outside, and damage a chunk when they are told to.
+# Sockets that can be closed from outside, die once they are open, and damage a chunk when they are
+# told to.
 TAPPED = """() => {
   const Plain = WebSocket;
   window.sockets = [];
   window.WebSocket = class extends Plain {
-    constructor(...all) { super(...all); window.sockets.push(this); }
+    constructor(...all) {
+      super(...all);
+      window.sockets.push(this);
+      this.addEventListener('open', () => window.dying && setTimeout(() => this.close()));
+    }
     set onmessage(heard) {
       super.onmessage = (event) => {
         const bad = window.damaged && typeof event.data !== 'string';
@@ -282,6 +288,35 @@ def test_a_lost_socket_and_a_broken_chunk_are_got_over(open_page):
     screen.until(lambda: screen.seconds > before + LEAD + 0.5, 6)
 
 
+def test_a_video_that_is_lost_is_told_once(open_page, server):
+    """Ten errors a second said "start a session first" instead of what had happened."""
+    screen = open_page()
+    screen.page.add_init_script(f"({TAPPED})()")
+    screen.page.reload()
+    screen.page.wait_for_selector("#composer > *")
+    screen.start()
+    screen.until(lambda: screen.seconds > 0.5, 5)
+    lost = screen.session
+    screen.page.evaluate("window.sockets.at(-1).close()")
+    ending = server.pool.close(server.pool.find(lost), "idle")
+    loop = next(iter(server.pool._tasks)).get_loop()
+    asyncio.run_coroutine_threadsafe(ending, loop).result(10)
+    screen.page.wait_for_selector("#alert:not([hidden])")
+    screen.page.wait_for_timeout(500)
+    _turn(screen, hidden=True)
+    _turn(screen, hidden=False)
+    screen.page.wait_for_timeout(300)
+    assert "has ended" in screen.page.inner_text("#alert-text")
+    assert screen.page.evaluate("sessionStorage.getItem('rolling-forcing-live')") is None
+    screen.page.evaluate("window.dying = true")  # and the next one is lost before it begins
+    screen.page.click("#submit")
+    screen.page.wait_for_selector("#alert:not([hidden])")
+    assert "before the new video began" in screen.page.inner_text("#alert-text")
+    screen.page.evaluate("window.dying = false")
+    screen.start()
+    assert screen.session != lost
+
+
 def test_two_pages_at_once_and_one_dies(open_page, server):
     """One of them behind a path prefix, where only addresses relative to the page work."""
     one, other = open_page(), open_page(f"http://localhost:{server.port}{PREFIX}")
@@ -351,9 +386,18 @@ def test_errors_are_sentences(open_page):
     screen.wait_state("playing")
 
 
-def test_a_browser_without_media_sources_gets_pictures(open_page):
+@pytest.mark.parametrize(
+    "lacks",
+    [
+        "delete window.MediaSource; delete window.ManagedMediaSource",
+        "MediaSource.isTypeSupported = () => false",
+        "MediaSource.prototype.addSourceBuffer = () => { throw new Error('no decoder'); }",
+    ],
+    ids=["media sources", "its codec", "what it says it has"],
+)
+def test_a_browser_that_lacks_something_gets_pictures(open_page, lacks):
     screen = open_page()
-    screen.page.add_init_script("delete window.MediaSource; delete window.ManagedMediaSource")
+    screen.page.add_init_script(lacks)
     screen.page.reload()
     screen.page.wait_for_selector("#composer > *")
     screen.start(background="a gray background")
