@@ -303,6 +303,7 @@ class _Course:
             noise=noise,
             rule=rule,
             recent_frames=self.setup.layout.start(self.drawn.end) if keeps_all else None,
+            evicts=not keeps_all,
             prefix=self.prefix_blocks,
         )
 

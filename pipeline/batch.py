@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.changes import Change, Timeline
+from pipeline.changes import BRANCH, Change, Timeline, check_change
 from pipeline.prefix import whole_blocks
 from pipeline.progress import VideoProgress
 from pipeline.prompt_schedule import PromptSchedule
@@ -333,11 +333,25 @@ class BatchRun:
                     f"{latent_frames} (--num_output_frames)"
                 )
 
+    def _check_changes(self) -> None:
+        """Every change has to be one that a video of this model can make."""
+        changes = self.changes
+        for change in changes.later if isinstance(changes, PromptSchedule) else changes:
+            if change.policy != BRANCH:
+                check_change(
+                    self.setup.kind,
+                    self.setup.layout,
+                    change.policy,
+                    change.blend_blocks,
+                    has_text=change.prompt is not None,
+                )
+
     # --- making ---------------------------------------------------------------------------------
 
     def _make_all(self, jobs: Sequence[Job], watch: Callable[[Job], Sequence[Watcher]]) -> None:
         """Encode the prompts of a group of videos and make these, group by group."""
         self._check_prefixes(jobs)
+        self._check_changes()
         self.folder.require(self.folder.vae)
         if not self.setup.text_embeddings:
             self.folder.require(self.folder.text_encoder, self.folder.tokenizer)

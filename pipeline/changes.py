@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.rollout import Rollout
-from pipeline.schedule import BlockLayout, Window
+from pipeline.schedule import BlockLayout, ScheduleKind, Window
 from utils.errors import UserError
 from utils.noise import CounterNoise
 from wan.geometry import VideoShape
@@ -144,6 +144,29 @@ class _Blend:
     recaches: bool
 
 
+def check_change(
+    kind: ScheduleKind, layout: BlockLayout, policy: str, blend_blocks: int, *, has_text: bool
+) -> None:
+    """UserError for a change that no video of this kind and layout can make."""
+    if policy not in POLICIES:
+        raise UserError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
+    if type(blend_blocks) is not int or not 0 <= blend_blocks <= LONGEST_BLEND:
+        raise UserError(
+            f"blend_blocks must be a number of blocks up to {LONGEST_BLEND}, not {blend_blocks!r}"
+        )
+    if blend_blocks and (policy in RESTARTING or not has_text):
+        raise UserError(f"only a prompt under keep or recache can blend, not {policy}")
+    if kind == "full":
+        raise UserError(
+            "a bidirectional model makes all blocks at once: its prompt cannot change meanwhile"
+        )
+    if policy == "cut" and layout.independent_first_frame:
+        raise UserError(
+            "a scene of this model begins with a block of one frame, which only the start of a "
+            "video has: use renoise instead of cut"
+        )
+
+
 class Direction:
     """Makes the changes of one rollout, right before the window that is the first to hear them.
 
@@ -176,10 +199,11 @@ class Direction:
         blend_blocks: int = 0,
         row: int | None = None,
         seed: int | None = None,
+        replaces: bool = True,
     ) -> Change:
         """A change before the next window, to embeddings `[1 or B, L, dim]`; see `Change`.
 
-        It replaces those that wait for the same window and would not be heard any more. A block
+        It `replaces` those that wait for the same window and would not be heard any more. A block
         that an error has left half made stays as it was begun: the change waits for the next one.
         Raises UserError for one that is not possible.
         """
@@ -192,7 +216,7 @@ class Direction:
         for old, old_text in self._pending:
             text_replaced = old_text is None or (text is not None and row in (None, old.row))
             replaced = text_replaced and (old.seed is None or seed is not None)
-            if replaced and old is not self._half_made:
+            if replaces and replaced and old is not self._half_made:
                 old.status = "superseded"
             else:
                 restarts |= old.restarts
@@ -235,33 +259,17 @@ class Direction:
         batch = len(self.text)
         if text is None and seed is None:
             raise UserError("say what changes: a prompt, or a seed")
-        if policy not in POLICIES:
-            raise UserError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
-        restarts = policy in RESTARTING
-        if type(blend_blocks) is not int or not 0 <= blend_blocks <= LONGEST_BLEND:
-            raise UserError(
-                f"blend_blocks must be a number of blocks up to {LONGEST_BLEND}, "
-                f"not {blend_blocks!r}"
-            )
-        if blend_blocks and (restarts or text is None):
-            raise UserError(f"only a prompt under keep or recache can blend, not {policy}")
-        if self.rollout.plan.schedule.kind == "full":
-            raise UserError(
-                "a bidirectional model makes all blocks at once: its prompt cannot change meanwhile"
-            )
+        plan = self.rollout.plan
+        has_text = text is not None
+        check_change(plan.schedule.kind, plan.layout, policy, blend_blocks, has_text=has_text)
         if row is not None:
             if type(row) is not int or not 0 <= row < batch:
                 raise UserError(f"row must be one of the {batch} videos of the batch, not {row!r}")
-            if batch > 1 and (restarts or seed is not None):
+            if batch > 1 and (policy in RESTARTING or seed is not None):
                 raise UserError(
                     "the videos of a batch share their windows: only keep and recache can change "
                     "the prompt of one of them"
                 )
-        if policy == "cut" and self.rollout.layout.independent_first_frame:
-            raise UserError(
-                "a scene of this model begins with a block of one frame, which only the start of a "
-                "video has: use renoise instead of cut"
-            )
         if text is not None and len(text) not in (1, 1 if row is not None else batch):
             raise UserError(f"text must be 1 or {batch} rows, not {len(text)}")
         if seed is not None and not isinstance(self._noise_source(), CounterNoise):
@@ -345,32 +353,39 @@ class Direction:
         old, new = _same_length(self.text, text)
         now = old.clone()
         now[list(rows)] = new
-        if torch.equal(now, old):
-            return
-        self.text = now
-        self._encode()
+        if not torch.equal(now, old):
+            self._take(now)
 
-    def _encode(self) -> None:
-        text = self.text
+    def _take(self, text: Tensor) -> None:
+        """`text` `[B, L, dim]` is what is heard; nothing has changed if this fails."""
+        rows = text
         if self._negative is not None:
-            text = torch.cat(_same_length(text, self._negative.to(text)))
+            rows = torch.cat(_same_length(text, self._negative.to(text)))
         dit = self.rollout.dit
-        self.rollout.text = dit.encode_text(text.to(dit.device))
+        encoded = dit.encode_text(rows.to(dit.device))
+        self.text, self.rollout.text = text, encoded
 
     def _noise_source(self) -> Any:
         return self.rollout.noise.sources[-1][1]
 
     # --- state ----------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, on_cpu: bool = False) -> dict[str, Any]:
         """What the next window hears, and all that was changed: tensors and plain values."""
+
+        def kept(text: Tensor | None) -> Tensor | None:
+            return text.cpu() if on_cpu and text is not None else text
+
         sources = self.rollout.noise.sources
         return {
-            "text": self.text,
+            "text": kept(self.text),
             "scenes": list(self.scenes),
             "changes": [asdict(change) for change in self.changes],
-            "pending": [[asdict(change), text] for change, text in self._pending],
-            "blends": [dict(vars(blend)) for blend in self._blends],
+            "pending": [[asdict(change), kept(text)] for change, text in self._pending],
+            "blends": [
+                {**vars(blend), "old": kept(blend.old), "new": kept(blend.new)}
+                for blend in self._blends
+            ],
             "begun": self._begun,
             "seeds": [
                 [block, source.seed]
@@ -395,8 +410,7 @@ class Direction:
             for blend in state["blends"]
         ]
         self._begun = state["begun"]
-        self.text = state["text"].to(self.text)
-        self._encode()
+        self._take(state["text"].to(self.text))
 
 
 def _first_begun(windows: Iterable[Window], block: int) -> int | None:

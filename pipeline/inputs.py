@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from utils.errors import UserError
@@ -89,9 +89,18 @@ def tensor_of(value: Any, name: str, *, meta: bool = False) -> Tensor:
 
 
 def recorded_noise(
-    noise: Sequence[Any], *, batch: int, latent: tuple[int, int, int], levels: int
+    noise: Sequence[Any],
+    *,
+    batch: int,
+    latent: tuple[int, int, int],
+    levels: int,
+    blocks: int,
+    block_frames: int,
 ) -> tuple[Tensor, Tensor]:
-    """Noise given as (initial `[B, F, C, h, w]`, renoise `[blocks, T-1, B, f, C, h, w]`)."""
+    """Noise given as (initial `[B, F, C, h, w]`, renoise `[blocks, levels, B, f, C, h, w]`).
+
+    At least so many `blocks` are needed between levels, and `block_frames` of each.
+    """
     if len(noise) != 2:
         raise UserError(f"noise must be a pair (initial, renoise), not {len(noise)} tensors")
     initial, renoise = (tensor_of(part, "noise") for part in noise)
@@ -99,11 +108,12 @@ def recorded_noise(
     if initial.ndim != 5 or initial.shape[0] != batch or tuple(initial.shape[2:]) != latent:
         raise UserError(f"the initial noise must be {wanted}, not {list(initial.shape)}")
     ok = renoise.ndim == 7 and renoise.shape[2] == batch and tuple(renoise.shape[4:]) == latent
-    if not ok or renoise.shape[1] < levels - 1:
+    enough = (blocks if levels else 0, levels, batch, block_frames)
+    if not ok or any(has < least for has, least in zip(renoise.shape, enough, strict=False)):
         size = ", ".join(map(str, latent))
         raise UserError(
-            f"the noise between levels must be [blocks, {levels - 1}, {batch}, f, {size}], "
-            f"not {list(renoise.shape)}"
+            f"the noise between levels must be [{blocks}, {levels}, {batch}, {block_frames}, "
+            f"{size}] or longer, not {list(renoise.shape)}"
         )
     return initial, renoise
 
@@ -153,6 +163,7 @@ def check_prefix(image: Any, video: Any, prefix_frames: Any = "reconstructed") -
 
 def _pixels(value: Any, name: str) -> Any:
     if isinstance(value, Image.Image):
+        value = ImageOps.exif_transpose(value)  # upright, as one that is read from its file
         if value.has_transparency_data:
             white = Image.new("RGBA", value.size, "white")
             value = Image.alpha_composite(white, value.convert("RGBA"))

@@ -63,12 +63,13 @@ class Phase(NamedTuple):
 def phases(setup: Setup, dtype: torch.dtype) -> list[Phase]:
     """What is needed where the generator is: to encode prompts, then to make videos.
 
-    The text encoder is freed in between (`TextSource.encode_once`); where it is on the CPU, or
+    The text encoder is freed in between (`TextSource.encode_once`); where it is elsewhere, or
     prompts are encoded already, there is one phase.
     """
     found = []
     text = encoder_bytes(_file_sizes(setup)[0], encoder_dtype(dtype))
-    if text and not setup.text_embeddings and setup.machine.text_encoder_device != "cpu":
+    beside = _is_beside(setup.machine.text_encoder_device, setup.machine.device)
+    if text and not setup.text_embeddings and beside:
         found.append(Phase("encode prompts", {"text encoder": text, "activations": TEXT_BYTES}))
     return [*found, Phase("make videos", _making(setup, dtype))]
 
@@ -177,7 +178,7 @@ def _making(setup: Setup, dtype: torch.dtype) -> dict[str, int]:
     cache //= machine.sequence_parallel  # each rank of a team keeps its heads
     decoding = dtype if machine.vae_dtype == "auto" else getattr(torch, machine.vae_dtype)
     weights = _file_sizes(setup)[1]  # the published ones are in fp32
-    if machine.vae_device not in ("auto", machine.device):
+    if not _is_beside(machine.vae_device, machine.device):
         weights = 0  # the VAE is elsewhere
     values = shape.height * shape.width * math.sqrt(weights / VAE_BYTES)
     pixels = round(values) * decoding.itemsize
@@ -193,6 +194,16 @@ def _making(setup: Setup, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
+def _is_beside(device: str, generator: str) -> bool:
+    """Whether a network is where the generator is, a GPU if nothing is said, however spelled."""
+
+    def place(name: str) -> tuple[str, int]:
+        found = torch.device("cuda" if name == "auto" else name)
+        return found.type, found.index or 0
+
+    return device == "auto" or place(device) == place(generator)
+
+
 def _file_sizes(setup: Setup) -> tuple[int, int]:
     """Bytes of text encoder and VAE; of a setup without a folder those of the published ones."""
     if setup.folder is None:
@@ -204,7 +215,8 @@ def _forward(setup: Setup, rows: int) -> int:
     """Values alive at the widest place of the largest pass."""
     sizes, layout = setup.sizes, setup.layout
     blocks = setup.levels.num if setup.kind == "rolling" else 1
-    queries = rows * blocks * layout.block_frames * setup.shape.tokens_per_frame
+    frames = setup.policy.max_frames if setup.kind == "full" else blocks * layout.block_frames
+    queries = rows * frames * setup.shape.tokens_per_frame
     keys = rows * setup.policy.max_frames * setup.shape.tokens_per_frame
     hidden = HIDDEN_COPIES_FLOAT8 if setup.machine.linear_dtype == "float8" else HIDDEN_COPIES
     feed_forward = queries * (hidden * sizes.ffn_dim + TOKEN_COPIES * sizes.dim)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.changes import POLICIES, RESTARTING, Change, Policy, Timeline
+from pipeline.changes import LONGEST_BLEND, POLICIES, RESTARTING, Change, Policy, Timeline
 from utils.config import find_file
 from utils.errors import UserError
 from utils.prompts import check_text
@@ -102,6 +102,8 @@ def _timed(path: Path, key: str, value: object) -> TimedPrompt:
         word, _, number = mark.partition(" ")
         if word == "blend" and re.fullmatch(r"\s*[0-9]{1,6}\s*", number):
             blend = int(number)
+            if blend > LONGEST_BLEND:
+                raise UserError(f"{path}: '[{mark}]' is longer than {LONGEST_BLEND} blocks")
         elif mark in POLICIES:
             policy = mark
         else:

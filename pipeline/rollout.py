@@ -295,10 +295,15 @@ class Rollout:
             if window is not None:
                 noisy, timesteps = inputs[-1]
                 x0 = x0_from_flow(noisy, flows[-1], timesteps)
-        moved = {} if window is None else self._advanced(window, noisy, flows[-1].detach())
-        # nothing has changed so far: after an error the same pass can run again
+        remembered = self.rule.state_dict()
+        try:
+            moved = {} if window is None else self._advanced(window, noisy, flows[-1].detach())
+            if own.stores is not None:
+                self.cache.commit(self._rows(self._unwritten[own.stores]))
+        except BaseException:  # nothing has changed: the same pass can run again
+            self.rule.load_state_dict(remembered, self.cache.device)
+            raise
         if own.stores is not None:
-            self.cache.commit(self._rows(self._unwritten[own.stores]))
             del self._unwritten[own.stores]
         if window is None:
             return None

@@ -254,18 +254,20 @@ class Setup:
         dtype: torch.dtype,
         device: torch.device,
         recent_frames: int | None = None,
+        evicts: bool = True,
         share: Share | None = None,
     ) -> KVCache:
         """An empty cache for `batch` videos of a network.
 
-        `recent_frames` defaults to what the policy reads; more are kept if it is more. `share`: of
-        the ranks that make the videos together.
+        `recent_frames` defaults to what the policy reads; more are kept if it is more. When frames
+        go into an averaged sink does not depend on it, unless they are all kept (not `evicts`).
+        `share`: of the ranks that make the videos together.
         """
         block = self.layout.block_frames
-        sink, recent = 0, 0
+        sink, least, recent = 0, 0, 0
         if self.kind != "full":
-            sink = self.policy.sink_frames
-            recent = max(recent_frames or 0, self.policy.stored_capacity(block))
+            sink, least = self.policy.sink_frames, self.policy.stored_capacity(block)
+            recent = max(recent_frames or 0, least)
         return KVCache(
             num_layers=sizes.num_layers,
             num_heads=sizes.num_heads,
@@ -280,7 +282,7 @@ class Setup:
             share=share,
             in_float8=self.machine.kv_cache_dtype == "float8",
             sink_ema=self.policy.sink_ema,
-            sink_lag=recent - block,
+            sink_lag=(least if evicts else recent) - block,
         )
 
     def rollout(
@@ -293,11 +295,13 @@ class Setup:
         rule: StepRule | None = None,
         guidance_scale: float | None = None,
         recent_frames: int | None = None,
+        evicts: bool = True,
         prefix: Sequence[Tensor] = (),
     ) -> Rollout:
         """A rollout at its start, with a cache of its own.
 
-        `rule` defaults to that of `levels`; `recent_frames`: see `cache`; the rest: see `Rollout`.
+        `rule` defaults to that of `levels`; `recent_frames`, `evicts`: see `cache`; the rest: see
+        `Rollout`.
         """
         keys = text.keys[0]
         rows = len(noise.samples) if guidance_scale is None else 2 * len(noise.samples)
@@ -310,6 +314,7 @@ class Setup:
                 dtype=keys.dtype,
                 device=keys.device,
                 recent_frames=recent_frames,
+                evicts=evicts,
                 share=dit.share,
             ),
             grid=self.shape.grid,

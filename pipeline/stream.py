@@ -155,10 +155,13 @@ class LatentStream:
 
     def state_dict(self, *, latents_only: bool = False) -> dict[str, Any]:
         """Where the stream stands, for `load_state_dict` on one opened the same way."""
-        ready = [(block, latents.clone()) for block, latents in self._ready]
+        ready = [
+            (block, latents.to("cpu" if latents_only else latents.device, copy=True))
+            for block, latents in self._ready
+        ]
         return {
             "rollout": self.rollout.state_dict(latents_only=latents_only),
-            "direction": self.direction.state_dict(),
+            "direction": self.direction.state_dict(on_cpu=latents_only),
             "ready": ready,
         }
 
@@ -320,6 +323,7 @@ class Stream:
         row: int | None = None,
         seed: int | None = None,
         text: Tensor | None = None,
+        replaces: bool = True,
     ) -> Change:
         """Another prompt before the next window; what the policies do is told in `Change`.
 
@@ -327,7 +331,7 @@ class Stream:
         begun; with None for `prompt` that alone changes. `text`: the prompt's embeddings
         `[1, L, dim]`, if they are there already.
 
-        Changes before one window are made in their order; one that another replaces before it was
+        Changes before one window are made in their order; one that another `replaces` before it was
         heard becomes `superseded`. Raises UserError, before anything changes, for one that is not
         possible.
         """
@@ -338,7 +342,13 @@ class Stream:
             (prompt,) = inputs.texts([prompt])
             text = self._encode(prompt) if text is None else self._embeddings(text)
         return stream.add(
-            text, prompt=prompt, policy=policy, blend_blocks=blend_blocks, row=row, seed=seed
+            text,
+            prompt=prompt,
+            policy=policy,
+            blend_blocks=blend_blocks,
+            row=row,
+            seed=seed,
+            replaces=replaces,
         )
 
     @property
@@ -494,6 +504,7 @@ def directed(
                 change.blend_blocks,
                 seed=change.seed,
                 text=None if prompt is None else text(prompt),
+                replaces=False,  # all of these were made
             )
         coming = stream.start_block()
         if coming is not None:

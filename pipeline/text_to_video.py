@@ -565,9 +565,7 @@ class VideoPipeline:
         text_embeddings = self._checked_text(text_embeddings)
         batch = len(text_embeddings)
         seed, num_latent_frames, samples = self._check(seed, num_latent_frames, samples, batch)
-        if prefix is not None and not isinstance(prefix, Prefix):
-            raise UserError("prefix must be what encode_prefix gave")
-        blocks = prefix.blocks(self.layout) if prefix is not None else []
+        blocks = [] if prefix is None else self._given_blocks(prefix, batch)
         blocks = [block.to(self.device).expand(batch, -1, -1, -1, -1) for block in blocks]
         negative = None
         if self.setup.guidance_scale is not None:
@@ -579,19 +577,33 @@ class VideoPipeline:
             if len(negative) != batch:
                 raise UserError(f"negative_embeddings must be {batch} rows, not {len(negative)}")
         self._say_what_is_dropped(num_latent_frames)
+        num_blocks = self._num_blocks(num_latent_frames, blocks)
         begin = Beginning(
             text_embeddings,
             negative,
-            self._noise_source(noise, seed, batch),
+            self._noise_source(noise, seed, batch, num_blocks),
             tuple(range(batch) if isinstance(noise, tuple | list) else samples),
             tuple(blocks),
             num_latent_frames,
-            self._num_blocks(num_latent_frames, blocks),
+            num_blocks,
             recent_frames,
         )
         if self.teamwork is not None:
             return self.teamwork.led(self.setup, self.dit, begin)
         return LatentStream.open(self.setup, self.dit, begin)
+
+    def _given_blocks(self, prefix: Any, batch: int) -> list[Tensor]:
+        """The blocks of a prefix; UserError for one that is not of this model and batch."""
+        if not isinstance(prefix, Prefix):
+            raise UserError("prefix must be what encode_prefix gave")
+        latents = inputs.tensor_of(prefix.latents, "the prefix", meta=self.device.type == "meta")
+        shape = list(latents.shape)
+        rows_fit = latents.ndim == 5 and shape[0] in (1, batch)
+        if not rows_fit or tuple(shape[2:]) != self.shape.latent:
+            wanted = f"[1 or {batch}, F, {', '.join(map(str, self.shape.latent))}]"
+            raise UserError(f"the latents of the prefix must be {wanted}, not {shape}")
+        self.layout.require_full_blocks(shape[1])
+        return prefix.blocks(self.layout)
 
     def _room_for_another(self) -> int:
         """Recent frames of a cache whose clean passes overwrite nothing that they read."""
@@ -621,10 +633,19 @@ class VideoPipeline:
             )
         return self.layout.blocks_for(num_latent_frames)
 
-    def _noise_source(self, noise: Noise | None, seed: int | None, batch: int) -> NoiseSource:
+    def _noise_source(
+        self, noise: Noise | None, seed: int | None, batch: int, num_blocks: int | None
+    ) -> NoiseSource:
         if isinstance(noise, tuple | list):
+            blocks = num_blocks or 0
+            again = self.setup.levels.num - 1 + (self.setup.context_noise > 0)
             initial, renoise = inputs.recorded_noise(
-                noise, batch=batch, latent=self.shape.latent, levels=self.setup.levels.num
+                noise,
+                batch=batch,
+                latent=self.shape.latent,
+                levels=again,
+                blocks=blocks,
+                block_frames=self.layout.block_frames,
             )
             count = self.layout.blocks_for(initial.shape[1])
             starts = [self.layout.start(block) for block in range(count + 1)]
@@ -632,6 +653,11 @@ class VideoPipeline:
                 raise UserError(
                     f"the given noise has {initial.shape[1]} latent frames, which is no whole "
                     f"number of blocks; give {starts[-1]}"
+                )
+            if count < blocks:
+                raise UserError(
+                    f"the given noise has {starts[-1]} latent frames, "
+                    f"but {self.layout.start(blocks)} are needed"
                 )
             return RecordedNoise(initial.cpu(), renoise.cpu(), starts)
         return self.setup.counter_noise(seed) if noise is None else noise

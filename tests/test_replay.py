@@ -78,13 +78,18 @@ def test_replay_makes_the_same_video(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("averaged", [[], ["sink_ema=0.5", "clean_pass_sees_sink=false"]])
 def test_a_session_and_its_branch_are_replayed(
-    tiny_world: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_world: TinyWorld,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    averaged: list[str],
 ) -> None:
+    """A session has a larger cache: its averaged sink took frames in at other moments."""
     alone = ["merge_clean_pass=false"]  # a record says it, though the frames are hardly others
-    pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", alone)
+    pipe = load_pipeline(tiny_world.config, tiny_world.checkpoint, "cpu", alone + averaged)
     session = Session.start(pipe, "a red ball", seed=3)
-    for _ in range(4):
+    for _ in range(9):
         session.step()
     session.set_prompt("a blue ball", "renoise")
     session.step()
@@ -97,6 +102,20 @@ def test_a_session_and_its_branch_are_replayed(
         assert read_replay(path).read_config(name).merge_clean_pass is False
         assert main(replay_flags(tiny_world, path, tmp_path / "out")) == 0
         assert "the same, frame for frame" in capsys.readouterr().out
+
+
+def test_changes_that_no_video_of_the_model_can_make_are_refused_before_it_is_loaded(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A video was made up to there, and thrown away."""
+    monkeypatch.setattr("pipeline.batch.load_checked", None)
+    schedule = tmp_path / "schedule.yaml"
+    schedule.write_text("9s: [cut] a green ball\n", encoding="utf-8")
+    flags = ["--config_path", str(tiny_world.config), "--checkpoint_path"]
+    flags += [str(tiny_world.checkpoint), "--prompt", "a ball", "--prompt_schedule", str(schedule)]
+    flags += ["--output_folder", str(tmp_path), "independent_first_frame=true"]
+    with pytest.raises(UserError, match="use renoise instead of cut"):
+        main(flags)
 
 
 def changed(made: Path, tmp_path: Path, **values: Any) -> Path:

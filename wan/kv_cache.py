@@ -349,13 +349,17 @@ class KVCache:
     @torch.no_grad()
     def commit(self, latents: Tensor) -> None:
         """The frames just written are finished: `latents` `[B, n, C, h, w]` are what they hold."""
-        slots = self.next_slots(latents.shape[1])
+        upcoming = latents.shape[1]
+        finished = self.finished + upcoming
+        slots = self.next_slots(upcoming)
         self._latents.index_copy_(1, slots, latents.to(self._latents.dtype))
-        before, self.finished = self.finished, self.finished + latents.shape[1]
-        if self.sink_ema is not None:
+        if (
+            self.sink_ema is not None
+        ):  # first, since it takes memory: if that fails, all is as it was
             first = self.sink_frames
-            self._average(range(before, min(self.finished, first)))
-            self._average(range(max(first, self._averaged), self._averaged_at(self.finished)))
+            self._average(range(self.finished, min(finished, first)), upcoming)
+            self._average(range(max(first, self._averaged), self._averaged_at(finished)), upcoming)
+        self.finished = finished
 
     def seek(self, frame: int, *, keep_sink: bool = False) -> None:
         """The frames from `frame` on are to be written anew, those before it count as finished.
@@ -448,10 +452,10 @@ class KVCache:
         """The frames that the average stands for, once so many are finished."""
         return max(min(self.sink_frames, finished), finished - self.sink_lag)
 
-    def _average(self, frames: range) -> None:
-        """Take stored frames into the average for good."""
+    def _average(self, frames: range, upcoming: int) -> None:
+        """Take frames into the average for good, of which `upcoming` are just stored."""
         if frames:
-            added = self._added(frames)
+            added = self._added(frames, upcoming=upcoming)
             for layer in self._layers:
                 layer.average(added)
             self._averaged = max(self._averaged, frames.stop)

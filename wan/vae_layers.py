@@ -213,7 +213,10 @@ def _convolve(conv: WanCausalConv3d, x: Tensor) -> Tensor:
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    """Whether oneDNN is asked directly; that refuses bfloat16 on a CPU without AVX-512."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return x.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _onednn(

@@ -583,6 +583,33 @@ def test_an_error_within_a_step_leaves_the_stream_before_it(
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
+def test_a_change_whose_text_fails_is_heard_at_the_next_try(
+    dit: WanDiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counted as heard, and everything went on under the old prompt."""
+    direction = directed(dit, tiny_method("rolling"))
+    take(direction, 3)
+    direction.add(some_text(dit, [7]), prompt="b")
+    with monkeypatch.context() as patch:
+        patch.setattr(dit, "encode_text", lambda _: (_ for _ in ()).throw(MemoryError("full")))
+        with pytest.raises(MemoryError):
+            direction.prepare()
+    direction.prepare()
+    assert [change.status for change in direction.changes] == ["applied"]
+    expected = dit.encode_text(some_text(dit, [7])).keys[0]
+    assert torch.equal(direction.rollout.text.keys[0], expected)
+
+
+def test_changes_on_record_are_all_made(dit: WanDiT) -> None:
+    """Those of a block that an error had left half made: the last one replaced the others."""
+    direction = directed(dit, tiny_method("rolling"))
+    take(direction, 3)
+    for text, policy in ((7, "recache"), (8, "keep")):
+        direction.add(some_text(dit, [text]), prompt="b", policy=policy, replaces=False)  # type: ignore[arg-type]
+    direction.prepare()
+    assert [change.policy for change in direction.changes] == ["recache", "keep"]
+
+
 @pytest.mark.slow
 def test_merged_clean_passes_move_the_last_bits_at_most(tiny_world: TinyWorld) -> None:
     """Through every policy, a blend, a seed, what is made anew, and the tries after an error."""

@@ -1,6 +1,7 @@
 """Causal windows and averaged sinks: against their definition, over all that was ever computed."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from utils.config import load_config
 from utils.errors import UserError
 from wan.context import AttentionContext, CachedContext
 from wan.dit import WanDiT
-from wan.kv_cache import KVCache
+from wan.kv_cache import Added, KVCache, LayerStore
 from wan.rope import apply_rope, rotation
 
 CPU = torch.device("cpu")
@@ -187,6 +188,36 @@ def test_an_average_is_as_fine_as_float32_in_any_cache(kept: str) -> None:
     torch.testing.assert_close(keys, torch.full_like(keys, sink), atol=1e-5, rtol=0)
     torch.testing.assert_close(values, 2 * keys)
     assert cache.num_bytes == bytes_before
+
+
+def test_an_average_that_fails_can_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block counted as finished, so that the next try put it behind itself."""
+
+    def averages(fails: int | None) -> Tensor:
+        cache = KVCache(
+            **{"num_layers": 1, "num_heads": 1, "head_dim": 2, "tokens_per_frame": 1},
+            **{"latent": (1, 1, 1), "sink_frames": 1, "recent_frames": 4, "batch": 1},
+            **{"dtype": torch.float32, "device": "cpu", "sink_ema": 0.5, "sink_lag": 2},
+        )
+        average, tries = LayerStore.averaged, 0
+
+        def averaged(self: LayerStore, added: Added) -> tuple[Tensor, Tensor]:
+            nonlocal tries
+            tries += 1
+            if tries == fails:
+                raise torch.OutOfMemoryError("full")
+            return average(self, added)
+
+        monkeypatch.setattr(LayerStore, "averaged", averaged)
+        while cache.finished < 9:
+            k = torch.full((1, 1, 1, 2), float(cache.finished))
+            with suppress(torch.OutOfMemoryError):
+                cache.layer(0).write(cache.next_slots(1), k, k)
+                cache.commit(torch.zeros(1, 1, 1, 1, 1))
+        monkeypatch.setattr(LayerStore, "averaged", average)
+        return torch.cat([*cache.layer(0).sink, *cache.layer(0)[:2]], dim=1)
+
+    assert all(torch.equal(averages(fails), averages(None)) for fails in range(1, 8))
 
 
 def test_after_a_recache_the_average_begins_again(dit: WanDiT) -> None:

@@ -85,6 +85,20 @@ def test_each_rank_of_a_team_keeps_its_heads(tmp_path: Path) -> None:
     assert caches[0] == 4 * caches[1]
 
 
+def test_a_network_is_beside_the_generator_however_that_is_spelled(tmp_path: Path) -> None:
+    """`cuda` and `cuda:0` were two places, so that a whole VAE was left out."""
+    setup = published_setup(tmp_path)
+
+    def parts(**machine: str) -> list[dict[str, int]]:
+        where = replace(setup.machine, **{"device": "cuda:0", **machine})
+        return [phase.parts for phase in phases(replace(setup, machine=where), torch.bfloat16)]
+
+    assert parts(vae_device="cuda") == parts(vae_device="cuda:0") == parts()
+    assert parts(vae_device="cuda:1")[-1]["VAE"] == 0
+    assert parts(text_encoder_device="cuda") == parts()
+    assert len(parts(text_encoder_device="cuda:1")) == len(parts(text_encoder_device="cpu")) == 1
+
+
 def test_a_text_encoder_beside_float16_is_in_float32(tmp_path: Path) -> None:
     """It was taken for half as large, and put on cards that cannot hold it."""
     setup = published_setup(tmp_path)

@@ -53,6 +53,7 @@ def test_the_forms_of_a_line(tmp_path: Path) -> None:
         ("3s: [fade] a", r"'\[fade\]' is neither"),
         ("3s: [blend x] a", r"'\[blend x\]' is neither"),
         ("3s: [cut] [blend 2] a", "a cut cannot blend"),
+        ("3s: [blend 1001] a", r"'\[blend 1001\]' is longer than 1000 blocks"),
         ("3s: [cut]", "has no text"),
         ("3s: '' ", "the prompt at '3s' is empty"),
         ("3s: ", "has no text"),

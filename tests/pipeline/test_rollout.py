@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -517,6 +518,35 @@ def test_resuming_keeps_the_solvers_history(dit: WanDiT, name: str, sampler: Any
     blocks = run(resumed)
     assert blocks.keys() == expected.keys()
     assert all(torch.equal(blocks[block], expected[block]) for block in blocks)
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+def test_a_pass_that_fails_behind_the_solver_can_be_tried_again(
+    dit: WanDiT, sampler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Solvers had moved on, so that the next try took their next step."""
+    method = tiny_method("rolling", levels=4)
+
+    def fresh() -> Rollout:
+        return new_rollout(dit, method, 7, rule=OdeStep.with_steps(sampler, 4, 3.0))
+
+    expected, ours = run(fresh()), fresh()
+    commit, tries, blocks = ours.cache.commit, 0, {}
+
+    def commit_or_fail(latents: Tensor) -> None:
+        nonlocal tries
+        tries += 1
+        if tries % 2:
+            raise MemoryError("full")
+        commit(latents)
+
+    monkeypatch.setattr(ours.cache, "commit", commit_or_fail)
+    while ours.next_window is not None:
+        with suppress(MemoryError):
+            result = ours.step()
+            blocks |= result.finished if result is not None else {}
+    assert tries > 4
+    assert all(torch.equal(blocks[block], expected[block]) for block in expected)
 
 
 # --- multi-step sampling ------------------------------------------------------------------------

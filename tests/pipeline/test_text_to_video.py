@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 
 from pipeline import VideoPipeline, load_pipeline
 from pipeline.inputs import embeddings, image_of
-from pipeline.prefix import image_clip, video_clip
+from pipeline.prefix import Prefix, image_clip, video_clip
 from tests.conftest import TinyWorld
 from tests.reference_flow import flow_from_x0
 from tests.tiny_pipeline import TINY_DIT
@@ -383,6 +383,24 @@ REFUSED = {
     "prefix_frames": (lambda p: p.stream("a", prefix_frames="all"), "'all'"),
     "no_prefix_frames": (lambda p: p.open_stream(TEXT, prefix_frames=None), "not None"),
     "tensor_for_prefix": (lambda p: p.generate_latents(TEXT, 6, prefix=TEXT), "encode_prefix"),
+    "prefix_of_another_size": (
+        lambda p: p.open_stream(TEXT, prefix=Prefix(torch.zeros(1, 3, 16, 1, 1))),
+        "latents of the prefix must be",
+    ),
+    "prefix_of_another_batch": (
+        lambda p: p.open_stream(TEXT, prefix=Prefix(torch.zeros(2, 3, *p.shape.latent))),
+        r"must be \[1 or 1, F",
+    ),
+    "prefix_of_no_whole_block": (
+        lambda p: p.open_stream(TEXT, prefix=Prefix(torch.zeros(1, 4, *p.shape.latent))),
+        "do not fill whole blocks of 3",
+    ),
+    "infinite_prefix": (
+        lambda p: p.open_stream(
+            TEXT, prefix=Prefix(torch.full((1, 3, *p.shape.latent), torch.inf))
+        ),
+        "no finite",
+    ),
     "text_without_batch": (lambda p: p.generate_latents(TEXT[0], 3), r"not \[2, 32\]"),
     "empty_batch": (lambda p: p.generate_latents(TEXT[:0], 3), r"not \[0, 2, 32\]"),
     "long_text": (lambda p: p.open_stream(torch.zeros(1, 25, 32)), "L up to 24"),
@@ -396,6 +414,19 @@ REFUSED = {
     "name_too_long": (lambda p: p.stream("a", image="x" * 300), "cannot be read"),
     "list_for_text": (lambda p: p.open_stream([[1.0]]), "not list"),
     "noise_of_another_size": (lambda p: p.generate_latents(TEXT, 3, (TEXT, TEXT)), "initial noise"),
+    "short_noise": (lambda p: p.generate_latents(TEXT, 6, noise_of(p, 1, 3, again=2)), "but 6 are"),
+    "noise_of_few_blocks": (
+        lambda p: p.generate_latents(TEXT, 6, noise_of(p, 2, 3, again=1)),
+        "must be \\[2, .* or longer",
+    ),
+    "noise_of_shorter_blocks": (
+        lambda p: p.generate_latents(TEXT, 6, noise_of(p, 2, 1)),
+        "must be \\[2, .* or longer",
+    ),
+    "noise_without_that_of_the_context": (
+        lambda p: p.variant(["context_noise=100"]).generate_latents(TEXT, 6, noise_of(p, 2, 3)),
+        "must be \\[2, .* or longer",
+    ),
     "lone_noise": (lambda p: p.generate_latents(TEXT, 3, (TEXT,)), "a pair"),
     "two_images": (lambda p: p.encode_prefix(image=moving_clip(2)), "uint8"),
     "grey_image": (lambda p: p.stream("a", image=np.zeros((9, 9), np.uint8)), "uint8"),
@@ -410,6 +441,15 @@ REFUSED = {
 }
 
 
+def noise_of(
+    pipe: VideoPipeline, blocks: int, frames: int, *, again: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Noise of so many blocks; between levels of so many `frames` each, and of `again` blocks."""
+    levels, latent = pipe.setup.levels.num, pipe.shape.latent
+    renoise = torch.zeros(again or blocks, levels - 1, 1, frames, *latent)
+    return torch.zeros(1, 3 * blocks, *latent), renoise
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_other_inputs_are_refused_in_one_sentence(pipe: VideoPipeline, case: str) -> None:
     """They ended in tracebacks of torch, or made another video than was asked for."""
@@ -422,6 +462,9 @@ def test_other_inputs_are_taken_where_it_is_certain_what_is_meant() -> None:
     clear = Image.new("RGBA", (4, 2))  # black without opacity
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     assert torch.equal(image_of(clear), torch.full((2, 4, 3), 255, dtype=torch.uint8))
+    lying = Image.fromarray(pixels)
+    lying.getexif()[ExifTags.Base.Orientation] = 6  # as phones write it: turn to the right
+    assert torch.equal(image_of(lying), torch.from_numpy(pixels).rot90(-1))
     assert image_of(pixels[:, ::-1]).tolist() == pixels[:, ::-1].tolist()
     assert embeddings(torch.zeros(1, 24, 32), DiTConfig.from_dict(TINY_DIT)).shape == (1, 24, 32)
 
