@@ -271,12 +271,7 @@ def test_a_page_that_is_loaded_again_goes_on_with_its_video(open_page):
 
 def test_a_lost_socket_and_a_broken_chunk_are_got_over(open_page):
     """As a dying network and a damaged stream have it; the page attaches again by itself."""
-    screen = open_page()
-    screen.page.add_init_script(f"({TAPPED})()")
-    screen.page.reload()
-    screen.page.wait_for_selector("#composer > *")
-    screen.start()
-    screen.until(lambda: screen.seconds > 0.5, 5)
+    screen = _tapped(open_page())
     screen.page.evaluate("window.sockets.at(-1).close()")
     screen.wait_state("offline")
     screen.wait_state("playing")
@@ -290,12 +285,7 @@ def test_a_lost_socket_and_a_broken_chunk_are_got_over(open_page):
 
 def test_a_video_that_is_lost_is_told_once(open_page, server):
     """Ten errors a second said "start a session first" instead of what had happened."""
-    screen = open_page()
-    screen.page.add_init_script(f"({TAPPED})()")
-    screen.page.reload()
-    screen.page.wait_for_selector("#composer > *")
-    screen.start()
-    screen.until(lambda: screen.seconds > 0.5, 5)
+    screen = _tapped(open_page())
     lost = screen.session
     screen.page.evaluate("window.sockets.at(-1).close()")
     ending = server.pool.close(server.pool.find(lost), "idle")
@@ -405,6 +395,16 @@ def test_a_browser_that_lacks_something_gets_pictures(open_page, lacks):
     assert screen.share(GRAY) > 0.6
     screen.change("cut", background="a navy background")
     screen.until(lambda: screen.share(NAVY) > 0.6, LEAD + 2)
+
+
+def _tapped(screen: Screen) -> Screen:
+    """The page with sockets that a test has in hand, playing."""
+    screen.page.add_init_script(f"({TAPPED})()")
+    screen.page.reload()
+    screen.page.wait_for_selector("#composer > *")
+    screen.start()
+    screen.until(lambda: screen.seconds > 0.5, 5)
+    return screen
 
 
 def _until_shown(screen: Screen, colour, *, instead_of) -> float:
