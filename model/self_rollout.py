@@ -408,24 +408,24 @@ class _StopEach:
         self.rule = rule
         self.timesteps = rule.timesteps
         self.levels = torch.tensor(levels)  # [B, blocks]
-        self._stopped: dict[int, Tensor] = {}
+        self.remembered: dict[int, Tensor] = {}
 
     def advance(self, block: int, level: int, noisy: Tensor, flow: Tensor, *, last: bool) -> Tensor:
         """See `StepRule`: rows that stopped before go on beside the others, and are put aside."""
         stops = to_device(self.levels[:, block] == level, noisy.device).view(-1, 1, 1, 1, 1)
         clean = x0_from_flow(noisy, flow, self.timesteps[level])
-        self._stopped[block] = torch.where(stops, clean, self._stopped.get(block, clean))
+        self.remembered[block] = torch.where(stops, clean, self.remembered.get(block, clean))
         if last:
-            return self._stopped.pop(block)
+            return self.remembered.pop(block)
         return self.rule.advance(block, level, noisy, flow, last=False)
 
     def state_dict(self) -> dict[int, Any]:
         """See `StepRule`."""
-        return {block: stopped.clone() for block, stopped in self._stopped.items()}
+        return {block: stopped.clone() for block, stopped in self.remembered.items()}
 
     def load_state_dict(self, state: Mapping[int, Any], device: torch.device) -> None:
         """See `StepRule`."""
-        self._stopped = {block: stopped.to(device, copy=True) for block, stopped in state.items()}
+        self.remembered = {block: stopped.to(device, copy=True) for block, stopped in state.items()}
 
 
 def scored_clip(

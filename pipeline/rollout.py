@@ -295,13 +295,13 @@ class Rollout:
             if window is not None:
                 noisy, timesteps = inputs[-1]
                 x0 = x0_from_flow(noisy, flows[-1], timesteps)
-        remembered = self.rule.state_dict()
+        remembered = dict(self.rule.remembered)
         try:
             moved = {} if window is None else self._advanced(window, noisy, flows[-1].detach())
             if own.stores is not None:
                 self.cache.commit(self._rows(self._unwritten[own.stores]))
         except BaseException:  # nothing has changed: the same pass can run again
-            self.rule.load_state_dict(remembered, self.cache.device)
+            self.rule.remembered = remembered
             raise
         if own.stores is not None:
             del self._unwritten[own.stores]

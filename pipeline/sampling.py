@@ -66,9 +66,14 @@ class BlockNoise:
 
 
 class StepRule(Protocol):
-    """What becomes of a block after a forward pass at one of its levels."""
+    """What becomes of a block after a forward pass at one of its levels.
+
+    `remembered`: what is known of blocks in flight, by block. A step puts new values in and never
+    changes old ones, so that whoever kept a copy of the mapping can go back to it.
+    """
 
     timesteps: Tensor
+    remembered: dict[int, Any]
 
     def advance(self, block: int, level: int, noisy: Tensor, flow: Tensor, *, last: bool) -> Tensor:
         """The block's input at `level + 1`, or its clean latents if this level is its `last`."""
@@ -89,6 +94,7 @@ class Renoise:
     def __init__(self, timesteps: Tensor, noise: BlockNoise) -> None:
         self.timesteps = timesteps
         self.noise = noise
+        self.remembered: dict[int, Any] = {}
 
     def advance(self, block: int, level: int, noisy: Tensor, flow: Tensor, *, last: bool) -> Tensor:
         """See `StepRule`."""
@@ -115,7 +121,7 @@ class OdeStep:
     def __init__(self, template: Any) -> None:
         """`template`: a diffusers scheduler whose timesteps are set."""
         self._template = template
-        self._solvers: dict[int, Any] = {}
+        self.remembered: dict[int, Any] = {}
         self.timesteps = template.timesteps.to(torch.float32)
 
     @classmethod
@@ -137,12 +143,11 @@ class OdeStep:
 
     def advance(self, block: int, level: int, noisy: Tensor, flow: Tensor, *, last: bool) -> Tensor:
         """See `StepRule`."""
-        if level == 0:
-            self._solvers[block] = self._new_solver()
-        solver = self._solvers[block]
+        solver = _copied_solver(self._template if level == 0 else self.remembered[block])
         moved = solver.step(flow, solver.timesteps[level], noisy).prev_sample
+        self.remembered[block] = solver
         if last:
-            del self._solvers[block]
+            del self.remembered[block]
         return moved
 
     def state_dict(self) -> dict[int, Any]:
@@ -154,22 +159,23 @@ class OdeStep:
                 for name, value in vars(solver).items()
                 if name not in new or value is not new[name]
             }
-            for block, solver in self._solvers.items()
+            for block, solver in self.remembered.items()
         }
 
     def load_state_dict(self, state: Mapping[int, Any], device: torch.device) -> None:
         """See `StepRule`."""
-        self._solvers = {block: self._new_solver() for block in state}
+        self.remembered = {block: _copied_solver(self._template) for block in state}
         for block, history in state.items():
             values = {name: _copied(value, device) for name, value in history.items()}
-            vars(self._solvers[block]).update(values)
+            vars(self.remembered[block]).update(values)
 
-    def _new_solver(self) -> Any:
-        """A solver at its first step; it shares with the template what no step changes."""
-        solver = copy.copy(self._template)
-        lists = {name: list(v) for name, v in vars(solver).items() if isinstance(v, list)}
-        vars(solver).update(lists)
-        return solver
+
+def _copied_solver(solver: Any) -> Any:
+    """A solver that stands where another one does; they share what no step changes."""
+    own = copy.copy(solver)
+    lists = {name: list(v) for name, v in vars(own).items() if isinstance(v, list)}
+    vars(own).update(lists)
+    return own
 
 
 def _copied(value: Any, device: torch.device | None = None) -> Any:

@@ -44,6 +44,15 @@ class KeepStates:
         self.levels = frozenset(levels)
         self.states: dict[int, list[Tensor]] = {}
 
+    @property
+    def remembered(self) -> dict[int, Any]:
+        """See `StepRule`: what the rule within remembers."""
+        return self.rule.remembered
+
+    @remembered.setter
+    def remembered(self, blocks: dict[int, Any]) -> None:
+        self.rule.remembered = blocks
+
     def advance(self, block: int, level: int, noisy: Tensor, flow: Tensor, *, last: bool) -> Tensor:
         """See `StepRule`."""
         kept = self.states.setdefault(block, [])

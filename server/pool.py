@@ -68,6 +68,7 @@ class SessionPool:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing: set[asyncio.Task[Any]] = set()  # what a shutdown waits for
+        self._leaving: dict[str, asyncio.Task[asyncio.Task[None]]] = {}  # see `_freeing`
         self._deliveries: dict[str, asyncio.Task[None]] = {}
         self._steps = ThreadPoolExecutor(1, "steps")
         self._texts = ThreadPoolExecutor(1, "texts")
@@ -144,7 +145,7 @@ class SessionPool:
         live = await self._begin(begin, address, instead_of=parent)
         parent.left = True
         if self.sessions > self.options.max_sessions:
-            self._freeing(parent, "room")
+            self._spawn(self.close(parent, "room"), self._closing)
         return live
 
     def update(self, live: LiveSession, asked: Update) -> None:
@@ -158,20 +159,18 @@ class SessionPool:
 
     async def close(self, live: LiveSession, reason: Reason) -> None:
         """End a session, free its memory, and leave its video and record on the disk."""
-        finishing = await asyncio.shield(self._freeing(live, reason))
-        if finishing is not None:
-            await asyncio.shield(finishing)
+        if live.name in self._live:
+            await asyncio.shield(await asyncio.shield(self._freeing(live, reason)))
 
-    def _freeing(
-        self, live: LiveSession, reason: Reason
-    ) -> asyncio.Task[asyncio.Task[None] | None]:
-        """Begin to close: what was begun is done, whoever waits for it."""
-        return self._spawn(self._free(live, reason), self._closing)
+    def _freeing(self, live: LiveSession, reason: Reason) -> asyncio.Task[asyncio.Task[None]]:
+        """What ends a session and frees its memory, begun now or before: it gives what finishes
+        its files. Both go on whoever waits for them; until it is done the session has its place.
+        """
+        if live.name not in self._leaving:
+            self._leaving[live.name] = self._spawn(self._free(live, reason), self._closing)
+        return self._leaving[live.name]
 
-    async def _free(self, live: LiveSession, reason: Reason) -> asyncio.Task[None] | None:
-        """End a session and free its memory; what finishes its files, or None if it was closed."""
-        if self._live.pop(live.name, None) is None:
-            return None
+    async def _free(self, live: LiveSession, reason: Reason) -> asyncio.Task[None]:
         with suppress(ValueError):
             self._turns.remove(live)
         live.stop(reason)
@@ -180,10 +179,13 @@ class SessionPool:
             record = await self.record_of(live)
         except Exception:  # its video is kept all the same
             logger.exception("session %s has no record", live.name)
-        await self._in(self._steps, live.session.close)
-        live.forget_points()
-        if reason == "out_of_memory":
-            await self._in(self._steps, release_memory)
+        try:
+            await self._in(self._steps, live.session.close)
+            live.forget_points()
+            if reason == "out_of_memory":
+                await self._in(self._steps, release_memory)
+        finally:
+            del self._live[live.name], self._leaving[live.name]
         return self._spawn(self._finish(live, record), self._closing)
 
     async def _finish(self, live: LiveSession, record: dict[str, Any] | None) -> None:
@@ -306,7 +308,7 @@ class SessionPool:
             except Exception as error:  # of ours: what a model raises is told in the step
                 live.end_turn(error)
             if live.broken is not None:
-                self._freeing(live, live.broken)
+                self._spawn(self.close(live, live.broken), self._closing)
 
     def _next_turn(self) -> LiveSession | None:
         """The session whose turn it is: whoever had one goes to the end of the row."""
@@ -380,6 +382,8 @@ class SessionPool:
         for live in list(self._live.values()):
             if live.client is not None:
                 live.tell(live.stats())
+            elif live.name in self._leaving:
+                continue
             elif self.clock() - live.alone_since >= self.options.idle_seconds:
                 alone.append(live)
         for live in alone:

@@ -36,9 +36,9 @@ class Storage:
     def reserve(self, size: int) -> None:
         """Take room of `size` bytes, or give it back if negative; UserError if there is none."""
         with self._lock:
-            if size > 0 and self._used + size > self.limit:
+            if self._has_no_room(size):
                 self._forget_removed()
-            if size > 0 and self._used + size > self.limit:
+            if self._has_no_room(size):
                 raise UserError(
                     f"the videos fill their limit of {readable(self.limit)}: remove some, or "
                     "start the server with a larger --disk_limit"
@@ -57,6 +57,9 @@ class Storage:
             self._sizes |= sizes
             self._used += sum(sizes.values()) - reserved
             self._finished.add(name)
+
+    def _has_no_room(self, size: int) -> bool:
+        return size > 0 and self._used + size > self.limit
 
     def _forget_removed(self) -> None:
         """Give back the room of files that somebody has removed."""

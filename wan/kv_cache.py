@@ -353,9 +353,8 @@ class KVCache:
         finished = self.finished + upcoming
         slots = self.next_slots(upcoming)
         self._latents.index_copy_(1, slots, latents.to(self._latents.dtype))
-        if (
-            self.sink_ema is not None
-        ):  # first, since it takes memory: if that fails, all is as it was
+        # The average comes first: it takes memory, and if there is none all is as it was.
+        if self.sink_ema is not None:
             first = self.sink_frames
             self._average(range(self.finished, min(finished, first)), upcoming)
             self._average(range(max(first, self._averaged), self._averaged_at(finished)), upcoming)
