@@ -8,6 +8,7 @@ The same command resumes a run that was stopped.
 
 import argparse
 import logging
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -52,9 +53,12 @@ def main(argv: Sequence[str]) -> int:
     from utils.config import load_config
 
     config = load_config(args.config_path, args.overrides)
-    for flag in () if args.dry_run else ("world_size", "tflops", "gpu_gb"):
-        if vars(args)[flag] is not None:
+    for flag in ("world_size", "tflops", "gpu_gb"):
+        value = vars(args)[flag]
+        if value is not None and not args.dry_run:
             raise UserError(f"--{flag} is of --dry_run; add that flag, or drop --{flag}")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{flag} must be a number above 0, not {value}")
     from trainer.metrics import WandbSettings
     from trainer.sharding import open_world
     from trainer.trainer import Trainer

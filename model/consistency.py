@@ -11,6 +11,8 @@ shift of 5, guidance 3 and an average of 0.99, as FastVideo's `causal_cd` has th
 step; here it is one of all: it ends clean, and ties the chain to the teacher.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -109,12 +111,14 @@ def flow_map_error(
     context: AttentionContext,
     clean: Tensor,
     clean_timesteps: Tensor,
+    look: Callable[[], None],
 ) -> LossResult:
     """mean |x_0^student(x_t, t) - x_0|^2, x_0 where the teacher's ODE leads from x_t.
 
     What a consistency training is for; its loss tells how far neighbours are apart, and hardly
     changes. `places` `[B, F]` of t on the `grid`. All frames make as many passes as from the
-    highest noise, so that ranks that share weights do.
+    highest noise, so that ranks that share weights do. `look` is called behind each of the ODE's;
+    what it raises ends the work.
     """
     last, on, past = len(grid) - 1, latents.device, (clean, clean_timesteps)
     times = [to_device(grid[(places + n).clamp(max=last)], on) for n in range(last + 1)]
@@ -123,6 +127,7 @@ def flow_map_error(
     for at, sigma, following in zip(times, sigmas, sigmas[1:], strict=False):
         flow = _guided_flow(teacher, state, at, teacher_text, guidance_scale, context, past)
         state = state + (following - sigma) * flow
+        look()
     x0 = _end(student, noisy, times[0], student_text, context, past)
     return LossResult((x0 - state).square().mean(), {})
 

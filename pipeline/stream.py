@@ -110,12 +110,16 @@ class LatentStream:
         self.take()
         return item
 
-    def peek(self) -> tuple[int, Tensor] | None:
-        """The next block, computed if it is not there yet; None at the end of the video."""
+    def peek(self, look: Callable[[], None] = lambda: None) -> tuple[int, Tensor] | None:
+        """The next block, computed if it is not there yet; None at the end of the video.
+
+        `look` is called behind each window; what it raises ends the work.
+        """
         while not self._ready:
             finished = self.advance()
             if finished is None:
                 return None
+            look()
             self._ready.extend(sorted(finished.items()))
         block, latents = self._ready[0]
         if self.num_latent_frames is not None:

@@ -400,8 +400,8 @@ class VideoPipeline:
     ) -> Tensor:
         """Clean latents `[B, F, C, h, w]`, float32, of text embeddings `[B, L, text_dim]`.
 
-        `look` is called behind each block; what it raises ends the work. UserError for latents that
-        are not finite, when all of them are made.
+        `look` is called behind each window; what it raises ends the work. UserError for latents
+        that are not finite, when all of them are made.
 
         `noise`: a NoiseSource (every row is sample 0), or `(initial [B, F, C, h, w], renoise
         [blocks, T-1, B, f, C, h, w])`; None draws it from `seed` (default: the config's).
@@ -415,9 +415,9 @@ class VideoPipeline:
             negative_embeddings=negative_embeddings,
         )
         made = []
-        for _, block in stream:
-            made.append(block)
-            look()
+        while (item := stream.peek(look)) is not None:
+            made.append(item[1])
+            stream.take()
         latents = torch.cat(made, dim=1)
         if not latents.is_meta and not latents.isfinite().all():  # meta tensors have no values
             raise UserError(f"the model made latents that are not numbers {NOT_FINITE}")

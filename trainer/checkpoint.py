@@ -376,7 +376,11 @@ def restore_player(player: Player, state: Mapping[str, Any]) -> None:
     """Give a player what `player_state` held."""
     set_model_state_dict(player.module, state["weights"])
     if "optimiser" in state:
+        groups = player.optimiser.param_groups
+        ours = [{key: group[key] for key in group.keys() - {"params"}} for group in groups]
         set_optimizer_state_dict(player.module, player.optimiser, state["optimiser"])
+        for group, values in zip(player.optimiser.param_groups, ours, strict=True):
+            group.update(values)  # a forced resume goes on with betas and decay of its own config
     player.updates = state["updates"]
     if player.ema is not None:
         player.ema.load(state["ema"])

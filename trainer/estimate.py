@@ -1,7 +1,7 @@
 """What a run needs and how long it takes, before it starts: nothing is loaded or allocated."""
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from model.lora import add_lora
@@ -17,7 +17,7 @@ from trainer.footprint import Footprint, footprint, is_known
 from trainer.networks import sizes_of
 from trainer.sharding import shards_of
 from trainer.tasks import find_task
-from utils.config import ROOT, Config, check_training, config_of, to_dict
+from utils.config import ROOT, Config, check_training, config_of, looked_up, to_dict
 from utils.datasets import UNLIMITED
 from utils.downloads import how_to_get
 from utils.errors import UserError
@@ -60,7 +60,7 @@ def missing_weights(config: Config) -> list[str]:
         f"{config.model_root}/{name}" for name in names if model_folder(config, name) is None
     ]
     checkpoint = config.generator_ckpt
-    if checkpoint and not any((base / checkpoint).is_file() for base in (Path(), ROOT)):
+    if checkpoint and not looked_up(checkpoint).exists():
         missing.append(checkpoint)
     return missing
 
@@ -130,7 +130,7 @@ def dry_run_report(
     batches, setup = split_batches(config, world), planned_setup(config)
     lines = [*data_lines(config, setup), batches.describe(), *batches.notes]
     if is_known(config):
-        local = local_world or min(world, 8)
+        local = local_world or math.gcd(world, 8)
         found = footprint(config, setup, world, local)
         lines += [f"memory of a rank of {world} (GiB), predicted:", *memory_lines(found)]
         on_cpu = config.device == "cpu"
@@ -168,11 +168,7 @@ def missing_data(config: Config) -> list[str]:
     heldout = config.heldout_data_path if config.heldout_every else None
     paths = (config.data_path, config.extended_data_path, heldout)
     return [
-        path
-        for path in paths
-        if path
-        and split_name(path) is None
-        and not any((b / path).exists() for b in (Path(), ROOT))
+        path for path in paths if path and split_name(path) is None and not looked_up(path).exists()
     ]
 
 

@@ -7,7 +7,8 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -54,10 +55,18 @@ class Exports:
         """Whether the weights of a step are there."""
         return export_folder(self.logdir, step).is_dir()
 
+    def forget(self, step: int) -> None:
+        """Remove weights of a step from a course that was gone back on: `holds` would mean them."""
+        shutil.rmtree(export_folder(self.logdir, step), ignore_errors=True)
+
     def start(self, step: int, write: Writer) -> None:
         """Write the weights of a step. `wait` has to come before they are copied."""
         assert self._writing is None, "an export at a time: their copies fill the host's memory"
         self._writing = self._thread.submit(self._write, export_folder(self.logdir, step), write)
+
+    def is_writing(self, seconds: float) -> bool:
+        """Whether a folder is in the making, also after so long a wait for it."""
+        return self._writing is not None and not wait([self._writing], seconds).done
 
     def wait(self) -> None:
         """Until the folder in the making has its name, or could not be written, which is told."""
@@ -86,21 +95,23 @@ class Exports:
             )
 
     def _write(self, folder: Path, write: Writer) -> None:
-        with written_folder(folder) as partial:
-            write(partial)
-        if self.keep is not None:
-            for old in exported(self.logdir)[: -self.keep]:
+        with written_folder(folder) as part:
+            write(part)
+        if self.keep is not None:  # later ones are of a course that was gone back on
+            folders = exported(self.logdir)
+            for old in folders[: folders.index(folder) + 1][: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
 
 def exported(logdir: Path) -> list[Path]:
     """A run's folders of exported weights, oldest first; those that a person renamed are none."""
-    found = {
-        int(name[1]): path
+    steps = sorted(
+        int(name[1])
         for path in (logdir.iterdir() if logdir.is_dir() else ())
-        if (name := _NAME.fullmatch(path.name)) and path.is_dir()
-    }
-    return [found[step] for step in sorted(found)]
+        if (name := _NAME.fullmatch(path.name))
+    )
+    folders = dict.fromkeys(export_folder(logdir, step) for step in steps)
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def export_generator(config: Config, player: Player, *, is_main: bool) -> Writer | None:
@@ -129,27 +140,44 @@ def export_generator(config: Config, player: Player, *, is_main: bool) -> Writer
     return write if is_main else None
 
 
-def export_vae(player: Player, data: Dataset, world: World) -> Writer | None:
-    """What writes `Wan2.1_VAE.pth`: the average if there is one, its latents standard normal."""
+def export_vae(
+    player: Player, data: Dataset, world: World, look: Callable[[], None]
+) -> Writer | None:
+    """What writes `Wan2.1_VAE.pth`: the average if there is one, its latents standard normal.
+
+    By their mean and standard deviation over the first clips of `data`, which the main rank
+    encodes. All ranks call `look` behind each clip, so that nobody is taken for lost; what it
+    raises ends the export.
+    """
     weights = list(weights_of(player).values())[-1]
     state = gathered(weights, is_main=world.is_main)
-    if not world.is_main:
+    vae = None
+    if world.is_main:
+        model = cast(Autoencoder, player.module).model
+        vae = WanVAE.like(model, {k.removeprefix("model."): v for k, v in state.items()})
+        vae.to(world.device)
+    means: list[Tensor] = []
+    for index in range(min(STATISTICS_CLIPS, len(data))):
+        if vae is not None:
+            means.append(_latent_means(vae, data[index]["video"]))
+        look()
+    if vae is None:
         return None
-    model = cast(Autoencoder, player.module).model
-    vae = WanVAE.like(model, {k.removeprefix("model."): v for k, v in state.items()})
-    vae.fold_statistics(*latent_moments(vae, data))
-    return lambda folder: vae.save_official(folder / "Wan2.1_VAE.pth")
+    together = torch.cat(means, dim=1).float()
+    vae.fold_statistics(together.mean(dim=1), together.std(dim=1))
+    vae.to(torch.device("cpu"))
+    return partial(_save_vae, vae)
+
+
+def _save_vae(vae: WanVAE, folder: Path) -> None:
+    vae.save_official(folder / "Wan2.1_VAE.pth")
 
 
 @torch.no_grad()
-def latent_moments(vae: WanVAE, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `[C]` of the latents' means over the first clips of the data."""
-    means = []
-    for index in range(min(STATISTICS_CLIPS, len(data))):
-        video = to_float(data[index]["video"])[None].to(vae.device, vae.dtype)
-        means.append(encode_moments(vae.model, video)[0].movedim(2, 0).flatten(1))  # [C, n]
-    together = torch.cat(means, dim=1).float()
-    return together.mean(dim=1), together.std(dim=1)
+def _latent_means(vae: WanVAE, video: Tensor) -> Tensor:
+    """Means `[C, n]` of the latents of a clip, uint8 `[n, H, W, 3]`."""
+    pixels = to_float(video)[None].to(vae.device, vae.dtype)
+    return encode_moments(vae.model, pixels)[0].movedim(2, 0).flatten(1)
 
 
 def weights_of(player: Player) -> dict[str, dict[str, Tensor]]:

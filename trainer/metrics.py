@@ -158,14 +158,14 @@ class MetricsLog:
                 sinks.append(_TensorBoard(self._logdir / "tensorboard", step))
             except ImportError:
                 logger.warning("no TensorBoard log: pip install tensorboard")
-            except OSError as error:
+            except Exception as error:  # whatever the library raises
                 logger.warning("no TensorBoard log: %s", _first_line(error))
         if self._wandb is not None:
             try:
                 sinks.append(_Wandb(self._wandb, self._logdir, continues=continues))
             except ImportError:
                 logger.warning("no W&B log: pip install wandb (or train with --disable-wandb)")
-            except OSError as error:
+            except Exception as error:  # whatever the library raises
                 logger.warning("no W&B log: %s", _first_line(error))
         return sinks
 

@@ -34,7 +34,7 @@ class SampleVideos:
         world: World,
         look: Callable[[], None],
     ) -> None:
-        """`frames`: latent frames of a video. What `look`, behind each block, raises ends it."""
+        """`frames`: latent frames of a video. What `look`, behind each window, raises ends it."""
         self.pipe = pipe
         self.folder = logdir / "samples"
         self.prompts = prompts

@@ -68,6 +68,7 @@ def recipe(config: Config) -> dict[str, Any]:
 # Phases that are no part of training a step. All but the first follow the step's line in the log,
 # and count in the next one's seconds.
 BETWEEN_STEPS = ("heldout", "samples", "save", "export")
+EXPORT_WAIT = 1.0  # seconds between two looks while the export before is being written
 
 
 class Trainer:
@@ -202,10 +203,13 @@ class Trainer:
         """
         due = self.step % self.config.log_iters == 0 or self._is_done()
         if self.begun:  # of the next step: these weights are no longer there
-            if due and self.saves and self.world.is_main and not self.exports.holds(self.step):
+            missing = self.saves and self.world.is_main and not self.exports.holds(self.step)
+            if self.step and due and missing:
                 logger.warning("the weights of step %d were not exported in time", self.step)
             return
         if due and self.saves and not saved:
+            if self.world.is_main:
+                self.exports.forget(self.step)
             self.save()
         samples, step = self.samples, self.step
         if samples and step and step % self.config.sample_every == 0:
@@ -229,11 +233,11 @@ class Trainer:
         try:
             self.store.wait()
         finally:
+            self.watch.end()  # from here on no rank waits for another
             try:
                 self.exports.close()
             finally:
                 self.log.close()
-                self.watch.end()
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -328,6 +332,8 @@ class Trainer:
 
     def _export(self) -> None:
         with self.timer.phase("export"):
+            while any_rank(self.exports.is_writing(EXPORT_WAIT), self.world.device):
+                self.stopping.look()  # the other ranks wait with the main one, and lose nobody
             self.exports.wait()
             write = self.task.export()
             if write is not None:
@@ -428,7 +434,8 @@ class Trainer:
             raise DamagedStateError(f"it trains {', '.join(run['positions'])}")
         untrained = run.get("untrained", [])  # older states were saved after all had an update
         for name, player in self.task.players.items():
-            make_room(player, ema=name in run["has_ema"], moments=name not in untrained)
+            averaged = name in run["has_ema"] and player.ema_weight is not None  # forced, perhaps
+            make_room(player, ema=averaged, moments=name not in untrained)
         state = self._state()
         self.store.load(path, state)
         for name, player in self.task.players.items():

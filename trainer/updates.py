@@ -190,9 +190,9 @@ class Updates:
             logger.warning("%s; it is drawn anew (%d of %d)", found, total, config.max_skips)
             self._write(found)
             return
-        kept = "Nothing was saved (--no_save)"
-        if self.keep_state is not None:
-            kept = self.keep_state(found.folder(self.logdir))
+        if self.keep_state is None:
+            raise NonFiniteError(f"{found}. Nothing was saved (--no_save); {why}")
+        kept = self.keep_state(found.folder(self.logdir))
         self._write(found)
         raise NonFiniteError(
             f"{found}. {kept}; {why}; the same command draws this update anew and goes on"

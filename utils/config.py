@@ -379,13 +379,19 @@ def check_training(config: Config) -> None:
         raise UserError(f"generator_ckpt is not read with {other}: leave one of them out")
     if config.trainer == "vae" and config.lora is not None:
         raise UserError("lora is of transformers: a VAE has no adapters")
+    if config.trainer in ("score_distillation", "ode") and config.schedule == "full":
+        raise UserError(
+            f"trainer: {config.trainer} is for a student that looks back at a past: set schedule "
+            "to rolling or block, not full"
+        )
+    if config.trainer == "score_distillation" or config.window_forcing:
+        _check_window(config, rolls=bool(config.rolling_probability))
     if config.trainer != "score_distillation":
         return
     if config.step_rule == "ode":
         raise UserError(
             "score_distillation trains on rollouts that renoise: set step_rule=renoise or null"
         )
-    _check_window(config, rolls=bool(config.rolling_probability))
     scored, block = config.image_or_video_shape[1], config.num_frame_per_block
     first = 1 if config.independent_first_frame else 0
     shortest = first + -(-(scored - first) // block) * block

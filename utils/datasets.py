@@ -164,8 +164,9 @@ class PromptDataset:
     holds = frozenset({"prompt"})
 
     def __init__(self, path: str | Path, extended_path: str | Path | None = None) -> None:
-        prompts = read_prompts(path)
-        self._prompts = read_extended_prompts(extended_path, prompts) if extended_path else prompts
+        prompts = self._prompts = read_prompts(path)
+        if extended_path:
+            self._prompts = read_extended_prompts(looked_up(extended_path), prompts)
 
     def __len__(self) -> int:
         return len(self._prompts)

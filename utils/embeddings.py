@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from utils.config import looked_up
 from utils.errors import UserError
 from utils.files import whole_files, write_tensors
 
@@ -49,7 +50,7 @@ class EmbeddingStore:
     """Read access to a folder of shards; only the embeddings asked for are read."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = looked_up(folder)
         shards = whole_files(self.folder, "*.safetensors")
         if not shards:
             raise UserError(f"{folder} holds no *.safetensors of text embeddings; check the path")

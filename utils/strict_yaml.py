@@ -1,7 +1,8 @@
 """YAML for experiment files: every mistake is one sentence with its line; values stand as written.
 
-PyYAML's safe loader, with numbers such as 1e-5 and without dates; a key is a text and stands once;
-there is no interpolation.
+PyYAML's safe loader with the values of YAML 1.2: `no`, `010`, `1:30` and dates are texts (which a
+key that is no text may still read as `false` or 10), 1e-5 is a number. A key is a text and stands
+once; there is no interpolation.
 """
 
 import re
@@ -13,6 +14,8 @@ import yaml
 
 from utils.errors import UserError
 
+BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+INTEGER = re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$")
 NUMBER = re.compile(
     r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
         |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
@@ -22,13 +25,14 @@ NUMBER = re.compile(
     re.VERBOSE,
 )
 TAG = "tag:yaml.org,2002:"
-MERGE, TEXT, TIMESTAMP = f"{TAG}merge", f"{TAG}str", f"{TAG}timestamp"
+MERGE, TEXT = f"{TAG}merge", f"{TAG}str"
+OF_YAML_1_1 = frozenset(f"{TAG}{name}" for name in ("bool", "int", "float", "timestamp"))
 KNOWN = frozenset(f"{TAG}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map"))
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own form)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in OF_YAML_1_1]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -79,7 +83,9 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789."))
+_Loader.add_implicit_resolver(f"{TAG}bool", BOOL, list("tTfF"))
+_Loader.add_implicit_resolver(f"{TAG}int", INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver(f"{TAG}float", NUMBER, list("-+0123456789."))
 
 
 class _Mistake(yaml.MarkedYAMLError):

@@ -298,7 +298,10 @@ def test_prompts_encoded_once_need_no_text_encoder_any_more(
         raise AssertionError("the text encoder was loaded again")
 
     monkeypatch.setattr(WanTextEncoder, "from_official", is_gone)
-    assert pipe.generate_latents(texts["a cat"], 3).shape[1] == 3
+    looks: list[int] = []
+    latents = pipe.generate_latents(texts["a cat"], 3, look=lambda: looks.append(1))
+    assert latents.shape[1] == 3
+    assert len(looks) >= 2, "behind each window, of which a video made as a whole has many"
 
 
 def test_inputs_of_another_form_are_refused_in_words(pipe: VideoPipeline) -> None:

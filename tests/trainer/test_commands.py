@@ -24,6 +24,7 @@ from tests.tiny_training import (
     train,
     two_nodes,
 )
+from trainer.estimate import dry_run_report
 from utils.cli import run_main
 from utils.embeddings import write_shard
 from utils.files import locked
@@ -99,6 +100,21 @@ def test_flags_of_a_dry_run_are_refused_without_it(
     config = training_world.write(tmp_path / "experiment.yaml")
     assert run_main(entry.main, [*flags(config, tmp_path / "run"), "--gpu_gb", "80"]) == 2
     assert "--gpu_gb is of --dry_run" in capsys.readouterr().err
+    for flag, value in (("world_size", "0"), ("tflops", "-400"), ("gpu_gb", "nan")):
+        command = [*flags(config, tmp_path / "run"), "--dry_run", f"--{flag}={value}"]
+        assert run_main(entry.main, command) == 2
+        assert f"--{flag} must be a number above 0" in capsys.readouterr().err
+
+
+def test_a_dry_run_plans_for_any_number_of_ranks(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """12 ranks were said to be in nodes of 8; a folder of weights was said to be missing."""
+    weights = training_world.models / "Student"
+    config = training_world.config(tmp_path, global_batch_size=24, generator_ckpt=str(weights))
+    report = dry_run_report(config, 12)
+    assert "12 ranks x 2 videos" in report
+    assert "not here yet" not in report
 
 
 @pytest.mark.slow

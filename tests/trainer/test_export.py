@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from tests.tiny_training import TrainingWorld, states, train
+from trainer import export
 from trainer.export import Exports, exported, gathered
+from trainer.sharding import open_world
+from trainer.trainer import Trainer
 from utils.errors import UserError
 from utils.files import write_torch
 from wan.checkpoints import read_state_dict
@@ -31,10 +34,12 @@ def test_an_export_is_written_beside_the_training_one_at_a_time(tmp_path: Path) 
 
     exports.start(1, slow)
     assert begun.wait(60)
+    assert exports.is_writing(0.01)
     assert not exports.holds(1)
     with pytest.raises(AssertionError, match="an export at a time"):
         exports.start(2, slow)
     go_on.set()
+    assert not exports.is_writing(60)
     exports.wait()
     assert exports.holds(1)
     (tmp_path / "checkpoint_model_000001_best").mkdir()
@@ -47,6 +52,38 @@ def test_an_export_is_written_beside_the_training_one_at_a_time(tmp_path: Path) 
         "checkpoint_model_1000000",
     ]
     assert (tmp_path / "checkpoint_model_000001_best").is_dir(), "a person's copy stays"
+
+
+def test_weights_of_a_course_that_was_gone_back_on_keep_no_place(tmp_path: Path) -> None:
+    """They counted as the newest ones: each new folder was removed as soon as it was there."""
+    for step in (200, 300):
+        (tmp_path / f"checkpoint_model_{step:06d}").mkdir()
+    exports = Exports(tmp_path, keep=2)
+    for step in (100, 150, 160):
+        exports.start(step, lambda folder: (folder / "model.pt").touch())
+        exports.wait()
+    assert [int(path.name[-6:]) for path in exported(tmp_path)] == [150, 160, 200, 300]
+    exports.forget(200)
+    assert not exports.holds(200)
+    exports.close()
+
+
+def test_who_waits_for_an_export_is_not_taken_for_lost(
+    training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks look around while the main one waits, or encodes clips for a VAE's statistics."""
+    with open_world("cpu") as world:
+        config = training_world.config(tmp_path, **training_world.vae())
+        trainer = Trainer(config, world, tmp_path / "run", visualise=False)
+        busy = iter([True, True, False])
+        monkeypatch.setattr(trainer.exports, "is_writing", lambda seconds: next(busy))
+        before = trainer.stopping.places
+        trainer._export()
+        assert trainer.stopping.places == before + 2 + export.STATISTICS_CLIPS
+        monkeypatch.setattr(trainer.exports, "close", lambda: watched.append(trainer.watch.ended))
+        watched: list[bool] = []
+        trainer.close()
+        assert watched == [True], "the main rank's last weights may take as long as they do"
 
 
 def test_what_is_copied_does_not_follow_the_training() -> None:

@@ -85,7 +85,10 @@ def test_of_consistency_it_is_the_distance_from_where_the_teacher_ends(
         task = trainer.task
         assert isinstance(task, Consistency)
         batch, draws = collate([trainer.heldout.data[0]]), heldout_draws([0])  # type: ignore[union-attr]
+        looks: list[int] = []
+        task.look = lambda: looks.append(1)
         found = task.heldout_loss(batch, draws, 1.0).loss
+        assert len(looks) == len(task.grid) - 1, "a signal waits for one pass, not for the ODE"
         places, context = task._places(draws, FRAMES)
         x, noise = batch["latents"], draws.normal(Purpose.NOISE, (FRAMES, *LATENT))
         text = task.teacher.encode_text(task.text(batch["prompt"]))

@@ -125,6 +125,21 @@ def test_a_missing_package_is_one_warning(tmp_path, monkeypatch, caplog, package
     assert len(lines_of(tmp_path)) == 2
 
 
+def test_a_log_that_cannot_be_opened_ends_no_training(tmp_path, monkeypatch, caplog):
+    """Libraries raise more than missing modules and full disks."""
+
+    def broken(*_args, **_options):
+        raise RuntimeError("no reply from the service\nand more")
+
+    monkeypatch.setattr("trainer.metrics._TensorBoard.__init__", broken)
+    monkeypatch.setattr("trainer.metrics._Wandb.__init__", broken)
+    log = open_log(tmp_path, tensorboard=True, wandb=WandbSettings("p"))
+    log.write(0, {"loss": 1.0})
+    said = [record.message for record in caplog.records]
+    assert said == [f"no {name} log: no reply from the service" for name in ("TensorBoard", "W&B")]
+    assert len(lines_of(tmp_path)) == 1
+
+
 def test_read_metrics_says_what_is_missing(tmp_path):
     with pytest.raises(UserError, match=r"holds no metrics\.jsonl"):
         read_metrics(tmp_path)

@@ -297,6 +297,27 @@ def test_another_config_is_refused_by_the_names_of_its_keys(
 
 
 @pytest.mark.slow
+def test_a_forced_run_follows_its_own_config(
+    training_world: TrainingWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The optimiser's stored settings came back with its moments; a run that no longer averages
+    ended in an assertion.
+    """
+    train(training_world.config(tmp_path, max_steps=2, ema_start_step=1), tmp_path / "run")
+    changed = {"weight_decay": 0.5, "beta1": 0.5, "ema_weight": 0.0, "max_steps": 3}
+    forced = training_world.config(tmp_path, resume={"force": True}, **changed)
+    trainer = train(forced, tmp_path / "run")
+    player = trainer.task.players["generator"]
+    (group,) = player.optimiser.param_groups
+    assert (group["weight_decay"], group["betas"][0]) == (0.5, 0.5)
+    assert player.optimiser.state, "the moments are the stored ones"
+    assert player.ema is None
+    trainer.step, trainer.begun = 0, ["critic"]
+    trainer._follow_up(saved=True)
+    assert "not exported" not in caplog.text, "there are no weights of step 0"
+
+
+@pytest.mark.slow
 def test_another_run_is_refused_before_a_network_is_built(
     training_world: TrainingWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +337,17 @@ def test_another_run_is_refused_before_a_network_is_built(
     [
         ({"num_training_frames": 2}, "num_training_frames=2 is too few"),
         ({"step_rule": "ode"}, "set step_rule=renoise or null"),
+        ({"schedule": "full"}, "score_distillation is for a student that looks back"),
+        ({"schedule": "full", "trainer": "ode"}, "ode is for a student that looks back at a past"),
+        (
+            {
+                "trainer": "diffusion",
+                "schedule": "block",
+                "window_forcing": True,
+                "max_attention_frames": 3,
+            },
+            "3 frames in one attention are too few: a window has 3 frames beside 1 sink",
+        ),
         ({"attention_backend": "flash3"}, "attention_backend=flash3 needs a CUDA device"),
     ],
 )
@@ -395,8 +427,9 @@ def test_with_no_save_a_broken_update_leaves_nothing_either(
         config = training_world.config(tmp_path)
         trainer = Trainer(config, world, tmp_path / "run", visualise=False, save=False)
         poison(trainer, "loss", phase="generator")
-        with pytest.raises(NonFiniteError, match=r"Nothing was saved \(--no_save\)"):
+        with pytest.raises(NonFiniteError, match=r"Nothing was saved \(--no_save\)") as error:
             trainer.train()
+    assert "anew" not in str(error.value), "nothing remembers which draw was broken"
     assert not list((tmp_path / "run").glob("emergency_*"))
 
 

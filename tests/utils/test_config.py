@@ -549,6 +549,20 @@ def test_unreadable_override(tmp_path: Path) -> None:
     refused(tmp_path, "unknown keys '1', 'yes'; docs", "1=2", "yes=3")
 
 
+def test_values_stand_as_written(tmp_path: Path) -> None:
+    """A text `no` was 'False', 010 was 8, and 1:30 was 90."""
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "method: self_forcing\nnegative_prompt: no\nsample_prompts: [on, 010, 1:30]\n"
+        "seed: 010\nload_raw_video: yes\nlr: 1e-5\n"
+    )
+    config = load_config(path)
+    assert config.negative_prompt == "no"
+    assert config.sample_prompts == ["on", "010", "1:30"]
+    assert (config.seed, config.load_raw_video, config.lr) == (10, True, 1e-5)
+    refused(tmp_path, "seed: Value '1:30'", "seed=1:30")
+
+
 def test_missing_file() -> None:
     with pytest.raises(UserError, match=r"config file nowhere\.yaml does not exist"):
         load_config("nowhere.yaml")
@@ -590,7 +604,7 @@ def test_files_are_found_from_the_projects_root(
             "is not readable as YAML, line 3: the key 'fps' stands there tw",
         ),
         (b"fps: 1\n1: x", "is not readable as YAML, line 2: the key '1' is no text"),
-        (b"vae:\n  yes: 3", "is not readable as YAML, line 2: the key 'yes' is no text"),
+        (b"vae:\n  true: 3", "is not readable as YAML, line 2: the key 'true' is no text"),
         (b"? [a]\n: 3", "is not readable as YAML, line 1: a key is a list or a mapping"),
         (b"\ndata_path: ${HOME}/x", r"is not readable as YAML, line 2: '\$\{HOME\}/x' is not repl"),
         (b"vae: &a {b: *a}", "is not readable as YAML, line 1: '.a' stands within itself"),

@@ -51,7 +51,9 @@ def prompt_file(tmp_path: Path) -> Path:
 # --- kinds of data ------------------------------------------------------------------------------
 
 
-def test_prompts_and_their_longer_wordings(prompt_file: Path, tmp_path: Path) -> None:
+def test_prompts_and_their_longer_wordings(
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extended = tmp_path / "extended.txt"
     extended.write_text("one ball\ntwo balls\nthree balls\n", encoding="utf-8")
     short = open_dataset(prompt_file, **CLIP)
@@ -59,6 +61,9 @@ def test_prompts_and_their_longer_wordings(prompt_file: Path, tmp_path: Path) ->
     assert [short[i] for i in range(len(short))] == [{"prompt": p} for p in ("one", "two", "three")]
     assert long[1] == {"prompt": "two balls"}
     assert long.prompt(2) == "three balls"
+    monkeypatch.setattr("utils.config.ROOT", tmp_path)
+    from_root = open_dataset("prompts.txt", **CLIP, extended_path="extended.txt")
+    assert from_root.prompt(1) == "two balls", "both are found below the project's root"
     table = tmp_path / "prompts.csv"
     table.write_text("prompt,id\none,1\ntwo,2\n", encoding="utf-8")
     assert [item["prompt"] for item in open_dataset(table, **CLIP)] == ["one", "two"]

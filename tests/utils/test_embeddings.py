@@ -69,6 +69,14 @@ def test_a_shard_says_what_is_in_it_and_what_made_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["0.safetensors"]
 
 
+def test_a_folder_is_found_from_the_projects_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "texts" / "0.safetensors", {"a": embedding(1)})
+    monkeypatch.setattr("utils.config.ROOT", tmp_path)
+    assert len(EmbeddingStore("texts")) == 1
+
+
 def test_what_is_not_there_or_not_readable_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \*\.safetensors"):
         EmbeddingStore(tmp_path)

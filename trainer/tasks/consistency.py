@@ -88,6 +88,7 @@ class Consistency(FlowMatching):
             student_text=self.generator.encode_text(cond),
             teacher_text=self.teacher.encode_text(both),
             guidance_scale=self.config.guidance_scale,
+            look=self.look,
             **given,
         )
 

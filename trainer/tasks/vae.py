@@ -47,4 +47,4 @@ class VaeTraining(Task):
 
     def export(self) -> Writer | None:
         """See `Task`."""
-        return export_vae(self.players["vae"], self.data, self.world)
+        return export_vae(self.players["vae"], self.data, self.world, self.look)
