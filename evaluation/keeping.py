@@ -10,7 +10,7 @@ videos in this second over the spread. Two published formulas compare the ends o
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,7 +99,7 @@ def owners_of(videos: Sequence[Sequence[Any]]) -> Numbers:
 class Keeping(NamedTuple):
     """What many videos kept of a property, in each whole second [S] that all of them have.
 
-    low, high: the ends of the 95 % interval of the drift over the videos.
+    low, high: the ends of the 95 % interval of the drift over the videos, or over their groups.
     """
 
     drift: Array
@@ -110,9 +110,15 @@ class Keeping(NamedTuple):
 
 
 def keeping(
-    videos: Sequence[Sequence[Trace]], known: Property, spread: float | None = None
+    videos: Sequence[Sequence[Trace]],
+    known: Property,
+    spread: float | None = None,
+    groups: Sequence[Hashable] | None = None,
 ) -> Keeping:
     """Of the things [things] in each of the videos; `spread`: see `spread_of`.
+
+    `groups`: of each video what it shares with others, such as its prompt. Videos of one group are
+    alike, so the drift is the mean over groups, and its interval is over them.
 
     The gain is sum (x - mean x)(x0 - mean x0) / sum |x0 - mean x0|^2 over all things; of angles,
     which cannot grow, the mean cosine of the difference. Things without a value do not count.
@@ -123,8 +129,11 @@ def keeping(
     first = np.stack([values_of(t["first"]) for t in things])  # [things, n]
     later = np.stack([values_of(t["seconds"])[:shortest] for t in things], 1)  # [S, things, n]
     owners = owners_of(videos)
-    drifts = [drift_curve(traces, known, spread)[:shortest] for traces in videos]
-    found = mean_interval(np.array(drifts)[None]).within(0)
+    drifts = np.array([drift_curve(traces, known, spread)[:shortest] for traces in videos])
+    if groups is not None:
+        members = [[g == group for g in groups] for group in dict.fromkeys(groups)]
+        drifts = np.stack([mean(drifts[own]) for own in members])
+    found = mean_interval(drifts[None]).within(0)
     return Keeping(
         drift=found.mean,
         low=found.low,

@@ -68,9 +68,9 @@ def means(results: Sequence[Result], meter: Meter) -> dict[str, dict[str, float]
 
 def kept_by(results: Sequence[Result], meter: Meter) -> dict[str, dict[str, Any]]:
     """Of every property of the meter that all results have: the `spread` that its distances are
-    over, `drift` with the ends `low` and `high` of its interval, `gain` and `variety` second by
-    second (`keeping.Keeping`), and by the name of each published formula the mean distance of the
-    ends of a video.
+    over, `drift` with the ends `low` and `high` of its interval over the prompts, `gain` and
+    `variety` second by second (`keeping.Keeping`), and by the name of each published formula the
+    mean distance of the ends of a video.
     """
     kept = {}
     reports = [result["report"].get("kept", {}) for result in results]
@@ -81,7 +81,9 @@ def kept_by(results: Sequence[Result], meter: Meter) -> dict[str, dict[str, Any]
         for formula in FORMULAS:
             apart = np.array([trace[formula] for video in videos for trace in video], float)
             ends[formula] = float(mean(apart)) / spread
-        kept[name] = {"spread": spread, **keeping(videos, known, spread)._asdict(), **ends}
+        prompts = [result["prompt"] for result in results]
+        seen = keeping(videos, known, spread, prompts)
+        kept[name] = {"spread": spread, **seen._asdict(), **ends}
     return kept
 
 

@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,13 @@ def model_settings(setup: Setup, checkpoint: Path | None, *, use_ema: bool) -> d
 
 def file_hash(path: Path) -> str:
     """A short SHA-256 of a file: of all of it up to 64 MiB, else of its size and 64 samples."""
-    size = path.stat().st_size
+    status = path.stat()
+    return _hash_of(path.absolute(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _hash_of(path: Path, size: int, changed: int) -> str:
+    """Computed once, as long as size and time of change (nanoseconds) are the same."""
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         if size <= 64 * MIB:

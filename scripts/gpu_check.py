@@ -31,8 +31,9 @@ if not __package__:  # run by its path: the tree that it lies in comes first
 
 from scripts._compare import row as compared_row
 from utils.cli import parse_command, run_main
+from utils.config import find_file
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import make_folder, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST_SECONDS = 15  # below which the long run is left out
@@ -238,7 +239,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse_command(build_parser(), argv)
     if not 0 < args.minutes <= 1440 or min(args.blocks, args.turns) < 1:
         raise UserError("--minutes must be from 0 to 1440, --blocks and --turns at least 1")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.out = make_folder(args.out.absolute())  # the stages run from the project's root
+    args.config_path = str(find_file(args.config_path, "config file").absolute())
     return check(args, stages(args))
 
 

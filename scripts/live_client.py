@@ -30,8 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def watch(args: argparse.Namespace) -> str:
-    """Play a session as if on a screen; its id. UserError if the server starts none."""
+async def watch(args: argparse.Namespace) -> tuple[str, str]:
+    """Play a session as if on a screen; its id, and what the server said if it ended in an error.
+
+    UserError if the server starts none.
+    """
     from websockets.asyncio.client import connect
 
     start = {"type": "session.start", "prompt": args.prompt, "seconds": args.seconds}
@@ -48,13 +51,17 @@ async def watch(args: argparse.Namespace) -> str:
                 print(message)
             if told["type"] == "error" and not name:
                 raise UserError(told["message"])
-            if told["type"] in ("error", "session.stopped"):
-                return name
+            if told["type"] == "session.stopped":
+                return name, ""
+            if told["type"] == "error":
+                return name, told["message"]
             played = time.monotonic() - began
             await socket.send(json.dumps({"type": "playhead", "seconds": played}))
             if changes and played > args.seconds / 2:
                 await socket.send(json.dumps(changes.pop() | {"policy": args.policy}))
-    return name
+    if not name:
+        raise UserError("the server has closed the connection before it began a video")
+    return name, "the server has closed the connection before the end"
 
 
 def headers(args: argparse.Namespace) -> dict[str, str]:
@@ -65,16 +72,26 @@ def headers(args: argparse.Namespace) -> dict[str, str]:
 def main(argv: Sequence[str]) -> int:
     """Watch, then fetch the whole file."""
     args = build_parser().parse_args(argv)
-    from websockets.exceptions import WebSocketException
+    try:
+        from websockets.exceptions import WebSocketException
+    except ImportError as error:
+        raise UserError("this needs websockets: pip install -r requirements-app.txt") from error
 
     try:
-        name = asyncio.run(watch(args))
+        name, ended = asyncio.run(watch(args))
     except (WebSocketException, OSError) as error:
         raise UserError(f"no session at {args.address}: {error}") from error
     file = f"http://{args.address}/v1/sessions/{name}/video.mp4"
     request = urllib.request.Request(file, headers=headers(args))
-    with urllib.request.urlopen(request) as answer, written(args.output) as part:
-        part.write_bytes(answer.read())
+    try:
+        with urllib.request.urlopen(request) as answer:
+            video = answer.read()
+    except OSError as error:
+        raise UserError(f"{file} cannot be fetched: {ended or error}") from error
+    with written(args.output) as part:
+        part.write_bytes(video)
+    if ended:
+        raise UserError(f"{args.output} is not the whole video: {ended}")
     return 0
 
 

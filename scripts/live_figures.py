@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,8 +31,8 @@ from utils.config import ROOT
 from utils.errors import UserError
 from utils.files import write_json
 
-PORT = 7961
 START_SECONDS = 300
+LONGEST_WAIT = 120.0  # seconds for a message or a frame
 Figures = dict[str, Any]
 
 
@@ -53,6 +54,7 @@ class Viewer:
     def __init__(self, socket: Any, fps: int, *, eager: bool) -> None:
         self.socket, self.fps, self.eager = socket, fps, eager
         self.frames, self.told = 0, asyncio.Queue[dict[str, Any]]()
+        self.refused = ""  # what the server said when it ended the session
         self.began: float | None = None
         self.arrivals: list[tuple[float, int]] = []  # (clock, frames that are there)
         self.held = 0.0  # seconds of video that playing stood still
@@ -64,14 +66,20 @@ class Viewer:
 
     async def listen(self) -> None:
         """Keep what comes."""
-        async for message in self.socket:
-            if isinstance(message, bytes):
-                self.frames += message.count(b"moof")
-                self.arrivals.append((time.monotonic(), self.frames))
-                if self.frames and self.began is None:
-                    self.began = time.monotonic()
-            else:
-                await self.told.put(json.loads(message))
+        try:
+            async for message in self.socket:
+                if isinstance(message, bytes):
+                    self.frames += message.count(b"moof")
+                    self.arrivals.append((time.monotonic(), self.frames))
+                    if self.frames and self.began is None:
+                        self.began = time.monotonic()
+                    continue
+                told = json.loads(message)
+                if told["type"] == "error" and not self.refused:
+                    self.refused = f"the server says: {told['message']}"
+                self.told.put_nowait(told)
+        finally:
+            self.refused = self.refused or "the server has closed the session"
 
     async def play(self) -> None:
         """Say ten times a second what was played: what is there, or what a clock has reached."""
@@ -89,28 +97,50 @@ class Viewer:
 
     async def until(self, kind: str) -> dict[str, Any]:
         """The next message of a type."""
+        end = time.monotonic() + LONGEST_WAIT
         while True:
-            message = await self.told.get()
+            while self.told.empty():
+                await self._wait(kind, end)
+            message = self.told.get_nowait()
             if message["type"] == kind:
                 return message
-            if message["type"] == "error":
-                raise UserError(f"the server says: {message['message']}")
 
     async def frame(self, number: int) -> float:
-        """When frame `number` came."""
+        """When frame `number` came; UserError if the session ends before."""
+        end = time.monotonic() + LONGEST_WAIT
         while self.frames <= number:
-            await asyncio.sleep(0.002)
+            await self._wait(f"frame {number}", end)
         return next(at for at, frames in self.arrivals if frames > number)
+
+    async def _wait(self, what: str, end: float) -> None:
+        if self.refused:
+            raise UserError(self.refused)
+        if time.monotonic() > end:
+            raise UserError(f"{what} did not come within {LONGEST_WAIT:g} s")
+        await asyncio.sleep(0.002)
+
+
+class Server(NamedTuple):
+    """A server that answers: its port, its process, and what it says of itself."""
+
+    port: int
+    process: int
+    prompts: Sequence[str]
+    fps: int
+
+    @property
+    def socket(self) -> str:
+        """Where sessions are."""
+        return f"ws://127.0.0.1:{self.port}/v1/realtime/video"
 
 
 @asynccontextmanager
-async def viewer(prompt: str, fps: int, *, eager: bool = False) -> AsyncIterator[Viewer]:
+async def viewer(server: Server, prompt: str, *, eager: bool = False) -> AsyncIterator[Viewer]:
     """A viewer of a new session."""
     from websockets.asyncio.client import connect
 
-    address = f"ws://127.0.0.1:{PORT}/v1/realtime/video"
-    async with connect(address, max_size=2**24) as socket:
-        watching = Viewer(socket, fps, eager=eager)
+    async with connect(server.socket, max_size=2**24) as socket:
+        watching = Viewer(socket, server.fps, eager=eager)
         tasks = [asyncio.create_task(watching.listen()), asyncio.create_task(watching.play())]
         try:
             await watching.say("session.start", prompt=prompt)
@@ -126,24 +156,24 @@ async def viewer(prompt: str, fps: int, *, eager: bool = False) -> AsyncIterator
 # --- what is measured ----------------------------------------------------------------------------
 
 
-async def first_frame(prompts: Sequence[str], fps: int, tries: int) -> Figures:
+async def first_frame(server: Server, tries: int) -> Figures:
     """Seconds from `session.start` to the first frame."""
-    taken = []
+    taken, prompts = [], server.prompts
     for number in range(tries):
-        async with viewer(prompts[number % len(prompts)], fps) as watching:
+        async with viewer(server, prompts[number % len(prompts)]) as watching:
             begin = time.monotonic()
             taken.append(await watching.frame(0) - begin)
     return {"first_frame_s": statistics.median(taken), "first_frame_s_worst": max(taken)}
 
 
-async def change(prompts: Sequence[str], fps: int, policy: str, tries: int) -> Figures:
+async def change(server: Server, policy: str, tries: int) -> Figures:
     """Seconds from `session.prompt_update` to its first frame: sent, and played."""
     sent, played, whole = [], [], []
     for number in range(tries):
-        async with viewer(prompts[0], fps) as watching:
-            await watching.frame(round((3 + 0.2 * number) * fps))
+        async with viewer(server, server.prompts[0]) as watching:
+            await watching.frame(round((3 + 0.2 * number) * server.fps))
             click = await watching.say(
-                "session.prompt_update", id="1", prompt=prompts[1], policy=policy
+                "session.prompt_update", id="1", prompt=server.prompts[1], policy=policy
             )
             applied = await watching.until("session.prompt_update.applied")
             assert watching.began is not None
@@ -159,11 +189,12 @@ async def change(prompts: Sequence[str], fps: int, policy: str, tries: int) -> F
     }
 
 
-async def rate(prompts: Sequence[str], fps: int, viewers: int, seconds: float) -> Figures:
+async def rate(server: Server, viewers: int, seconds: float) -> Figures:
     """Frames per second that come to each of several viewers who play as fast as they can."""
+    prompts = server.prompts
 
     async def watch(number: int) -> float:
-        async with viewer(prompts[number % len(prompts)], fps, eager=True) as watching:
+        async with viewer(server, prompts[number % len(prompts)], eager=True) as watching:
             await watching.frame(0)
             await asyncio.sleep(2.0)
             before = watching.frames
@@ -174,23 +205,24 @@ async def rate(prompts: Sequence[str], fps: int, viewers: int, seconds: float) -
     return {f"fps_of_{viewers}": sum(rates), f"fps_of_{viewers}_least": min(rates)}
 
 
-async def memory(prompts: Sequence[str], fps: int, minutes: float, server: int) -> Figures:
+async def memory(server: Server, minutes: float) -> Figures:
     """MiB of the server at the beginning and at the end of a long session, and held seconds."""
-    async with viewer(prompts[0], fps) as watching:
+    async with viewer(server, server.prompts[0]) as watching:
         await asyncio.sleep(min(15.0, 60 * minutes / 4))
-        begin = resident(server)
+        begin = resident(server.process)
         await asyncio.sleep(60 * minutes)
         held = watching.held
-    return {"rss_begin_mib": begin, "rss_end_mib": resident(server), "stood_still_s": held}
+    end = resident(server.process)
+    return {"rss_begin_mib": begin, "rss_end_mib": end, "stood_still_s": held}
 
 
-async def killed(prompts: Sequence[str], count: int, server: int) -> Figures:
+async def killed(server: Server, count: int) -> Figures:
     """MiB of the server before and after sessions whose clients vanish."""
     from websockets.asyncio.client import connect
 
     async def kill(number: int) -> None:
-        socket = await connect(f"ws://127.0.0.1:{PORT}/v1/realtime/video")
-        prompt = prompts[number % len(prompts)]
+        socket = await connect(server.socket)
+        prompt = server.prompts[number % len(server.prompts)]
         await socket.send(json.dumps({"type": "session.start", "prompt": prompt}))
         async for message in socket:
             if isinstance(message, bytes) and b"moof" in message:
@@ -203,9 +235,10 @@ async def killed(prompts: Sequence[str], count: int, server: int) -> Figures:
             await kill(number)
             await asyncio.sleep(0.1)
         await asyncio.sleep(4.0)
-        figures[f"killed_{name}_mib"] = resident(server)
-        figures[f"killed_{name}_threads"] = len(list(Path(f"/proc/{server}/task").iterdir()))
-        figures[f"killed_{name}_files"] = len(list(Path(f"/proc/{server}/fd").iterdir()))
+        there = Path(f"/proc/{server.process}")
+        figures[f"killed_{name}_mib"] = resident(server.process)
+        figures[f"killed_{name}_threads"] = len(list((there / "task").iterdir()))
+        figures[f"killed_{name}_files"] = len(list((there / "fd").iterdir()))
     return figures
 
 
@@ -225,11 +258,12 @@ def main(argv: Sequence[str]) -> int:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parse_command(build_parser(), own)
     with tempfile.TemporaryDirectory() as folder:
-        place = ["--output_dir", folder, "--server_port", str(PORT), "--idle_seconds", "1"]
+        port = free_port()
+        place = ["--output_dir", folder, "--server_port", str(port), "--idle_seconds", "1"]
         command = [sys.executable, str(ROOT / "app.py"), *place, *flags]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as server:
             try:
-                figures = asyncio.run(measure(args, server))
+                figures = asyncio.run(measure(args, server, port))
             finally:
                 server.terminate()
     for name, value in figures.items():
@@ -239,34 +273,41 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-async def measure(args: argparse.Namespace, server: subprocess.Popen[bytes]) -> Figures:
+def free_port() -> int:
+    """One that nothing listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def measure(args: argparse.Namespace, process: subprocess.Popen[bytes], port: int) -> Figures:
     """All figures."""
-    config = await ready(server)
-    prompts, fps = config["examples"], config["fps"]
-    if len(prompts) < 2:
+    config = await ready(process, port)
+    server = Server(port, process.pid, config["examples"], config["fps"])
+    if len(server.prompts) < 2:
         raise UserError("the server has no two example prompts to change between")
     figures: Figures = {"cores": len(os.sched_getaffinity(0)), "model": config["model"]}
-    figures |= await first_frame(prompts, fps, args.tries)
+    figures |= await first_frame(server, args.tries)
     for policy in config["policies"]:
-        figures |= await change(prompts, fps, policy, args.tries)
+        figures |= await change(server, policy, args.tries)
     for viewers in args.viewers:
-        figures |= await rate(prompts, fps, viewers, args.seconds)
+        figures |= await rate(server, viewers, args.seconds)
     if args.minutes:
-        figures |= await memory(prompts, fps, args.minutes, server.pid)
+        figures |= await memory(server, args.minutes)
     if args.killed:
-        figures |= await killed(prompts, args.killed, server.pid)
+        figures |= await killed(server, args.killed)
     return figures
 
 
-async def ready(server: subprocess.Popen[bytes]) -> Figures:
+async def ready(process: subprocess.Popen[bytes], port: int) -> Figures:
     """What the server says of itself once it answers."""
     from urllib.request import urlopen
 
     for _ in range(START_SECONDS):
-        if server.poll() is not None:
+        if process.poll() is not None:
             raise UserError("app.py has ended; start it by hand to see why")
         try:
-            with urlopen(f"http://127.0.0.1:{PORT}/v1/config") as answer:
+            with urlopen(f"http://127.0.0.1:{port}/v1/config") as answer:
                 return json.load(answer)
         except OSError:
             await asyncio.sleep(1.0)

@@ -16,7 +16,7 @@ every video. What is made:
     results/ablations/*.json      the figures of each row, training seed and beginning: commit them
     runs/ablations/table.md, drift.png  the table and the curves; --write puts them into a page
     runs/ablations/train/HASH/    what was trained, by a hash of all that decides its weights
-    runs/ablations/measured/      measured videos one by one, until a part is complete
+    runs/ablations/measured/      measured videos, batch by batch, until a part is complete
 """
 
 from __future__ import annotations
@@ -147,6 +147,8 @@ def list_targets(args: argparse.Namespace) -> list[CommandTarget]:
 
 def cost_text(args: argparse.Namespace, targets: Sequence[CommandTarget]) -> str:
     """What is left to do: trainings, operations, videos, hours at the stated rates, disk."""
+    from trainer.estimate import missing_data
+
     cores = processes_of(args)
     trainings = [target for target in targets if isinstance(target, Training)]
     parts = [target for target in targets if isinstance(target, Measurement)]
@@ -156,20 +158,23 @@ def cost_text(args: argparse.Namespace, targets: Sequence[CommandTarget]) -> str
         part.weights: part.trained.get("operations", 0.0) / 1e12 for part in parts
     }
     teraflop = {training.name: taken.get(training.result, 0.0) for training in left}
-    total = sum(teraflop.values())
+    total, uncounted = sum(teraflop.values()), sum(not taken for taken in teraflop.values())
+    beside = f", and {uncounted} trainings of starts, which are not counted" * bool(uncounted)
     lines = [
         f"{training.name}: max_steps={training.config.max_steps}"
         + (f", {teraflop[training.name]:,.1f} TFLOP" if teraflop[training.name] else "")
         for training in left
     ]
     frames, videos = (sum(part.frames for part in missing), sum(part.videos for part in missing))
+    absent = dict.fromkeys(path for each in left for path in missing_data(each.config))
+    lines += [f"{path} is missing: shapes/chain.py --shipped makes it" for path in absent]
     disk = sum(training_bytes(training.config) for training in left) + frames * MEASURED_BYTES
     return "\n".join(
         [
             *lines,
             f"{len(left)} of {len(trainings)} trainings are left: {total:,.1f} TFLOP, "
             f"{total * 1e3 / (args.gflops * cores) / 3600:.1f} h at {args.gflops:g} GFLOP/s in "
-            f"each of {cores} processes (--gflops)",
+            f"each of {cores} processes (--gflops){beside}",
             f"{videos} of {sum(part.videos for part in parts)} videos are left: {frames:,} frames, "
             f"{frames / (args.fps * cores) / 3600:.1f} h at {args.fps:g} frames/s in each of "
             f"{cores} processes (--fps)",

@@ -30,7 +30,7 @@ if not __package__:  # run by its path: the tree that it lies in comes first
 from evaluation.intervals import Interval, difference, mean_interval
 from evaluation.statistics import Array, mean, to_json
 from shapes.meter import observe
-from shapes.playing import add_model_flags, describe_model, open_model
+from shapes.playing import add_model_flags, describe_model, open_model, require_rate
 from shapes.world import COLOURS, FPS, Scene, render, sample_scene
 from utils.cli import check_outputs, parse_command, run_main, set_up_logging
 from utils.errors import UserError
@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     pipe = open_model(args)
+    require_rate(pipe)
     given = pipe.shape.video_frames(pipe.layout.start(args.blocks))
     protocol = {"scenes": args.scenes, "start": args.start, "given_frames": given}
     if other is not None:

@@ -24,7 +24,7 @@ if not __package__:  # run by its path: the tree that it lies in comes first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shapes.meter import measure
-from shapes.playing import add_model_flags, describe_model, open_model
+from shapes.playing import add_model_flags, describe_model, open_model, require_rate
 from shapes.world import FPS, Scene, sample_scene
 from utils.cli import check_outputs, parse_command, run_main, set_up_logging
 from utils.errors import UserError
@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     pipe = open_model(args)
+    require_rate(pipe)
     frames = round(args.seconds * FPS)
     figures = {}
     for way in WAYS:

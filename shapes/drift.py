@@ -7,9 +7,9 @@ Each scene's first blocks are given as true frames, and the model goes on to `--
 its training clips. What captions leave open is read from the frames and held against its value in
 the given ones (`evaluation/keeping.py`; docs/shapes.md has the formulas). `--given 0` starts from
 noise, where a video is held against its own first second. The scenes are none that training or its
-monitors ever draw. Results are kept one by one, so the same command goes on where it was stopped;
-under torchrun the ranks share the scenes. `--against other.json`, the figures of another model with
-the same scenes and noise, tells how the two differ, paired by scene.
+monitors ever draw. Results are kept batch by batch (`--batch`), so the same command goes on where
+it was stopped; under torchrun the ranks share the scenes. `--against other.json`, the figures of
+another model with the same scenes and noise, tells how the two differ, paired by scene.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def strip(args: argparse.Namespace, row: Row) -> NDArray[np.uint8]:
     """
     from utils.images import read_image, write_png
 
-    path = args.results / f"frames-{row.key}.png"
+    path = args.results / f"frames-{row.key}-{args.scene}.png"
     kept = path.with_suffix(".json")
     known = frames_settings(kept)
     asked: dict[str, Any] = {"scene": args.scene, "seconds": args.seconds}
@@ -116,7 +116,9 @@ def strip(args: argparse.Namespace, row: Row) -> NDArray[np.uint8]:
             )
         from pipeline import load_pipeline
 
-        write_png(path, made(load_pipeline(config, weights), args.scene, args.seconds))
+        frames = made(load_pipeline(config, weights), args.scene, args.seconds)
+        kept.unlink(missing_ok=True)  # it vouches for a picture that is there
+        write_png(path, frames)
         write_json(kept, asked)
     return read_image(path).numpy()
 

@@ -23,7 +23,16 @@ from shapes.drift import TEST_SEED, TRUTH, Protocol
 from shapes.stored import read_run, sum_up, write_run
 from shapes.table import Results, Settings, read_results
 from shapes.variants import BEGINNINGS, REFERENCE, ROWS, START, STARTS, Row, Weights, training_of
-from utils.config import ROOT, VIDEO_KEYS, Config, find_file, fingerprint, load_config, to_dict
+from utils.config import (
+    ROOT,
+    VIDEO_KEYS,
+    Config,
+    find_file,
+    fingerprint,
+    load_config,
+    looked_up,
+    to_dict,
+)
 from utils.errors import UserError
 from utils.processes import script_command, videos_per_update
 from wan.geometry import WAN_STRIDES
@@ -37,6 +46,7 @@ FOLDER, RESULTS = Path("runs/ablations"), Path("results/ablations")
 CONFIGS, CHECKPOINTS = Path("configs/shapes"), Path("checkpoints")
 SINK_KEYS = frozenset({"sink_position", "clean_pass_sees_sink", "sink_ema"})  # besides sink_size
 CHAIN_MAKES = ("ode_init", START)
+CHAIN_DATA = Path("runs/shapes/data")
 NEAR_BUDGET = 0.02
 """A training this near to the budget keeps the `max_steps` of its config."""
 _COUNTED: dict[str, dict[str, float]] = {}  # operations by player, by a hash of the config
@@ -54,7 +64,7 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder of initialisations that do not ship, made by shapes/chain.py --shipped",
     )
-    add("--retrain", action="store_true", help="train all anew, though weights ship")
+    add("--retrain", action="store_true", help="make all distillations anew, though some ship")
     add_processes(parser)
     add("overrides", nargs="*", metavar="key=value", help="of every config")
 
@@ -74,15 +84,19 @@ def current_results(args: argparse.Namespace) -> Results | None:
         protocol = replace(scenes, given=BEGINNINGS[settings["start"]].given)
         asked = {**played(config), **protocol_settings(protocol)}
         del asked["times"]
-        weights = args.checkpoints / settings["weights"]
-        if settings["trained"]:
+        weights = first_of(args, settings["weights"])
+        asked |= weights_hashes(config, weights)
+        if settings["trained"] or not weights.is_file():
+            del asked["checkpoint_hash"]
+        if settings["trained"] or "steps" in settings:
             steps = [f"max_steps={settings['steps']}"] if "steps" in settings else []
             changes = [*training.overrides, *args.overrides, *steps]
             first = load_config(args.configs / f"{training.config}.yaml", changes)
             own = replace(first, seed=first.seed + settings["training_seed"])
-            asked["training"] = training_hash(own)
-        elif weights.is_file():
-            asked["checkpoint_hash"] = file_hash(weights)
+            asked["training"] = training_hash(own, None)
+            start = first_of(args, f"shapes_{training.start}.pt")
+            if settings["trained"] and start.is_file():
+                asked["trained"] = training_hash(own, file_hash(start))
         same = all(settings.get(name) == value for name, value in asked.items())
         if not same:
             logger.warning(
@@ -91,6 +105,11 @@ def current_results(args: argparse.Namespace) -> Results | None:
         return same
 
     return read_results(args.results, of_today)
+
+
+def first_of(args: argparse.Namespace, name: str) -> Path:
+    """A file of what ships, from here or from the project's root."""
+    return looked_up(args.checkpoints / name)
 
 
 @dataclass(frozen=True)
@@ -313,7 +332,7 @@ class Plan:
         told = {"steps": steps, "operations": operations}
         shipped = self.shipped.get(fingerprint(decides(config)))
         if shipped is not None:
-            return shipped, {"trained": "", **told}
+            return shipped, {"trained": "", "training": training_hash(config, None), **told}
         path, trained = self.planned(f"{key}, seed {seed}", training, changes)
         return path, {**trained, **told}
 
@@ -341,7 +360,8 @@ class Plan:
             inputs = [f"generator_ckpt={self.start(training.start)[0]}"]
         path, where = self.path(training.config), self.args.folder / "train"
         config = load_config(path, [*inputs, *changes])
-        identity = fingerprint({**decides(config), "generator_ckpt": self.started(config)})
+        identity = training_hash(config, self.started(config))
+        inputs += self.data(config)
         if identity not in self.weights:
             logdir = where / identity
             result = self.weights[identity] = logdir / f"shapes_{path.stem}.pt"
@@ -350,8 +370,19 @@ class Plan:
                 name, path, logdir, ranks, install, inputs=inputs, changes=changes, result=result
             )
             self.targets.append(made)
-        trained = {"trained": identity, "training": training_hash(config)}
+        trained = {"trained": identity, "training": training_hash(config, None)}
         return self.weights[identity], trained
+
+    def data(self, config: Config) -> list[str]:
+        """Overrides for data that the chain makes: those beside the starts that it made."""
+        if self.args.starts is None:
+            return []
+        beside = {
+            name: self.args.starts.parent / "data" / Path(value).name
+            for name in ("data_path", "heldout_data_path")
+            if (value := vars(config)[name]) and Path(value).parent == CHAIN_DATA
+        }
+        return [f"{name}={path}" for name, path in beside.items() if path.is_dir()]
 
     def started(self, config: Config) -> str:
         """What a training goes on from: a hash of the file, or of the training that makes it."""
@@ -403,8 +434,8 @@ class Plan:
         plain = (row for row in ROWS.values() if not row.overrides and row.weights is None)
         for row in () if args.retrain else plain:
             name = args.checkpoints / f"shapes_{row.key}.pt"
-            path = next((path for path in (name, ROOT / name) if path.is_file()), None)
-            if path is not None:
+            path = looked_up(name)
+            if path.is_file():
                 config = (ROOT / CONFIGS if ours else args.configs) / f"{row.config}.yaml"
                 found.setdefault(fingerprint(decides(load_config(config))), path)
         return found
@@ -414,9 +445,26 @@ class Plan:
         return Path(self.args.configs / f"{config}.yaml")
 
 
-def training_hash(config: Config) -> str:
-    """Of all that decides the weights of a training but those that it starts from."""
-    return fingerprint({**decides(config), "generator_ckpt": None})
+def training_hash(config: Config, start: str | None) -> str:
+    """Of all that decides the weights of a training: its config, the models that it reads, and
+    `start`, a hash of those that it goes on from (None: without them).
+    """
+    return fingerprint({**decides(config), "generator_ckpt": start, "models": models_hash(config)})
+
+
+def models_hash(config: Config) -> str:
+    """Of networks, VAE and text encoder in the model folders of a training, if they are here."""
+    from pipeline.records import file_hash, network_files, weight_files
+    from trainer.estimate import model_folder, networks_of
+
+    names = sorted({config.generator_name, *networks_of(config).values()})
+    folders = [found for name in names if (found := model_folder(config, name)) is not None]
+    paths = [path for folder in folders for path in network_files(folder.path)]
+    for folder in folders:
+        if folder.path.name == config.generator_name:
+            tokenizer = sorted(folder.tokenizer.glob("*.*"))
+            paths += [*weight_files(folder.vae), *weight_files(folder.text_encoder), *tokenizer]
+    return "+".join(map(file_hash, paths))
 
 
 def affordable(config: Config, budget: float) -> tuple[int, float]:

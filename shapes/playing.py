@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shapes.world import FPS
 from utils.config import find_file, load_config
 from utils.distributed import ALONE, Ranks
 from utils.errors import UserError
@@ -39,6 +40,15 @@ def open_model(args: argparse.Namespace, ranks: Ranks = ALONE) -> VideoPipeline:
 
     device = ranks.device_name(args.device or config.device) if ranks.world > 1 else args.device
     return load_pipeline(config, checkpoint, device, use_ema=args.use_ema)
+
+
+def require_rate(pipe: VideoPipeline) -> None:
+    """UserError unless videos have as many frames per second as the world."""
+    if pipe.setup.fps != FPS:
+        raise UserError(
+            f"the config has fps={pipe.setup.fps:g}, and this is measured in videos of the "
+            f"world's {FPS}"
+        )
 
 
 def describe_model(args: argparse.Namespace, pipe: VideoPipeline) -> dict[str, Any]:

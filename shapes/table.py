@@ -37,6 +37,8 @@ SPEED = "speed.json"
 SPEED_TIMES = 2
 """Length, in training clips, of the videos whose frames per second are told."""
 
+OF_GRATING = ("phase", "direction")
+
 Settings = Mapping[str, Any]
 
 
@@ -63,10 +65,10 @@ class Results:
             return False
         return bool(mean(seen.curve(name)[..., POINTS.index(1)].ravel()) >= PLATEAU)
 
-    def lacks_grating(self, key: str) -> bool:
+    def lacks_grating(self, key: str, times: int = COMMON) -> bool:
         """Whether a row's grating is known to be less than half as high as the world's."""
         seen = self.primary(key)
-        return seen is not None and bool(seen.interval("grating", POINTS.index(COMMON)).mean < 0.5)
+        return seen is not None and bool(seen.interval("grating", POINTS.index(times)).mean < 0.5)
 
 
 def read_results(folder: Path, of_today: Callable[[Path, str, Settings], bool]) -> Results | None:
@@ -127,13 +129,15 @@ def at(seen: Measured, name: str, times: int) -> Interval:
 class Finding:
     """How two rows differ at the greatest length that both reach, by property and measure.
 
-    `lost_early`: properties of which nothing is claimed, see `PLATEAU`.
+    Nothing is claimed of the properties that are `lost_early`, see `PLATEAU`, nor of those that are
+    `of_little`: they tell where a grating is, and there is hardly one.
     """
 
     comparison: Comparison
     times: int
     differences: Mapping[str, Interval]
     lost_early: Sequence[str]
+    of_little: Sequence[str]
 
     @property
     def seeds(self) -> int:
@@ -143,7 +147,7 @@ class Finding:
     def compares(self, name: str) -> bool:
         """Whether a difference is known, and of what both rows keep at first."""
         known = bool(np.isfinite(self.differences[name].mean))
-        return known and name not in self.lost_early
+        return known and name not in (*self.lost_early, *self.of_little)
 
     def told(self, name: str) -> bool:
         """Whether a difference is claimed."""
@@ -168,7 +172,9 @@ def compare(results: Results, comparison: Comparison) -> Finding | None:
         return None
     keys = (comparison.one, comparison.other)
     lost = [n for n in PROPERTIES if any(results.loses_early(key, n) for key in keys)]
-    return Finding(comparison, common[-1], one.minus(other, common[-1]), lost)
+    faint = any(results.lacks_grating(key, common[-1]) for key in keys)
+    of_little = OF_GRATING if faint else ()
+    return Finding(comparison, common[-1], one.minus(other, common[-1]), lost, of_little)
 
 
 LOST_EARLY = f"a row loses {PLATEAU} or more within the first clip"
@@ -178,7 +184,7 @@ def verdict(results: Results) -> str:
     """Whether the rolling window keeps more than block by block, at equal sink, and of what this
     is not asked.
     """
-    sentences, lost = [], dict[str, None]()
+    sentences, lost = [], dict[str, list[str]]()
     for comparison in EQUAL_SINK:
         where = comparison.title.rpartition(", ")[2]
         found = compare(results, comparison)
@@ -188,15 +194,17 @@ def verdict(results: Results) -> str:
             sentences.append(f"{where.capitalize()}, nothing is compared: {LOST_EARLY}.")
         else:
             sentences.append(window_sentence(where, found))
-            lost |= dict.fromkeys(found.lost_early)
-    if lost:
-        sentences.append(f"Nothing is claimed of {listed_words(list(lost))}: {LOST_EARLY}.")
+            if found.lost_early:
+                lost.setdefault(listed_words(found.lost_early), []).append(where)
+    for names, places in lost.items():
+        where = "" if len(places) == len(EQUAL_SINK) else f", {listed_words(places)}"
+        sentences.append(f"Nothing is claimed of {names}{where}: {LOST_EARLY}.")
     return " ".join(sentences)
 
 
 def window_sentence(where: str, found: Finding) -> str:
     """What the rolling window adds, without or with a sink."""
-    names = [name for name in PROPERTIES if name not in found.lost_early]
+    names = [name for name in PROPERTIES if found.compares(name)]
     less, more = found.less(names), found.more(names)
     rest = [name for name in names if name not in (*less, *more)]
     if less and not more:
@@ -260,11 +268,13 @@ def difference_note(results: Results) -> str:
     """What is compared, what is claimed, and how much of it chance may have made."""
     found = [finding for each in comparisons() if (finding := compare(results, each)) is not None]
     compared = [each.told(n) for each in found for n in each.differences if each.compares(n)]
+    faint = ", nor what is marked ³, for a row has hardly a grating there"
     return (
         "The first row minus the second, paired by scene, noise and number of the training seed, "
         "at the greatest length that both reach. In bold what is claimed: the interval leaves out "
         "0, and the difference is above three times the meter's error. What is marked ² is not "
-        "compared, for a row loses too much of it within the first clip. Everything else is not "
+        "compared, for a row loses too much of it within the first clip"
+        f"{faint * any(each.of_little for each in found)}. Everything else is not "
         f"distinguished. Of {len(compared)} differences that are compared {sum(compared)} are "
         "claimed; each interval may miss by itself once in twenty times, so those that only just "
         "leave out 0 are weak."
@@ -302,9 +312,15 @@ def protocol_text(results: Results) -> str:
     return " ".join(lines)
 
 
-def row_title(results: Results, key: str) -> str:
-    """A row's name, with its marks."""
-    return ROWS[key].title + "¹" * (len(results.settings[key]) == 1)
+def row_title(results: Results, key: str, seen: Measured | None) -> str:
+    """A row's name, marked where what is told of it is of one training seed."""
+    single = alone(seen) if seen is not None else len(results.settings[key]) == 1
+    return ROWS[key].title + "¹" * single
+
+
+def alone(seen: Measured) -> bool:
+    """Whether videos are of one training seed."""
+    return len(seen.seeds) == 1
 
 
 def rows_of(results: Results) -> list[str]:
@@ -328,8 +344,10 @@ def property_table(results: Results, name: str) -> str:
         cells += [number(true.variety(name, COMMON)) if true else UNKNOWN]
         cells += [shown_at(noise, name, COMMON)]
         mark = " ²" * results.loses_early(key, name)
-        mark += " ³" * (name in ("phase", "direction") and results.lacks_grating(key))
-        lines.append(markdown_row([row_title(results, key) + mark, *cells]))
+        mark += " ³" * (name in OF_GRATING and results.lacks_grating(key))
+        cells[-1] += "¹" * (noise is not None and true is not None and alone(noise) > alone(true))
+        title = row_title(results, key, true or noise)
+        lines.append(markdown_row([title + mark, *cells]))
     return "\n".join(lines)
 
 
@@ -349,7 +367,7 @@ def beside_table(results: Results) -> str:
         distilled = "steps" in settings
         cells.append(f"{settings['steps']:,}" if distilled else UNKNOWN)
         cells.append(f"{settings['operations'] / 1e12:.1f}" if distilled else UNKNOWN)
-        lines.append(markdown_row([row_title(results, key), *cells]))
+        lines.append(markdown_row([row_title(results, key, seen), *cells]))
     device = f"\n\nFrames/s on {results.device}." if results.device else ""
     return "\n".join(lines) + device
 
@@ -366,7 +384,7 @@ def formula_table(results: Results) -> str:
             for name in PROPERTIES
             for formula in FORMULAS
         ]
-        lines.append(markdown_row([row_title(results, key), *cells]))
+        lines.append(markdown_row([row_title(results, key, seen), *cells]))
     return "\n".join(lines)
 
 
@@ -417,6 +435,8 @@ def claim(found: Finding, name: str) -> str:
         return text
     if name in found.lost_early:
         return f"{text} ²"
+    if name in found.of_little:
+        return f"{text} ³"
     mean, space, ends = text.partition(" ")
     return f"**{mean}**{space}{ends}" if found.told(name) else f"not distinguished, {text}"
 

@@ -48,6 +48,19 @@ def test_what_is_amplified_forgotten_or_all_alike_is_told_apart():
         assert kept.drift[0] == pytest.approx(0)
 
 
+def test_videos_of_one_prompt_are_no_independent_ones():
+    """Twenty seeds of four prompts gave the interval of eighty prompts."""
+    rng = np.random.default_rng(0)
+    of_prompt = rng.uniform(0, 2, 4)
+    moves = iter(np.repeat(of_prompt, 20))
+    videos = videos_of(lambda x, rng: x + next(moves), count=80)
+    prompts = np.repeat(np.arange(4), 20).tolist()
+    alone, grouped = (keeping(videos, LINE, 1.0, groups) for groups in (None, prompts))
+    assert grouped.drift == pytest.approx(alone.drift)
+    wide, narrow = (found.high[-1] - found.low[-1] for found in (grouped, alone))
+    assert wide > 3 * narrow
+
+
 def test_drift_is_a_distance_over_the_spread():
     (traces,) = videos_of(lambda x, rng: x + STEP, count=1)
     assert drift_curve(traces, LINE, 2.0)[1:] == pytest.approx(2.5)

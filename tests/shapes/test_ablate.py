@@ -376,6 +376,40 @@ def test_stored_results_need_no_weights_that_were_trained(bench, capsys):
 
 
 @pytest.mark.slow
+def test_figures_of_other_models_or_recipes_are_not_todays(bench, capsys, monkeypatch):
+    """A teacher could be replaced, or a recipe changed, and students of the old one stayed."""
+    assert bench(*BOTH) == 0
+    assert bench(*BOTH, "--plan") == 0
+    assert "0 of 4 videos are left" in capsys.readouterr().out
+    assert bench("--table_only", "--", "lr=1.0e-3") == 2, "weights that ship had another rate"
+    monkeypatch.setattr("shapes.plan.models_hash", lambda config: "another teacher")
+    assert bench(*BOTH, "--plan") == 0
+    assert "4 of 4 videos are left" in capsys.readouterr().out
+    assert bench("--table_only") == 2
+    assert "holds no results" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_starts_are_trained_on_data_beside_those_of_the_chain(tmp_path, capsys):
+    shipped = touch(tmp_path / "shipped", START)
+    made = touch(tmp_path / "chain" / "checkpoints", "ode_init")
+    given = ["--checkpoints", shipped, "--starts", made, "--folder", tmp_path / "out"]
+    given += ["--results", tmp_path / "results", "--only", "teacher_forcing_alone"]
+    (before,) = trainings(*given)
+    text = ablate.cost_text(options(*given), targets(*given))
+    assert "runs/shapes/data/latents is missing: shapes/chain.py --shipped makes it" in text
+    assert "and 1 trainings of starts, which are not counted" in text
+    data = tmp_path / "chain" / "data"
+    for name in ("latents", "latents_heldout"):
+        (data / name).mkdir(parents=True)
+    (training,) = trainings(*given)
+    assert training.config.data_path == str(data / "latents")
+    assert training.config.heldout_data_path == str(data / "latents_heldout")
+    assert training.logdir == before.logdir, "where they are decides no weight"
+    assert "is missing" not in ablate.cost_text(options(*given), targets(*given))
+
+
+@pytest.mark.slow
 def test_the_cost_alone(bench, capsys):
     assert bench(*BOTH, "--plan") == 0
     assert bench.ran == []

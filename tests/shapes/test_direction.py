@@ -56,3 +56,5 @@ def test_the_command_tells_each_policy(
     assert followed["cut"]["background"] == [1.0, 0.0]
     with pytest.raises(UserError, match="--changes"):
         main([*MODEL, "--changes", "0"])
+    with pytest.raises(UserError, match="fps=8, and this is measured in videos of the world's 16"):
+        main([*MODEL, "--changes", "1", "fps=8"])

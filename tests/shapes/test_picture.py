@@ -39,7 +39,7 @@ def test_the_picture_is_drawn_from_what_is_stored(tmp_path, monkeypatch, tiny_wo
 
     def drawn(pipe, scene, seconds):
         asked.append(scene)
-        return np.full((32, 32 * len(seconds), 3), 40 * len(asked), np.uint8)
+        return np.full((32, 32 * len(seconds), 3), 20 * len(asked), np.uint8)
 
     monkeypatch.setattr(picture, "made", drawn)
     weights = [tmp_path / f"shapes_{key}.pt" for key in ("causal_init", *DRIFTS)]
@@ -55,9 +55,11 @@ def test_the_picture_is_drawn_from_what_is_stored(tmp_path, monkeypatch, tiny_wo
     assert asked == [3] * 4
     assert run("--seconds", 0, 5) == 0
     assert asked == [3] * 4
-    (results / f"frames-{ORDER[0].key}.json").write_text("cut o")
+    (results / f"frames-{ORDER[0].key}-3.json").write_text("cut o")
     assert run("--seconds", 0, 5) == 0
     assert asked == [3] * 5
+    assert run("--seconds", 0, 5, "--scene", 4, "--out", tmp_path / "other.png") == 0
+    assert asked == [3] * 5 + [4] * 4, "beside the frames of the other scene"
     for path in weights:
         path.unlink()
     assert run("--seconds", 0, 5) == 0

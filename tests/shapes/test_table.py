@@ -65,7 +65,7 @@ def test_what_is_lost_within_the_first_clip_is_shown_and_not_compared(tmp_path):
     kept = "phase, direction, shade and size"
     assert f"**With a sink, rolling drifts less than block by block in {kept}**" in said
     assert said.endswith(
-        "Nothing is claimed of tint: a row loses 0.15 or more within the first clip."
+        "Nothing is claimed of tint, with a sink: a row loses 0.15 or more within the first clip."
     )
     (*_, differences) = rows(difference_table(results))
     with_sink = differences["the rolling window, with a sink"]
@@ -99,6 +99,13 @@ def test_a_row_without_a_grating_is_marked_and_one_that_is_missing_named(tmp_pat
         write_run(path, run["settings"], run["videos"])
     text = make_page(read(tmp_path))
     assert text.count("| Self Forcing ³ |") == 2, "of phase and direction"
+    (*_, differences) = rows(text)
+    bare = differences["the rolling window, without a sink"]
+    assert bare["phase"].endswith("] ³"), (
+        "where there is hardly a grating, nothing is claimed of it"
+    )
+    assert bare["tint"].startswith("**")
+    assert "phase" not in verdict(read(tmp_path)).partition("**With a sink")[0]
     assert "Infinite-Forcing (V-sink) (`infinite_forcing`)" in text.rpartition("Not measured")[2]
 
 
@@ -164,6 +171,17 @@ def test_training_seeds_count_from_the_first_without_a_gap(tmp_path):
     results = read(tmp_path)
     assert len(results.measured["self_forcing", "true"].seeds) == 1
     assert "Self Forcing¹" in make_page(results)
+    write_row(tmp_path, "rolling_forcing", 0.1)
+    for seed in (1, 2):
+        (tmp_path / f"rolling_forcing-{seed}-noise.json").unlink(missing_ok=True)
+    write_row(tmp_path / "more", "rolling_forcing", 0.1, seeds=1, start="noise", times=12)
+    (tmp_path / "more" / "rolling_forcing-0-noise.json").rename(
+        tmp_path / "rolling_forcing-0-noise.json"
+    )
+    text = make_page(read(tmp_path))
+    assert "| Rolling Forcing | 0.02" in text
+    cell = next(line for line in text.splitlines() if line.startswith("| Rolling Forcing | 0.02"))
+    assert cell.endswith("]¹ |"), "from noise, there is one training seed"
     assert "Without a sink, nothing is known yet: a row is missing." in verdict(results)
     assert read_results(tmp_path, lambda path, key, settings: False) is None
     (tmp_path / SPEED).write_text("{")

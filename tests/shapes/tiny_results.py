@@ -1,18 +1,20 @@
 """Stored results of the ablations without any video: each row drifts as it is told to."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from shapes.drift import TEST_SEED, Protocol
 from shapes.kept import PROPERTIES
-from shapes.plan import played, protocol_settings
+from shapes.plan import played, protocol_settings, training_hash, weights_hashes
 from shapes.stored import BESIDE, COLUMNS, POINTS, write_run
-from shapes.variants import ROWS
+from shapes.variants import ROWS, training_of
 from utils.config import load_config
 
 CLIP = 81 / 16
+STEPS = 300
 
 
 def write_row(
@@ -57,11 +59,17 @@ def write_row(
             videos.append({"scene": scene, **of_all, "flicker": 1.1})
         config = load_config(f"configs/shapes/{row.config}.yaml", row.overrides)
         protocol = Protocol(given=int(start == "true"), times=times, scene_seed=TEST_SEED)
+        training = training_of(key)
+        path = f"configs/shapes/{training.config}.yaml"
+        trained = load_config(path, [*training.overrides, f"max_steps={STEPS}"])
+        trained = replace(trained, seed=trained.seed + seed)
         settings = {
             **{"row": key, "training_seed": seed, "start": start, "clip_seconds": CLIP},
             **{"config": f"configs/shapes/{row.config}.yaml", "overrides": list(row.overrides)},
+            **weights_hashes(config, Path("not-here")),
             **{"weights": f"shapes_{key}.pt", "checkpoint_hash": "0123456789abcdef"},
-            **{"trained": "", "steps": 300, "operations": 30e12},
+            **{"trained": "", "training": training_hash(trained, None)},
+            **{"steps": STEPS, "operations": 30e12},
             **played(config),
             **protocol_settings(protocol),
         }
