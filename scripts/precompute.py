@@ -142,7 +142,7 @@ def text(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks) -
     """Encode prompts, one at a time: the very numbers that the pipeline computes."""
     import torch
 
-    from trainer.precompute import Shard, ShardRun, list_shards, read_prompts_of, weights_hash
+    from trainer.precompute import Shard, ShardRun, list_shards, read_prompts_of, text_hash
     from utils.config import fingerprint
     from utils.devices import choose_device
     from utils.embeddings import write_shard
@@ -158,7 +158,7 @@ def text(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks) -
         negatives = list(dict.fromkeys([config.negative_prompt, ""]))
         shards.append(Shard(Path(args.output_folder) / "negative.safetensors", 0, negatives))
     settings = {
-        "text_encoder": weights_hash(files.text_encoder),
+        "text_encoder": text_hash(files),
         "dtype": str(dtype),
         "shard_size": args.shard_size,
     }
@@ -394,13 +394,17 @@ def pair_settings(
     config: Config, setup: Setup, args: argparse.Namespace, levels: Tensor, grid: Tensor
 ) -> dict[str, Any]:
     """Everything that the numbers in a shard depend on, but the prompts."""
-    from trainer.precompute import weights_hash
+    from trainer.precompute import text_hash, weights_hash
     from utils.devices import choose_device, choose_dtype
+    from utils.embeddings import EmbeddingStore
 
     source = teacher_source(teacher_folder(config, setup), args)
+    stored = config.text_embeddings
     return {
         "teacher": weights_hash(source),
-        "text": config.text_embeddings or weights_hash(setup.require_folder().text_encoder),
+        "text": (
+            sorted(EmbeddingStore(stored).made_by) if stored else text_hash(setup.require_folder())
+        ),
         "levels": levels.tolist(),
         "grid": grid.tolist(),
         "guidance_scale": config.guidance_scale,

@@ -18,6 +18,7 @@ from utils.datasets import UNLIMITED, Dataset, open_dataset
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.files import locked, remove_leftovers
+from wan.folders import ModelFolder
 
 
 def read_prompts_of(
@@ -48,6 +49,13 @@ def weights_hash(path: Path) -> str:
     """A short hash of a weights file, or of all weights in a folder."""
     files = [path] if path.is_file() else sorted(path.glob("**/*.safetensors"))
     return fingerprint({str(place): file_hash(file) for place, file in enumerate(files)})
+
+
+def text_hash(files: ModelFolder) -> str:
+    """A short hash of a model's text encoder and of its tokenizer."""
+    words = sorted(path for path in files.tokenizer.glob("*") if path.is_file())
+    tokenizer = {path.name: file_hash(path) for path in words}
+    return fingerprint({"encoder": weights_hash(files.text_encoder), **tokenizer})
 
 
 @dataclass(frozen=True)

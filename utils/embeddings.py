@@ -55,10 +55,12 @@ class EmbeddingStore:
         if not shards:
             raise UserError(f"{folder} holds no *.safetensors of text embeddings; check the path")
         self._shard_of: dict[str, Path] = {}
+        self.made_by: set[str] = set()  # fingerprints of the settings that made the shards
         for shard in shards:
             try:
                 with safe_open(shard, framework="pt") as file:
                     self._shard_of.update(dict.fromkeys(file.keys(), shard))
+                    self.made_by.add((file.metadata() or {}).get("fingerprint", ""))
             except SafetensorError as error:
                 raise UserError(f"{shard} is not a readable safetensors file") from error
 

@@ -331,6 +331,15 @@ def test_stored_text_and_another_checkpoint_are_used(
     plain, other = (OdePairDataset(tmp_path / n)[0]["trajectory"] for n in ("plain", "other"))
     assert torch.equal(plain[0], other[0])
     assert (plain[-1] - other[-1]).abs().max() > 1e-3
+    # embeddings made anew at the same place, by another encoder or tokenizer
+    flags, stored = flags[:-2], tmp_path / "stored"
+    assert run(ODE_PAIRS, tiny_world, stored, *flags) == 0
+    store = EmbeddingStore(text)
+    again = {prompt: store[prompt] for prompt in PROMPTS}
+    for shard in text.glob("0*.safetensors"):
+        shard.unlink()
+    write_embeddings(text / "000000.safetensors", again, "another encoder")
+    assert run(ODE_PAIRS, tiny_world, stored, *flags) == 2
 
 
 # --- processes ----------------------------------------------------------------------------------
