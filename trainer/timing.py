@@ -158,6 +158,7 @@ def timed_config(config: Config) -> Config:
     return replace(
         config,
         max_steps=None,
+        lr_schedule="constant",  # a cosine has an end
         heldout_every=0,
         sample_every=0,
         metrics_every=NEVER,

@@ -62,11 +62,13 @@ def watch(pool: SessionPool, live: LiveSession) -> FakeClient:
 
 
 async def settled(pool: SessionPool) -> None:
-    """Until nobody has anything to do at this time of the clock, and no prompt is being encoded."""
+    """Until nobody has anything to do at this time of the clock, no prompt is being encoded, and
+    nobody is about to be gone.
+    """
     while True:
         await asyncio.sleep(0.005)
         lives = list(pool._live.values())
-        if not any(busy(live) for live in lives):
+        if not pool._leaving and not any(busy(live) for live in lives):
             return
 
 

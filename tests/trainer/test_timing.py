@@ -20,6 +20,7 @@ from trainer.tasks import distillation
 from trainer.timing import BESIDE, OTHER, opened, timed_config
 from trainer.trainer import Trainer
 from utils.cli import run_main
+from utils.config import check_training
 
 RUN = ("data", "text", "optimiser", OTHER, "update")
 OF_SCORES = ("rollout", "scores", "backward")
@@ -43,6 +44,14 @@ def sizes_alone(training_world: TrainingWorld, tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         shutil.copy(file, folder)
     return tmp_path / "sizes"
+
+
+def test_a_training_with_a_cosine_can_be_timed(
+    training_world: TrainingWorld, tmp_path: Path
+) -> None:
+    """A timed one has no end, and a cosine needs one: the benchmark refused it."""
+    config = training_world.config(tmp_path, lr_schedule="cosine")
+    check_training(timed_config(config))
 
 
 def values_of(world: TrainingWorld, name: str) -> dict[str, Any]:
