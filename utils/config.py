@@ -384,7 +384,8 @@ def check_training(config: Config) -> None:
             f"trainer: {config.trainer} is for a student that looks back at a past: set schedule "
             "to rolling or block, not full"
         )
-    if config.trainer == "score_distillation" or config.window_forcing:
+    rolls_out = config.trainer == "score_distillation" or config.window_forcing
+    if rolls_out and config.denoising_step_list is not None:
         _check_window(config, rolls=bool(config.rolling_probability))
     if config.trainer != "score_distillation":
         return
