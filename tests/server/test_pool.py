@@ -63,12 +63,12 @@ def watch(pool: SessionPool, live: LiveSession) -> FakeClient:
 
 async def settled(pool: SessionPool) -> None:
     """Until nobody has anything to do at this time of the clock, no prompt is being encoded, and
-    nobody is about to be gone.
+    whoever is over is gone, with its files in place.
     """
     while True:
         await asyncio.sleep(0.005)
         lives = list(pool._live.values())
-        if not pool._leaving and not any(busy(live) for live in lives):
+        if not pool._closing and not any(busy(live) for live in lives):
             return
 
 
@@ -411,6 +411,7 @@ async def test_places(tmp_path):
         await settled(pool)
         await begin(pool, address="c")  # what is over gives way
         assert pool.find(first.name) is None
+        await settled(pool)
         assert pool.storage.finished(first.name, ".mp4")
 
 
