@@ -16,6 +16,7 @@ from pipeline.changes import Change
 from pipeline.setup import Setup
 from utils.config import VIDEO_KEYS, fingerprint
 from utils.devices import choose_device, computed_dtype, device_name
+from wan.folders import ModelFolder
 
 MIB = 2**20
 SHOWN_SETTINGS = ("seed", "sample", "latent_frames", "video_frames", "prefix_frames", "network")
@@ -175,10 +176,14 @@ def weight_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
+def text_files(folder: ModelFolder) -> list[Path]:
+    """Those of a model folder's text encoder and of its tokenizer, in order."""
+    return [*weight_files(folder.text_encoder), *sorted(folder.tokenizer.glob("*.*"))]
+
+
 def model_settings(setup: Setup, checkpoint: Path | None, *, use_ema: bool) -> dict[str, str]:
     """What all videos of a model depend on: its settings and weights, by their hashes."""
     files = setup.require_folder()
-    text = [*weight_files(files.text_encoder), *sorted(files.tokenizer.glob("*.*"))]
     parts = {
         "sizes": sorted(files.path.glob("**/config.json")),
         "checkpoint": (
@@ -187,7 +192,7 @@ def model_settings(setup: Setup, checkpoint: Path | None, *, use_ema: bool) -> d
             else network_files(checkpoint or files.path)
         ),
         "vae": weight_files(files.vae),
-        "text_encoder": [] if setup.text_embeddings else text,
+        "text_encoder": [] if setup.text_embeddings else text_files(files),
     }
     return {
         "config_hash": fingerprint(setup.video_settings()),

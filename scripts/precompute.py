@@ -142,7 +142,8 @@ def text(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks) -
     """Encode prompts, one at a time: the very numbers that the pipeline computes."""
     import torch
 
-    from trainer.precompute import Shard, ShardRun, list_shards, read_prompts_of, text_hash
+    from pipeline.records import text_files
+    from trainer.precompute import Shard, ShardRun, files_hash, list_shards, read_prompts_of
     from utils.config import fingerprint
     from utils.devices import choose_device
     from utils.embeddings import write_shard
@@ -158,7 +159,7 @@ def text(config: Config, setup: Setup, args: argparse.Namespace, ranks: Ranks) -
         negatives = list(dict.fromkeys([config.negative_prompt, ""]))
         shards.append(Shard(Path(args.output_folder) / "negative.safetensors", 0, negatives))
     settings = {
-        "text_encoder": text_hash(files),
+        "text_encoder": files_hash(text_files(files)),
         "dtype": str(dtype),
         "shard_size": args.shard_size,
     }
@@ -394,17 +395,19 @@ def pair_settings(
     config: Config, setup: Setup, args: argparse.Namespace, levels: Tensor, grid: Tensor
 ) -> dict[str, Any]:
     """Everything that the numbers in a shard depend on, but the prompts."""
-    from trainer.precompute import text_hash, weights_hash
+    from pipeline.records import text_files
+    from trainer.precompute import files_hash, weights_hash
     from utils.devices import choose_device, choose_dtype
     from utils.embeddings import EmbeddingStore
 
     source = teacher_source(teacher_folder(config, setup), args)
-    stored = config.text_embeddings
+    if config.text_embeddings:
+        text: Any = sorted(EmbeddingStore(config.text_embeddings).made_by)
+    else:
+        text = files_hash(text_files(setup.require_folder()))
     return {
         "teacher": weights_hash(source),
-        "text": (
-            sorted(EmbeddingStore(stored).made_by) if stored else text_hash(setup.require_folder())
-        ),
+        "text": text,
         "levels": levels.tolist(),
         "grid": grid.tolist(),
         "guidance_scale": config.guidance_scale,

@@ -84,7 +84,7 @@ def current_results(args: argparse.Namespace) -> Results | None:
         protocol = replace(scenes, given=BEGINNINGS[settings["start"]].given)
         asked = {**played(config), **protocol_settings(protocol)}
         del asked["times"]
-        weights = first_of(args, settings["weights"])
+        weights = shipped_file(args, settings["weights"])
         asked |= weights_hashes(config, weights)
         if settings["trained"] or not weights.is_file():
             del asked["checkpoint_hash"]
@@ -94,7 +94,7 @@ def current_results(args: argparse.Namespace) -> Results | None:
             first = load_config(args.configs / f"{training.config}.yaml", changes)
             own = replace(first, seed=first.seed + settings["training_seed"])
             asked["training"] = training_hash(own, None)
-            start = first_of(args, f"shapes_{training.start}.pt")
+            start = shipped_file(args, f"shapes_{training.start}.pt")
             if settings["trained"] and start.is_file():
                 asked["trained"] = training_hash(own, file_hash(start))
         same = all(settings.get(name) == value for name, value in asked.items())
@@ -107,7 +107,7 @@ def current_results(args: argparse.Namespace) -> Results | None:
     return read_results(args.results, of_today)
 
 
-def first_of(args: argparse.Namespace, name: str) -> Path:
+def shipped_file(args: argparse.Namespace, name: str) -> Path:
     """A file of what ships, from here or from the project's root."""
     return looked_up(args.checkpoints / name)
 
@@ -342,13 +342,13 @@ class Plan:
 
         MissingStart if the chain alone can make them.
         """
-        folders = (self.args.checkpoints, ROOT / self.args.checkpoints, self.args.starts)
-        paths = [folder / f"shapes_{key}.pt" for folder in folders if folder is not None]
-        found = next((path for path in paths if path.is_file()), None)
-        if found is not None:
-            return found, {"trained": ""}
+        name, made = f"shapes_{key}.pt", self.args.starts
+        shipped = shipped_file(self.args, name)
+        for path in (shipped, *([] if made is None else [made / name])):
+            if path.is_file():
+                return path, {"trained": ""}
         if key in CHAIN_MAKES:
-            raise MissingStart(paths[0])
+            raise MissingStart(shipped)
         return self.planned(key, STARTS[key], self.args.overrides)
 
     def planned(
@@ -433,8 +433,7 @@ class Plan:
         ours = args.checkpoints.resolve() in (CHECKPOINTS.resolve(), (ROOT / CHECKPOINTS).resolve())
         plain = (row for row in ROWS.values() if not row.overrides and row.weights is None)
         for row in () if args.retrain else plain:
-            name = args.checkpoints / f"shapes_{row.key}.pt"
-            path = looked_up(name)
+            path = shipped_file(args, f"shapes_{row.key}.pt")
             if path.is_file():
                 config = (ROOT / CONFIGS if ours else args.configs) / f"{row.config}.yaml"
                 found.setdefault(fingerprint(decides(load_config(config))), path)
@@ -454,7 +453,7 @@ def training_hash(config: Config, start: str | None) -> str:
 
 def models_hash(config: Config) -> str:
     """Of networks, VAE and text encoder in the model folders of a training, if they are here."""
-    from pipeline.records import file_hash, network_files, weight_files
+    from pipeline.records import file_hash, network_files, text_files, weight_files
     from trainer.estimate import model_folder, networks_of
 
     names = sorted({config.generator_name, *networks_of(config).values()})
@@ -462,8 +461,7 @@ def models_hash(config: Config) -> str:
     paths = [path for folder in folders for path in network_files(folder.path)]
     for folder in folders:
         if folder.path.name == config.generator_name:
-            tokenizer = sorted(folder.tokenizer.glob("*.*"))
-            paths += [*weight_files(folder.vae), *weight_files(folder.text_encoder), *tokenizer]
+            paths += [*weight_files(folder.vae), *text_files(folder)]
     return "+".join(map(file_hash, paths))
 
 

@@ -345,7 +345,8 @@ def property_table(results: Results, name: str) -> str:
         cells += [shown_at(noise, name, COMMON)]
         mark = " ²" * results.loses_early(key, name)
         mark += " ³" * (name in OF_GRATING and results.lacks_grating(key))
-        cells[-1] += "¹" * (noise is not None and true is not None and alone(noise) > alone(true))
+        if noise is not None and alone(noise) and true is not None and not alone(true):
+            cells[-1] += "¹"
         title = row_title(results, key, true or noise)
         lines.append(markdown_row([title + mark, *cells]))
     return "\n".join(lines)

@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -165,12 +164,8 @@ def export_vae(
         return None
     together = torch.cat(means, dim=1).float()
     vae.fold_statistics(together.mean(dim=1), together.std(dim=1))
-    vae.to(torch.device("cpu"))
-    return partial(_save_vae, vae)
-
-
-def _save_vae(vae: WanVAE, folder: Path) -> None:
-    vae.save_official(folder / "Wan2.1_VAE.pth")
+    save = vae.to("cpu").save_official
+    return lambda folder: save(folder / "Wan2.1_VAE.pth")
 
 
 @torch.no_grad()

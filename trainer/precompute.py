@@ -18,7 +18,6 @@ from utils.datasets import UNLIMITED, Dataset, open_dataset
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.files import locked, remove_leftovers
-from wan.folders import ModelFolder
 
 
 def read_prompts_of(
@@ -47,15 +46,12 @@ def first_items(data: Dataset, count: int | None) -> int:
 
 def weights_hash(path: Path) -> str:
     """A short hash of a weights file, or of all weights in a folder."""
-    files = [path] if path.is_file() else sorted(path.glob("**/*.safetensors"))
+    return files_hash([path] if path.is_file() else sorted(path.glob("**/*.safetensors")))
+
+
+def files_hash(files: Sequence[Path]) -> str:
+    """A short hash of some files, wherever they are."""
     return fingerprint({str(place): file_hash(file) for place, file in enumerate(files)})
-
-
-def text_hash(files: ModelFolder) -> str:
-    """A short hash of a model's text encoder and of its tokenizer."""
-    words = sorted(path for path in files.tokenizer.glob("*") if path.is_file())
-    tokenizer = {path.name: file_hash(path) for path in words}
-    return fingerprint({"encoder": weights_hash(files.text_encoder), **tokenizer})
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,6 @@ class Watch:
         """Watch no longer."""
         self._ended.set()
 
-    @property
-    def ended(self) -> bool:
-        """Whether it watches no longer."""
-        return self._ended.is_set()
-
     def _run(self) -> None:
         last, since = self._place(), time.monotonic()
         try:

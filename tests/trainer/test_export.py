@@ -80,8 +80,8 @@ def test_who_waits_for_an_export_is_not_taken_for_lost(
         before = trainer.stopping.places
         trainer._export()
         assert trainer.stopping.places == before + 2 + export.STATISTICS_CLIPS
-        monkeypatch.setattr(trainer.exports, "close", lambda: watched.append(trainer.watch.ended))
-        watched: list[bool] = []
+        monkeypatch.setattr(trainer.exports, "close", lambda: watched.append(ended.is_set()))
+        ended, watched = trainer.watch._ended, list[bool]()
         trainer.close()
         assert watched == [True], "the main rank's last weights may take as long as they do"
 
